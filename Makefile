@@ -1,0 +1,40 @@
+# The two commands of a newcomer are `make demo` and `make test`. Both create what they need.
+
+# The newest Python of 3.11 to 3.13 that answers.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+# Interpreters that pyenv keeps are not on the PATH; the tests run on each that there is.
+export TOX_DISCOVER := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/mbcap-watch demo
+
+test: $(VENV)/tox
+	$(VENV)/bin/tox run -e 3.11,3.12,3.13
+
+check: $(VENV)/tox
+	$(VENV)/bin/tox run -e lint,types,imports
+	$(MAKE) test
+
+format: $(VENV)/tox
+	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix
+	$(VENV)/bin/tox exec -q -e lint -- ruff format
+
+clean:
+	rm -rf $(VENV) .tox dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/tox: $(VENV)/python tox.toml
+	$(VENV)/bin/python -m pip install --quiet 'tox>=4.21'
+	touch $@

@@ -1,0 +1,90 @@
+"""Persist CoreScope's multi-byte capability snapshots the moment they are published.
+
+The hand-off (`Snapshot`, `Entry`, `read_snapshot`, `write_snapshot`) loads neither aiosqlite nor
+watchdog; what needs them is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseFailed,
+    DatabaseMissing,
+    EventLoopError,
+    MbcapWatchError,
+    SchemaMissing,
+    SettingsError,
+    SnapshotError,
+    SnapshotMalformed,
+    SnapshotNotFound,
+    SnapshotNotPublished,
+    SnapshotRefused,
+    SnapshotUnreadable,
+)
+from mbcap_watch.result import PersistResult
+from mbcap_watch.settings import Settings
+from mbcap_watch.snapshot import (
+    Entry,
+    Snapshot,
+    ensure_snapshot_dir,
+    read_snapshot,
+    snapshot_dir,
+    snapshot_path,
+    write_snapshot,
+)
+
+if TYPE_CHECKING:
+    from mbcap_watch.service import persist_once, run
+    from mbcap_watch.watch import WatchState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DatabaseBusy",
+    "DatabaseError",
+    "DatabaseFailed",
+    "DatabaseMissing",
+    "Entry",
+    "EventLoopError",
+    "MbcapWatchError",
+    "PersistResult",
+    "SchemaMissing",
+    "Settings",
+    "SettingsError",
+    "Snapshot",
+    "SnapshotError",
+    "SnapshotMalformed",
+    "SnapshotNotFound",
+    "SnapshotNotPublished",
+    "SnapshotRefused",
+    "SnapshotUnreadable",
+    "WatchState",
+    "ensure_snapshot_dir",
+    "persist_once",
+    "read_snapshot",
+    "run",
+    "snapshot_dir",
+    "snapshot_path",
+    "write_snapshot",
+]
+
+_LAZY = {
+    "persist_once": "mbcap_watch.service",
+    "run": "mbcap_watch.service",
+    "WatchState": "mbcap_watch.watch",
+}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:  # PEP 562
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

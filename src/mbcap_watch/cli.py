@@ -1,0 +1,368 @@
+"""The command line: arguments, logging, signals, exit codes. Everything else is the library."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
+
+import anyio
+import anyio.abc
+import msgspec
+import typer
+
+from mbcap_watch import __version__, config, demo, logs
+from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.plan import Change
+from mbcap_watch.result import Outcome, PersistResult
+from mbcap_watch.service import persist_once, preview_once
+from mbcap_watch.service import run as run_bridge
+from mbcap_watch.snapshot import SNAPSHOT_NAME, parse_entries, write_snapshot
+
+logger = logging.getLogger("mbcap_watch")
+
+EXIT_USAGE: Final = 2
+EXIT_BAD_SNAPSHOT: Final = 3
+EXIT_CODES: Final[dict[Outcome, int]] = {
+    "applied": 0,
+    "unchanged": 0,
+    "no_snapshot": 0,
+    "malformed": EXIT_BAD_SNAPSHOT,
+    "refused": EXIT_BAD_SNAPSHOT,
+    "database_missing": 4,
+    "schema_missing": 4,
+    "busy": 5,
+    "failed": 1,
+}
+
+# A stop takes half a second. What has not ended by then hangs in the kernel, on a mount whose
+# server is gone; nothing is lost by leaving it behind.
+_STOP_SECONDS: Final = 4.0
+
+app = typer.Typer(
+    name="mbcap-watch",
+    help="Persist CoreScope's multi-byte capability snapshots the moment they are published.",
+    epilog="Every setting is also an environment variable (MBCAP_WATCH_POLL_INTERVAL=2s) and a key"
+    " of the TOML file (poll_interval = '2s'). An option beats the environment, the environment"
+    " beats the file. Durations: 250ms, 5s, 10m. Sizes: 64MiB.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _option(*names: str, metavar: str, help: str) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
+
+
+def _setting(metavar: str, help: str) -> Any:
+    return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Settings")
+
+
+Text = str | None
+ConfigFile = Annotated[
+    Path | None, _option("--config", metavar="FILE", help="A TOML file with settings.")
+]
+Database = Annotated[
+    Text,
+    _option(
+        "--database",
+        metavar="PATH",
+        help="The SQLite database, else DB_PATH from the environment, else data/meshcore.db. Never"
+        " created.",
+    ),
+]
+SnapshotDir = Annotated[
+    Text,
+    _option(
+        "--snapshot-dir",
+        metavar="DIR",
+        help="Where snapshot.json is. Default: mbcap-snapshot beside the database.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object per result on standard output.")
+]
+LogLevel = Annotated[
+    Text, _option("--log-level", metavar="|".join(config.LOG_LEVELS), help="Default: info.")
+]
+LogFormat = Annotated[
+    Text,
+    _option(
+        "--log-format",
+        metavar="|".join(config.LOG_FORMATS),
+        help="How to log on standard error. Default: text.",
+    ),
+]
+Mode = Annotated[
+    Text,
+    _setting(
+        "auto|inotify|poll",
+        "How changes are noticed; auto uses inotify where the filesystem delivers it"
+        ". Default: auto.",
+    ),
+]
+PollInterval = Annotated[Text, _setting("DURATION", "Between two looks when polling. Default: 1s.")]
+SweepInterval = Annotated[
+    Text,
+    _setting("DURATION", "Between checks for a dead watch or a missed change. Default: 5s."),
+]
+Resync = Annotated[
+    Text,
+    _setting(
+        "DURATION",
+        "Between comparisons with the database although the file did not change. Default: 5m.",
+    ),
+]
+Debounce = Annotated[
+    Text, _setting("DURATION", "Quiet that a burst of changes is given. Default: 100ms.")
+]
+MaxWait = Annotated[
+    Text, _setting("DURATION", "How long a burst can postpone a look. Default: 1s.")
+]
+BatchRows = Annotated[
+    Text, _setting("ROWS", "Rows written per hold of the write lock. Default: 500.")
+]
+BusyDeadline = Annotated[
+    Text, _setting("DURATION", "How long to try a locked database. Default: 30s.")
+]
+MaxBytes = Annotated[Text, _setting("SIZE", "Refuse larger snapshots. Default: 256MiB.")]
+Downgrade = Annotated[
+    Text,
+    _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
+]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"mbcap-watch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    database: Database = None,
+    snapshot_dir: SnapshotDir = None,
+    config_file: ConfigFile = None,
+    json: Json = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    mode: Mode = None,
+    poll_interval: PollInterval = None,
+    sweep_interval: SweepInterval = None,
+    resync: Resync = None,
+    debounce: Debounce = None,
+    max_wait: MaxWait = None,
+    batch_rows: BatchRows = None,
+    busy_deadline: BusyDeadline = None,
+    max_bytes: MaxBytes = None,
+    downgrade: Downgrade = None,
+) -> None:
+    """Watch and persist until SIGTERM or SIGINT (the daemon).
+
+    Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
+    with exit code 0 within 5 seconds of a signal.
+    """
+    settings = _configure(context).settings
+    log = logs.ResultLog()
+
+    def on_result(result: PersistResult) -> None:
+        log(result)
+        if json:
+            _print_line(result.to_json())
+
+    logger.info(
+        "mbcap-watch %s: %s into %s",
+        __version__,
+        settings.snapshot_dir / SNAPSHOT_NAME,
+        settings.database,
+    )
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            await group.start(_cancel_on_signal, group.cancel_scope)
+            await run_bridge(settings, on_result=on_result, on_state=logs.StateLog())
+
+    anyio.run(main)
+    logger.info("stopped")
+
+
+async def _cancel_on_signal(
+    scope: anyio.CancelScope, *, task_status: anyio.abc.TaskStatus[None]
+) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for signum in signals:
+            logger.info("stopping on %s", signal.Signals(signum).name)
+            last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
+            last_resort.daemon = True
+            last_resort.start()
+            scope.cancel()
+            return
+
+
+@app.command()
+def apply(
+    context: typer.Context,
+    database: Database = None,
+    snapshot_dir: SnapshotDir = None,
+    config_file: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would change, and touch nothing.")
+    ] = False,
+    json: Json = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+    batch_rows: BatchRows = None,
+    busy_deadline: BusyDeadline = None,
+    max_bytes: MaxBytes = None,
+    downgrade: Downgrade = None,
+) -> None:
+    """Look once: apply the snapshot, then exit.
+
+    Exit codes: 0 applied, unchanged or no snapshot; 2 usage or configuration; 3 snapshot
+    malformed or refused; 4 database or schema missing; 5 still busy at the deadline; 1 anything
+    else.
+    """
+    settings = _configure(context).settings
+    if dry_run:
+        result, changes = anyio.run(preview_once, settings)
+        _print_preview(result, changes, as_json=json)
+    else:
+        result = anyio.run(persist_once, settings)
+        if json:
+            _print_line(result.to_json())
+        elif result.outcome in ("applied", "unchanged"):
+            _print_line(logs.summary(result))
+        elif result.outcome == "no_snapshot":
+            _print_line(f"no snapshot in {settings.snapshot_dir}: nothing to do")
+    if result.error:
+        logger.warning("%s: %s", result.outcome, result.error)
+    raise typer.Exit(EXIT_CODES[result.outcome])
+
+
+def _print_preview(
+    result: PersistResult, changes: list[tuple[str, Change]], *, as_json: bool
+) -> None:
+    if as_json:
+        fields = dataclasses.asdict(result)
+        fields["dry_run"] = True
+        fields["changes"] = [
+            {"table": table, "public_key": c.public_key, "from": c.before, "to": c.after}
+            for table, c in changes
+        ]
+        _print_line(msgspec.json.encode(fields).decode())
+        return
+    for table, change in changes:
+        before, after = (f"{sup}/{evidence!r}" for sup, evidence in (change.before, change.after))
+        _print_line(f"{table} {change.public_key} {before} -> {after}")
+    _print_line(f"would change {len(changes)} rows; nothing was touched")
+
+
+@app.command()
+def publish(
+    context: typer.Context,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|-", help="A snapshot or a bare list of entries, as JSON.")
+    ],
+    database: Database = None,
+    snapshot_dir: SnapshotDir = None,
+    config_file: ConfigFile = None,
+    json: Json = False,
+    log_level: LogLevel = None,
+    log_format: LogFormat = None,
+) -> None:
+    """Validate a snapshot and publish it atomically. The database is not opened.
+
+    Exit codes: 0 published; 2 usage or configuration; 3 malformed; 1 anything else.
+    """
+    settings = _configure(context).settings
+    source = "standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as exc:
+        _fail(f"{source}: cannot be read: {exc.strerror}", EXIT_USAGE)
+    try:
+        snapshot = write_snapshot(
+            settings.database,
+            parse_entries(data, source=source),
+            snapshot_dir=settings.snapshot_dir,
+        )
+    except SnapshotMalformed as exc:
+        _fail(f"{source}: {exc.problem}; nothing was published", EXIT_BAD_SNAPSHOT)
+    except MbcapWatchError as exc:
+        _fail(str(exc), 1)
+    path = settings.snapshot_dir / SNAPSHOT_NAME
+    if json:
+        fields = {
+            "path": str(path),
+            "entries": len(snapshot.entries),
+            "written_at": snapshot.written_at,
+        }
+        _print_line(msgspec.json.encode(fields).decode())
+    else:
+        _print_line(
+            f"published {len(snapshot.entries)} entries to {path}, written at {snapshot.written_at}"
+        )
+
+
+@app.command(name="demo")
+def demo_command(
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the synthetic mesh.")] = 2400,
+    snapshots: Annotated[int, typer.Option(min=1, help="Snapshots to publish.")] = 12,
+    mode: Annotated[str, typer.Option(metavar="auto|inotify|poll", help="How to watch.")] = "auto",
+    poll_interval: Annotated[
+        str, typer.Option(metavar="DURATION", help="Between two looks when polling.")
+    ] = "1s",
+) -> None:
+    """Show the whole chain at work on generated data, in a temporary directory.
+
+    Another process publishes a series of changing snapshots; each is timed from its rename to its
+    committed rows. Exit code 0 only if every row is right.
+    """
+    try:
+        right = demo.main(nodes=nodes, snapshots=snapshots, mode=mode, poll_interval=poll_interval)
+    except SettingsError as exc:
+        _fail(str(exc), EXIT_USAGE)
+    raise typer.Exit(0 if right else 1)
+
+
+def _configure(context: typer.Context) -> config.Config:
+    try:
+        loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    except SettingsError as exc:
+        _fail(str(exc), EXIT_USAGE)
+    logs.configure(loaded.log_level, loaded.log_format)
+    return loaded
+
+
+def _print_line(text: str) -> None:
+    """Print at once, with text that no encoding can break."""
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    sys.stdout.flush()
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"mbcap-watch: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

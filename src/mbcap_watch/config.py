@@ -1,0 +1,128 @@
+"""Where a setting comes from: an option, the environment, a TOML file, or its default."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mbcap_watch.errors import SettingsError
+from mbcap_watch.settings import SETTING_NAMES, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENV_PREFIX: Final = "MBCAP_WATCH_"
+CONFIG_VARIABLE: Final = ENV_PREFIX + "CONFIG"
+DATABASE_VARIABLE: Final = "DB_PATH"  # CoreScope's own
+DEFAULT_DATABASE: Final = "data/meshcore.db"  # likewise
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+LOG_FORMATS: Final = ("text", "json")
+
+# What only the command line knows, beside the settings of the library.
+_CLI_DEFAULTS: Final = {"log_level": "info", "log_format": "text"}
+_NAMES: Final = (*SETTING_NAMES, *_CLI_DEFAULTS)
+
+# Kubernetes puts such variables into every container when a service is called "mbcap-watch".
+_KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything the command line runs with.
+
+    Attributes:
+        settings: for the library.
+        log_level: one of `LOG_LEVELS`.
+        log_format: one of `LOG_FORMATS`.
+        origins: for every name, where its value came from.
+
+    """
+
+    settings: Settings
+    log_level: str
+    log_format: str
+    origins: Mapping[str, str]
+
+
+def load(
+    options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None = None
+) -> Config:
+    """Merge all sources: option before environment before file before default.
+
+    Args:
+        options: values by setting name; None where the option was not given.
+        environ: the environment. An empty variable counts as not set.
+        config_file: a TOML file; else the one that `MBCAP_WATCH_CONFIG` names, if any.
+
+    Raises:
+        SettingsError: an unknown name or a bad value; names the option, the variable, or the
+            file and the key.
+
+    """
+    values: dict[str, Any] = {"database": DEFAULT_DATABASE, **_CLI_DEFAULTS}
+    origins = dict.fromkeys(_NAMES, "default")
+
+    def take(name: str, value: Any, origin: str) -> None:
+        values[name] = value
+        origins[name] = origin
+
+    path = config_file or environ.get(CONFIG_VARIABLE)
+    for name, value in (_read_toml(Path(path)) if path else {}).items():
+        take(name, value, f"{path}: {name}")
+    if environ.get(DATABASE_VARIABLE):
+        take("database", environ[DATABASE_VARIABLE], DATABASE_VARIABLE)
+    for variable, name in _variables(environ).items():
+        take(name, environ[variable], variable)
+    for name in _NAMES:
+        if options.get(name) is not None:
+            take(name, options[name], "--" + name.replace("_", "-"))
+
+    log_level, log_format = values.pop("log_level"), values.pop("log_format")
+    try:
+        return Config(
+            settings=Settings.from_mapping(values),
+            log_level=_choice("log_level", log_level, LOG_LEVELS),
+            log_format=_choice("log_format", log_format, LOG_FORMATS),
+            origins=origins,
+        )
+    except SettingsError as exc:  # say it in the user's words: the option, the variable, the key
+        origin = origins[exc.setting]
+        name = exc.setting if origin == "default" else origin
+        raise SettingsError(name, exc.problem) from exc
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise SettingsError(name, f"expected one of {', '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return our variables that are set, with the name of the setting of each."""
+    found = {}
+    for variable, value in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or not value:
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name in _NAMES:
+            found[variable] = name
+        elif not _KUBERNETES.fullmatch(variable.removeprefix(ENV_PREFIX)):
+            raise SettingsError(variable, "unknown setting; known: " + ", ".join(_NAMES))
+    return found
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise SettingsError(str(path), f"cannot be read: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise SettingsError(str(path), f"is not valid TOML: {exc}") from exc
+    for name in values:
+        if name not in _NAMES:
+            raise SettingsError(f"{path}: {name}", "unknown setting; known: " + ", ".join(_NAMES))
+    return values

@@ -1,0 +1,139 @@
+"""Every error of this package, as types.
+
+    MbcapWatchError
+    ├── SettingsError              a setting's name or value
+    ├── EventLoopError             not running on asyncio
+    ├── SnapshotError
+    │   ├── SnapshotNotFound       nothing to persist; a state to wait in
+    │   ├── SnapshotMalformed      its bytes are no snapshot
+    │   ├── SnapshotRefused        not a regular file, or too large: never read
+    │   ├── SnapshotUnreadable     the operating system would not let us read it
+    │   └── SnapshotNotPublished   the new snapshot could not be put in place
+    └── DatabaseError
+        ├── DatabaseMissing        no file; never created
+        ├── SchemaMissing          no table has the two columns yet
+        ├── DatabaseBusy           somebody else held the lock
+        └── DatabaseFailed         anything else SQLite or the disk refused
+
+A message names the file, says what is wrong, and what happens next (`hint`). Nothing in this
+package decides by the text of a message.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+
+class MbcapWatchError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class SettingsError(MbcapWatchError):
+    """A setting has an unknown name or an unusable value.
+
+    Attributes:
+        setting: the name as the user wrote it.
+        problem: what is wrong with it, and what would be right.
+
+    """
+
+    def __init__(self, setting: str, problem: str) -> None:
+        super().__init__(setting, problem)
+        self.setting = setting
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.problem}"
+
+
+class EventLoopError(MbcapWatchError):
+    """The bridge needs asyncio (aiosqlite does) and was started on something else."""
+
+
+class _FileError(MbcapWatchError):
+    """What is wrong with a file, and what happens next."""
+
+    hint: ClassVar[str] = ""
+
+    def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = os.fspath(path)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; {self.hint}"
+
+
+class SnapshotError(_FileError):
+    """Something about the snapshot file; the database was not touched."""
+
+
+class SnapshotNotFound(SnapshotError):
+    """There is no snapshot: nothing to persist. Callers wait, or go on.
+
+    Attributes:
+        unusual: whether something stands where the snapshot should be (a file in place of the
+            directory, a symbolic link to nothing), which an operator wants to know.
+
+    """
+
+    hint = "there is nothing to persist until one is published"
+
+    def __init__(
+        self, path: str | os.PathLike[str], problem: str, *, unusual: bool = False
+    ) -> None:
+        super().__init__(path, problem)
+        self.unusual = unusual
+
+
+class SnapshotMalformed(SnapshotError):
+    """The bytes are not a snapshot as a whole; no part of it is applied."""
+
+    hint = "the database stays as it is and the file is read again when it changes"
+
+
+class SnapshotRefused(SnapshotError):
+    """What is at the path may not be read: not a regular file, or larger than allowed."""
+
+    hint = "it is not read; it is looked at again when it is replaced"
+
+
+class SnapshotUnreadable(SnapshotError):
+    """The operating system refused to read the file (permission, I/O, a stale handle)."""
+
+    hint = "the database stays as it is and the file is tried again"
+
+
+class SnapshotNotPublished(SnapshotError):
+    """The new snapshot could not be written or renamed into place."""
+
+    hint = "the snapshot that was there before still is"
+
+
+class DatabaseError(_FileError):
+    """Something about the database; what was already written stays and is right."""
+
+
+class DatabaseMissing(DatabaseError):
+    """There is no database file; it is never created here."""
+
+    hint = "it is never created here; the snapshot is applied once it appears"
+
+
+class SchemaMissing(DatabaseError):
+    """Neither table has the columns; they are never added here."""
+
+    hint = "tables and columns are never added here; the snapshot is applied once they appear"
+
+
+class DatabaseBusy(DatabaseError):
+    """Another connection kept the lock for longer than we wait."""
+
+    hint = "nothing is lost; the snapshot stays pending and is tried again"
+
+
+class DatabaseFailed(DatabaseError):
+    """SQLite or the disk refused: corrupt, read-only, full, out of reach, or replaced."""
+
+    hint = "the snapshot stays pending and is tried again"

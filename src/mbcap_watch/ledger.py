@@ -1,0 +1,34 @@
+"""`Ledger`: what became of the rows while one snapshot was applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What happened to the rows while one snapshot was applied, over all attempts.
+
+    Attributes:
+        matched: rows that the snapshot has a value for, by table.
+        changed: rows written, by table.
+        unmatched: keys in neither table.
+        failed: what refused a row, by table and key.
+        lock_seconds: the longest single hold of the write lock, in seconds.
+        waiting: what a table that cannot be served yet lacks.
+        stopped: whether whoever waits for this has gone; then the rest is left for another look.
+
+    """
+
+    matched: Counter[str] = dataclasses.field(default_factory=Counter)
+    changed: Counter[str] = dataclasses.field(default_factory=Counter)
+    unmatched: int = 0
+    failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    lock_seconds: float = 0.0
+    waiting: str | None = None
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Ask for the work to end at the next batch."""
+        self.stopped = True

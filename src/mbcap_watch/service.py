@@ -1,0 +1,230 @@
+"""`persist_once` and `run`: the whole chain, from "look again" to a result."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+import anyio
+
+from mbcap_watch.agenda import Agenda
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    EventLoopError,
+    SnapshotMalformed,
+    SnapshotUnreadable,
+)
+from mbcap_watch.look import Looker
+from mbcap_watch.watch import Watch, WatchState
+from mbcap_watch.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskStatus
+
+    from mbcap_watch.plan import Change
+    from mbcap_watch.result import PersistResult, Reason
+    from mbcap_watch.settings import Settings
+
+OnResult: TypeAlias = "Callable[[PersistResult], Any]"
+OnState: TypeAlias = "Callable[[WatchState], Any]"
+T = TypeVar("T")
+
+# The first pause before something is tried again, and the longest while the database is busy.
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+
+
+async def persist_once(settings: Settings) -> PersistResult:
+    """Look once: read the snapshot and apply it. Tries a busy database until `busy_deadline`.
+
+    Never raises for the state of the files: the result's `outcome` and `error` tell.
+
+    Raises:
+        EventLoopError: not running on asyncio.
+
+    """
+    loop = _asyncio_loop()
+    deadline = loop.time() + settings.busy_deadline
+    async with Worker() as worker:
+        looker = Looker(settings, worker)
+        attempt = 0
+        while True:
+            result = await looker.look("once")
+            pause = _busy_pause(attempt)
+            if result is not None and (result.outcome != "busy" or loop.time() + pause > deadline):
+                return result
+            await anyio.sleep(pause)
+            attempt += 1
+
+
+async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[str, Change]]]:
+    """Return what `persist_once` would report, and by table what it would change; change nothing.
+
+    Raises:
+        EventLoopError: not running on asyncio.
+
+    """
+    _asyncio_loop()
+    async with Worker() as worker:
+        return await Looker(settings, worker).preview()
+
+
+async def run(
+    settings: Settings,
+    *,
+    on_result: OnResult | None = None,
+    on_state: OnState | None = None,
+    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Bridge snapshots into the database until cancelled.
+
+    Under `await task_group.start(run, settings)` the start is over once the watch is armed and
+    the first look is done. Whatever happens to the files, the bridge waits and looks again; it
+    raises only for programming errors, those of the hooks included.
+
+    Args:
+        settings: what to watch, and how.
+        on_result: called with every `PersistResult`; may be a coroutine function, and then holds
+            up the next look until it returns.
+        on_state: called with a `WatchState` whenever the way of watching changes; likewise.
+        task_status: for `TaskGroup.start`.
+
+    Raises:
+        EventLoopError: not running on asyncio.
+
+    """
+    loop = _asyncio_loop()
+    agenda = Agenda(settings, loop.time())
+    bell = asyncio.Event()
+
+    def ring() -> None:
+        agenda.ring(loop.time())
+        bell.set()
+
+    def ring_from_thread() -> None:
+        try:
+            loop.call_soon_threadsafe(ring)
+        except RuntimeError:
+            return  # the loop was closed under a host that did not wait for us
+
+    async with Worker() as worker:
+        watch = Watch(settings, worker, ring_from_thread)
+        bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), on_result, on_state)
+        try:
+            await bridge.serve("start")
+            task_status.started()
+            while True:
+                await bridge.serve(await _next_reason(agenda, watch, bell))
+        finally:
+            await watch.close()
+
+
+async def _next_reason(agenda: Agenda, watch: Watch, bell: asyncio.Event) -> Reason:
+    loop = asyncio.get_running_loop()
+    while True:
+        at, reason = agenda.next(polling=watch.polling)
+        wait = at - loop.time()
+        if wait <= 0:
+            return reason
+        bell.clear()
+        with anyio.move_on_after(wait):
+            await bell.wait()
+
+
+class _Bridge:
+    """Serves one reason to look after the other, and decides what a failure means."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        agenda: Agenda,
+        watch: Watch,
+        looker: Looker,
+        on_result: OnResult | None,
+        on_state: OnState | None,
+    ) -> None:
+        self._settings = settings
+        self._agenda = agenda
+        self._watch = watch
+        self._looker = looker
+        self._on_result = on_result
+        self._on_state = on_state
+        self._state = watch.state
+        self._attempt = 0
+        self._busy_since: float | None = None
+
+    async def serve(self, reason: Reason) -> None:
+        now = asyncio.get_running_loop().time
+        self._agenda.begin(reason, now())
+        if reason in ("start", "sweep") or self._watch.awaits_directory:
+            await self._watch.refresh()
+            await self._tell_state()
+        only_if_changed = reason in ("poll", "sweep") or (
+            reason == "retry" and not isinstance(self._looker.error, DatabaseError)
+        )
+        result = await self._looker.look(reason, only_if_changed=only_if_changed)
+        if result is not None and reason != "retry":
+            self._attempt = 0
+        compared = result is not None and result.outcome in ("applied", "unchanged")
+        self._agenda.end(now(), compared=compared, retry_in=self._retry_in(result))
+        if result is not None and self._worth_telling(result, now()):
+            await _call(self._on_result, result)
+
+    def _retry_in(self, result: PersistResult | None) -> float | None:
+        """Decide: wait (None), retry soon, or retry slowly."""
+        error, attempt = self._looker.error, self._attempt
+        self._attempt += 1
+        if isinstance(error, DatabaseBusy):
+            return _busy_pause(attempt)
+        if isinstance(error, DatabaseError):
+            return None if result is None else self._settings.sweep_interval
+        if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
+            # A torn file is repaired without a rename. The pauses grow until the sweep, or the
+            # poll, is soon enough.
+            pause = _FIRST_PAUSE * 2.0**attempt
+            return pause if pause < self._settings.sweep_interval else None
+        return None
+
+    def _worth_telling(self, result: PersistResult, now: float) -> bool:
+        """Being busy is normal: it is told only once it has lasted for `busy_deadline`."""
+        if result.outcome != "busy":
+            self._busy_since = None
+            return True
+        if self._busy_since is None:
+            self._busy_since = now
+        if now - self._busy_since < self._settings.busy_deadline:
+            return False
+        self._busy_since = now
+        return True
+
+    async def _tell_state(self) -> None:
+        if self._watch.state != self._state:
+            self._state = self._watch.state
+            await _call(self._on_state, self._state)
+
+
+async def _call(hook: Callable[[T], Any] | None, value: T) -> None:
+    if hook is not None:
+        answer = hook(value)
+        if inspect.isawaitable(answer):
+            await answer
+
+
+def _busy_pause(attempt: int) -> float:
+    """Return a growing pause with jitter, so that two waiters do not meet again and again."""
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError as exc:
+        raise EventLoopError(
+            "mbcap_watch runs on asyncio only, because aiosqlite does; under trio, start it in a"
+            " thread of its own with asyncio.run"
+        ) from exc

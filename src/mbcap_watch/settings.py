@@ -1,0 +1,184 @@
+"""`Settings`: what the bridge can be told, with defaults and validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from mbcap_watch.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Mode = Literal["auto", "inotify", "poll"]
+Downgrade = Literal["allow", "never"]
+
+SNAPSHOT_DIR_NAME = "mbcap-snapshot"
+DEFAULT_MAX_BYTES = 256 << 20
+
+# Stands for "not given"; only its identity counts. A `Path`, so that whoever reads
+# `settings.snapshot_dir` gets one, and never has to ask whether it is None.
+_BESIDE_DATABASE = Path(SNAPSHOT_DIR_NAME)
+
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
+
+# A batch is one hold of the write lock. 10,000 rows held it for about 50 ms where 500 took 8 ms;
+# beyond that the setting would only serve to hurt the other writers (benchmarks/ repeats this).
+_MAX_BATCH_ROWS = 10_000
+_MAX_SECONDS = 7 * 24 * 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the bridge can be told. Frozen, and validated when made.
+
+    Durations are seconds, sizes are bytes; both may be given as text with a unit (`"250ms"`,
+    `"5s"`, `"10m"`, `"64MiB"`). Relative paths are taken from the working directory of the moment
+    and kept absolute, so that a later `chdir` changes nothing.
+
+    Attributes:
+        database: the SQLite database that CoreScope's ingestor owns. Never created.
+        snapshot_dir: the directory of `snapshot.json`; by default `mbcap-snapshot` beside the
+            database.
+        mode: how changes are noticed: `auto` (inotify where the filesystem delivers it, polling
+            elsewhere), `inotify` or `poll`.
+        poll_interval: seconds between two looks when polling.
+        sweep_interval: seconds between two checks, under inotify, that the watch is alive and that
+            no change was missed; also the slow pace of retries.
+        resync: seconds between two comparisons with the database although the file did not
+            change: nodes that appear later get their value then.
+        debounce: seconds of quiet that a burst of changes is given before the next look; the first
+            change of a burst is served at once.
+        max_wait: seconds by which an unending burst can postpone a look at most.
+        batch_rows: rows written per hold of the write lock.
+        busy_deadline: seconds for which a busy database is tried before that is reported.
+        max_bytes: a larger snapshot is refused without being read.
+        downgrade: whether `suspected` may replace a stored `confirmed`: `allow` or `never`.
+
+    Raises:
+        SettingsError: a value is out of range or of the wrong type; names the setting.
+
+    """
+
+    database: Path
+    snapshot_dir: Path = _BESIDE_DATABASE
+    mode: Mode = "auto"
+    poll_interval: float = 1.0
+    sweep_interval: float = 5.0
+    resync: float = 300.0
+    debounce: float = 0.1
+    max_wait: float = 1.0
+    batch_rows: int = 500
+    busy_deadline: float = 30.0
+    max_bytes: int = DEFAULT_MAX_BYTES
+    downgrade: Downgrade = "allow"
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+        put("database", _path("database", self.database))
+        if self.snapshot_dir is _BESIDE_DATABASE:
+            put("snapshot_dir", self.database.parent / SNAPSHOT_DIR_NAME)
+        else:
+            put("snapshot_dir", _path("snapshot_dir", self.snapshot_dir))
+        put("mode", _choice("mode", self.mode, get_args(Mode)))
+        put("downgrade", _choice("downgrade", self.downgrade, get_args(Downgrade)))
+        for name, least in _DURATIONS.items():
+            put(name, _duration(name, getattr(self, name), least))
+        put("batch_rows", _whole("batch_rows", self.batch_rows, 1, _MAX_BATCH_ROWS))
+        put("max_bytes", _size("max_bytes", self.max_bytes))
+        if self.max_wait < self.debounce:
+            raise SettingsError(
+                "max_wait", f"{self.max_wait:g} s is shorter than debounce ({self.debounce:g} s)"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Make settings from untyped values, such as a TOML table.
+
+        Raises:
+            SettingsError: a name is unknown, a value is unusable, or `database` is missing.
+
+        """
+        for name in values:
+            if name not in SETTING_NAMES:
+                raise SettingsError(name, "unknown setting; known: " + ", ".join(SETTING_NAMES))
+        if "database" not in values:
+            raise SettingsError("database", "is not set")
+        return cls(**values)
+
+
+SETTING_NAMES = tuple(field.name for field in dataclasses.fields(Settings))
+
+# The least value of each duration, in seconds. Below 10 ms a poll or a sweep would be a busy loop.
+_DURATIONS = {
+    "poll_interval": 0.01,
+    "sweep_interval": 0.01,
+    "resync": 0.1,
+    "debounce": 0.0,
+    "max_wait": 0.0,
+    "busy_deadline": 0.0,
+}
+
+
+def _path(name: str, value: object) -> Path:
+    if not isinstance(value, (str, os.PathLike)) or not (text := os.fspath(value)):
+        raise SettingsError(name, f"expected a path, got {value!r}")
+    if not isinstance(text, str) or "\0" in text:
+        raise SettingsError(name, f"not a usable path: {value!r}")
+    return Path(os.path.abspath(Path(text).expanduser()))
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise SettingsError(name, f"expected one of {', '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+def _duration(name: str, value: object, least: float) -> float:
+    seconds = _number(name, value, _DURATION_UNITS, "seconds or text such as '250ms', '5s', '10m'")
+    if not least <= seconds <= _MAX_SECONDS:
+        raise SettingsError(
+            name, f"must be between {least:g} s and {_MAX_SECONDS:g} s, got {value!r}"
+        )
+    return seconds
+
+
+def _size(name: str, value: object) -> int:
+    expected = "a number of bytes or text such as '64MiB'"
+    size = _number(name, value, _SIZE_UNITS, expected)
+    if size < 1 or size != int(size):
+        raise SettingsError(name, f"expected {expected}, at least one byte, got {value!r}")
+    return int(size)
+
+
+def _whole(name: str, value: object, least: int, most: int) -> int:
+    number = _number(name, value, {}, "a whole number")
+    if number != int(number) or not least <= number <= most:
+        raise SettingsError(name, f"expected a whole number from {least} to {most}, got {value!r}")
+    return int(number)
+
+
+def _number(name: str, value: object, units: Mapping[str, float], expected: str) -> float:
+    """Read a number, or text of a number and one of `units`."""
+    if isinstance(value, str):
+        match = _QUANTITY.fullmatch(value.strip())
+        if match is None or (match[2] and match[2] not in units):
+            raise SettingsError(name, f"expected {expected}, got {value!r}")
+        return float(match[1]) * units.get(match[2], 1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SettingsError(name, f"expected {expected}, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise SettingsError(name, f"expected {expected}, got {value!r}")
+    return number

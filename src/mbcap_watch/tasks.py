@@ -1,0 +1,46 @@
+"""Work that a cancellation may not tear apart."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+
+async def uncancelled(work: Coroutine[Any, Any, T], on_cancel: Callable[[], None]) -> T:
+    """Run `work` as a task of its own, to its end, whatever happens to the caller.
+
+    A cancelled caller asks the work to finish early (`on_cancel`), waits until it has, and only
+    then goes down. Native cancellation (`task.cancel()`, `asyncio.timeout`, Ctrl-C under
+    `asyncio.run`) and anyio's cancel scopes are both kept away from the work: a shielded scope
+    alone would not stop the native kind, and without a shield anyio would cancel the wait again
+    on every turn of the loop.
+
+    Raises:
+        asyncio.CancelledError: the caller was cancelled; the work has ended.
+
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError as exc:
+        cancelled = exc
+        on_cancel()
+        with anyio.CancelScope(shield=True):
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError as again:
+                    # Behind the shield only a native cancellation arrives, and that one must be
+                    # what goes on: an anyio scope would swallow its own.
+                    cancelled = again
+        if not task.cancelled():
+            task.exception()  # looked at; the caller is leaving and has no use for it
+        raise cancelled from None
+    return task.result()

@@ -1,0 +1,126 @@
+"""How changes are noticed: the mode, why it was chosen, and its repair."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+
+from mbcap_watch.inotify import InotifyWatch
+from mbcap_watch.mounts import mount_of
+from mbcap_watch.tasks import uncancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mbcap_watch.settings import Settings
+    from mbcap_watch.worker import Worker
+
+# Stopping an observer takes up to half a second. What takes longer hangs in the kernel, in a
+# daemon thread that does not keep the process.
+_CLOSE_SECONDS = 2.0
+
+_ASKED_FOR = "asked for by the setting mode"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchState:
+    """How the bridge notices changes at the moment.
+
+    Attributes:
+        mode: `inotify` or `poll`.
+        why: the reason for the mode, for people.
+        armed_since: when the present inotify watch was armed, in seconds since the epoch; None
+            without one.
+        rearms: how often a watch had to be armed anew.
+
+    """
+
+    mode: Literal["inotify", "poll"] = "poll"
+    why: str = "not started"
+    armed_since: float | None = None
+    rearms: int = 0
+
+
+class Watch:
+    """Keeps an inotify watch alive where it is of use; everywhere else the bridge polls.
+
+    Never raises for what the filesystem does: while there is no watch, there is polling.
+
+    Attributes:
+        state: how changes are noticed now.
+        awaits_directory: whether all that keeps inotify away is that there is no directory yet;
+            it is then worth asking again at every poll.
+
+    """
+
+    def __init__(self, settings: Settings, worker: Worker, on_change: Callable[[], None]) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._on_change = on_change
+        self._inotify: InotifyWatch | None = None
+        self._arms = 0
+        self.awaits_directory = False
+        self.state = WatchState()
+
+    @property
+    def polling(self) -> bool:
+        """Whether there is no inotify watch to rely on."""
+        return self._inotify is None
+
+    async def refresh(self) -> None:
+        """Arm, check, or repair the watch; say in `state` what came of it."""
+        self._say(await self._worker.call(self._refresh))
+
+    async def close(self) -> None:
+        """Take the watch down and wait until its threads have ended; give up on a hung mount."""
+        await uncancelled(self._close(), on_cancel=lambda: None)
+
+    async def _close(self) -> None:
+        with anyio.move_on_after(_CLOSE_SECONDS):
+            await self._worker.call(self._disarm)
+
+    def _say(self, why: str) -> None:
+        mode: Literal["inotify", "poll"] = "poll" if self.polling else "inotify"
+        rearms = max(0, self._arms - 1)
+        if (mode, why, rearms) != (self.state.mode, self.state.why, self.state.rearms):
+            since = None if self.polling else time.time()
+            self.state = WatchState(mode=mode, why=why, armed_since=since, rearms=rearms)
+
+    # In the worker's thread from here on.
+
+    def _refresh(self) -> str:
+        directory = self._settings.snapshot_dir
+        self.awaits_directory = False
+        if self._settings.mode == "poll":
+            return _ASKED_FOR
+        if self._inotify is not None:
+            problem = self._inotify.problem()
+            if problem is None:
+                return self.state.why
+            self._disarm()
+        try:
+            return self._arm(directory)
+        except FileNotFoundError:
+            self.awaits_directory = True
+            return f"{directory} does not exist yet"
+        except OSError as exc:
+            return f"no inotify watch on {directory} for now: {exc.strerror}"
+
+    def _arm(self, directory: Path) -> str:
+        mount = mount_of(directory)
+        if self._settings.mode == "auto" and not mount.delivers_inotify:
+            return f"inotify does not see every change on {mount.type}"
+        self._inotify = InotifyWatch(directory, self._on_change)
+        self._arms += 1
+        if self._settings.mode == "auto":
+            return f"inotify sees every change on {mount.type}"
+        return _ASKED_FOR
+
+    def _disarm(self) -> None:
+        if self._inotify is not None:
+            self._inotify.close()
+            self._inotify = None
