@@ -26,8 +26,6 @@ from mbcap_watch.settings import Settings
 from mbcap_watch.snapshot import SNAPSHOT_NAME, ensure_snapshot_dir, snapshot_path, write_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-
     from mbcap_watch.result import PersistResult
     from mbcap_watch.wire import Snapshot
 
@@ -88,13 +86,17 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
             task_status=task_status,
         )
 
-    async with anyio.create_task_group() as group, _publisher(settings, nodes, snapshots) as ask:
+    command = [sys.executable, "-m", __spec__.name, settings.database, nodes, snapshots]
+    async with (
+        await anyio.open_process([str(part) for part in command], stderr=None) as publisher,
+        anyio.create_task_group() as group,
+    ):
         await group.start(bridge)
         results.get_nowait()  # of the start: there was no snapshot yet
         console.print("A publisher in another process replaces the snapshot by rename:\n")
         for number, snapshot in enumerate(mesh.snapshots(nodes, snapshots, SEED), 1):
             await anyio.sleep(_BREATH)
-            renamed_at = await ask()
+            renamed_at = await _ask(publisher)
             with anyio.move_on_after(LANDING_SECONDS):
                 result, committed_at = await results.get()
                 _expect(wanted, snapshot)
@@ -156,30 +158,12 @@ def _summarize(landings: list[Landing], snapshots: int, console: Console) -> boo
 # ------------------------------------------------------------------------------ the publisher
 
 
-@contextlib.asynccontextmanager
-async def _publisher(
-    settings: Settings, nodes: int, snapshots: int
-) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-    """Start the publisher; yield a function that has it publish and returns the rename's time."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "mbcap_watch.demo"),
-        *(str(settings.database), str(nodes), str(snapshots)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-
-    async def ask() -> int:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"\n")
-        return int(await process.stdout.readline())
-
-    try:
-        yield ask
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+async def _ask(publisher: anyio.abc.Process) -> int:
+    """Have it publish the next snapshot; return the monotonic time of the rename, in ns."""
+    assert publisher.stdin is not None
+    assert publisher.stdout is not None
+    await publisher.stdin.send(b"\n")
+    return int(await publisher.stdout.receive())
 
 
 def publish(database: Path, nodes: int, count: int) -> None:

@@ -69,7 +69,8 @@ class ResultLog:
         if trouble == self._trouble:
             logger.debug("%s: %s", result.reason, result.outcome, extra=data)
         elif trouble is None:
-            logger.info("recovered: %s", result.outcome, extra=data)
+            if result.outcome != "applied":  # that line says it already
+                logger.info("recovered: the database is as the snapshot says", extra=data)
         elif result.outcome == "no_snapshot":
             logger.info("waiting for a snapshot%s", _because(result), extra=data)
         else:

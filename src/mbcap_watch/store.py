@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sqlite3
+import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -192,7 +193,9 @@ async def _fetch(
         if hasattr(exc, "sqlite_errorcode"):
             raise
         # Not SQLite but Python refused: text in the database that is not UTF-8. Tolerating that
-        # from the start would make every read half as fast again.
+        # from the start would make every read take half as long again. The frames of the
+        # failed call hold a cursor in the middle of its rows, which would pin the WAL.
+        traceback.clear_frames(exc.__traceback__)
         connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         return list(await connection.execute_fetchall(sql, parameters))  # type: ignore[arg-type]
 

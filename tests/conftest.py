@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+import uvloop
+
+from mbcap_watch import ensure_snapshot_dir
+from support import Row, make_database, open_descriptors, thread_names, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
+hypothesis.settings.register_profile("campaign", deadline=None, max_examples=5000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+SEED: list[Row] = [
+    ("nodes", "aa11", 0, None),
+    ("inactive_nodes", "bb22", 0, None),
+    ("nodes", "cc33", 2, "advert"),
+    ("nodes", "dd44", 1, "path"),
+    ("nodes", "ee55", 0, None),
+    ("inactive_nodes", "ee55", 0, None),
+    ("inactive_nodes", "ff66", 2, "advert"),
+]
+
+
+@pytest.fixture(params=["asyncio", "asyncio+uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param.endswith("uvloop")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libuv_has_its_descriptors() -> None:
+    """libuv opens descriptors for the whole process at its first use; they are no leak."""
+    uvloop.run(asyncio.sleep(0))
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A database as the ingestor makes it, with a few rows, and a directory for snapshots."""
+    path = make_database(tmp_path / "meshcore.db", SEED)
+    ensure_snapshot_dir(path)
+    return path
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """No thread and no descriptor is gained, whatever the test did."""
+    threads, descriptors = thread_names(), open_descriptors()
+    yield
+    wait_until(lambda: thread_names() == threads, f"an end of all threads but {threads}")
+    wait_until(
+        lambda: len(open_descriptors()) <= len(descriptors),
+        f"closing of {set(open_descriptors().items()) - set(descriptors.items())}",
+    )

@@ -1,0 +1,193 @@
+"""What several tests need: databases as CoreScope makes them, waiting, other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from mbcap_watch import PersistResult
+
+TESTS = Path(__file__).parent
+DEADLINE = 20.0  # generous: the machines are slow and shared
+
+Row = tuple[str, str, int, str | None]
+"""`(table, public_key, multibyte_sup, multibyte_evidence)`"""
+
+_SCHEMA = """
+CREATE TABLE {table} (public_key TEXT PRIMARY KEY, name TEXT, last_seen TEXT,
+  multibyte_sup INTEGER NOT NULL DEFAULT 0, multibyte_evidence TEXT)
+"""
+
+
+@contextlib.contextmanager
+def connect(database: Path, **options: Any) -> Iterator[sqlite3.Connection]:
+    """Open a connection of another program: autocommit, and closed at the end."""
+    connection = sqlite3.connect(database, isolation_level=None, **options)
+    with contextlib.closing(connection):
+        yield connection
+
+
+def make_database(path: Path, rows: Iterable[Row] = (), *, journal_mode: str = "wal") -> Path:
+    with connect(path) as connection:
+        connection.execute(f"PRAGMA journal_mode = {journal_mode}")
+        for table in ("nodes", "inactive_nodes"):
+            connection.execute(_SCHEMA.format(table=table))
+        connection.execute("BEGIN")
+        for table, *values in rows:
+            connection.execute(
+                f"INSERT INTO {table} (public_key, multibyte_sup, multibyte_evidence)"
+                " VALUES (?, ?, ?)",
+                values,
+            )
+        connection.execute("COMMIT")
+    return path
+
+
+def read_rows(database: Path) -> set[Row]:
+    """Return the rows of every table that has the columns."""
+    rows: set[Row] = set()
+    with connect(database) as connection:
+        for table in ("nodes", "inactive_nodes"):
+            columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+            if {"multibyte_sup", "multibyte_evidence"} <= columns:
+                rows.update(
+                    (table, *row)
+                    for row in connection.execute(
+                        f"SELECT public_key, multibyte_sup, multibyte_evidence FROM {table}"
+                    )
+                )
+    return rows
+
+
+def document(*entries: tuple[str, str] | tuple[str, str, str], written_at: str = "") -> bytes:
+    """Return the bytes of a snapshot as a publisher in another language might write them."""
+    names = ("public_key", "status", "evidence")
+    body: dict[str, Any] = {"entries": [dict(zip(names, e, strict=False)) for e in entries]}
+    if written_at:
+        body["writtenAt"] = written_at
+    return json.dumps(body).encode()
+
+
+def rename_from_another_process(data: bytes, target: Path) -> None:
+    """Replace `target` as the server does: fill a temporary file, rename it, elsewhere."""
+    script = "import os,sys; p=sys.argv[1]; open(p+'.tmp','wb').write(sys.stdin.buffer.read())"
+    script += "; os.replace(p+'.tmp', p)"
+    subprocess.run([sys.executable, "-c", script, str(target)], input=data, check=True)
+
+
+def put(data: bytes, target: Path) -> None:
+    """Replace `target` by rename, from this process."""
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def other_process(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run Python code in another process; it is killed at the end if it still runs."""
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def locked(database: Path) -> Iterator[Callable[[], None]]:
+    """Have another process hold the write lock; yields what releases it."""
+    script = """
+        import sqlite3, sys
+        connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+        connection.execute("BEGIN IMMEDIATE")
+        print("locked", flush=True)
+        sys.stdin.readline()
+        connection.execute("ROLLBACK")
+        connection.close()
+        print("released", flush=True)
+    """
+    with other_process(script, str(database)) as process:
+        assert read_line(process) == "locked"
+
+        def release() -> None:
+            if process.poll() is None and process.stdin is not None:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                assert read_line(process) == "released"
+
+        yield release
+
+
+def wait_until(condition: Callable[[], object], what: str = "the condition") -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come within {DEADLINE} s"
+        time.sleep(0.005)
+
+
+async def until(condition: Callable[[], object], what: str = "the condition") -> None:
+    """As `wait_until`, without stopping the event loop."""
+    with anyio.move_on_after(DEADLINE):
+        while not condition():
+            await anyio.sleep(0.005)
+        return
+    raise AssertionError(f"{what} did not come within {DEADLINE} s")
+
+
+def open_descriptors() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def thread_names() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate())
+
+
+class Results:
+    """A hook that keeps every result, and waits for one."""
+
+    def __init__(self) -> None:
+        self.all: list[PersistResult] = []
+
+    def __call__(self, result: PersistResult) -> None:
+        self.all.append(result)
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [result.outcome for result in self.all]
+
+    async def next(self, outcome: str, *, after: int = 0) -> PersistResult:
+        """Wait for the first result with `outcome` from number `after` on."""
+        await until(lambda: outcome in self.outcomes[after:], f"outcome {outcome}")
+        return self.all[self.outcomes.index(outcome, after)]
+
+    async def count(self, outcome: str, number: int) -> None:
+        """Wait until `outcome` was reported `number` times."""
+        await until(lambda: self.outcomes.count(outcome) >= number, f"{number} times {outcome}")
