@@ -11,15 +11,18 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+from mbcap_watch import Settings, run
 
-    from mbcap_watch import PersistResult
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+    from mbcap_watch import PersistResult, WatchState
 
 TESTS = Path(__file__).parent
 DEADLINE = 20.0  # generous: the machines are slow and shared
@@ -171,10 +174,11 @@ def thread_names() -> list[str]:
 
 
 class Results:
-    """A hook that keeps every result, and waits for one."""
+    """Hooks that keep every result and every state, and wait for one."""
 
     def __init__(self) -> None:
         self.all: list[PersistResult] = []
+        self.states: list[WatchState] = []
 
     def __call__(self, result: PersistResult) -> None:
         self.all.append(result)
@@ -182,6 +186,10 @@ class Results:
     @property
     def outcomes(self) -> list[str]:
         return [result.outcome for result in self.all]
+
+    @property
+    def state(self) -> WatchState:
+        return self.states[-1]
 
     async def next(self, outcome: str, *, after: int = 0) -> PersistResult:
         """Wait for the first result with `outcome` from number `after` on."""
@@ -191,3 +199,18 @@ class Results:
     async def count(self, outcome: str, number: int) -> None:
         """Wait until `outcome` was reported `number` times."""
         await until(lambda: self.outcomes.count(outcome) >= number, f"{number} times {outcome}")
+
+
+OFF = "24h"
+QUIET = {"sweep_interval": OFF, "resync": OFF, "poll_interval": OFF}
+
+
+@contextlib.asynccontextmanager
+async def bridge(database: Path, **settings: Any) -> AsyncIterator[Results]:
+    """Run a bridge with every clock switched off but those in `settings`."""
+    results = Results()
+    made = Settings.from_mapping({"database": database, **QUIET, **settings})
+    async with anyio.create_task_group() as group:
+        await group.start(partial(run, made, on_result=results, on_state=results.states.append))
+        yield results
+        group.cancel_scope.cancel()

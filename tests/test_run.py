@@ -22,7 +22,9 @@ from mbcap_watch import (
     snapshot_path,
 )
 from support import (
+    QUIET,
     Results,
+    bridge,
     connect,
     document,
     locked,
@@ -36,25 +38,10 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
-
-OFF = "24h"
-QUIET = {"sweep_interval": OFF, "resync": OFF, "poll_interval": OFF}
-
-
-@contextlib.asynccontextmanager
-async def bridge(database: Path, **settings: Any) -> AsyncIterator[Results]:
-    """Run a bridge with every clock switched off but those in `settings`."""
-    results = Results()
-    made = Settings.from_mapping({"database": database, **QUIET, **settings})
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, made, on_result=results))
-        yield results
-        group.cancel_scope.cancel()
-
 
 # ------------------------------------------------------------------------------ one source each
 

@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from mbcap_watch import DatabaseFailed, Settings, persist_once, snapshot_path, store
-from mbcap_watch.database import as_database_errors, open_database
+from mbcap_watch.database import open_database
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.service import preview_once
 from support import (
@@ -411,11 +411,10 @@ async def test_a_database_that_is_replaced_is_never_written_through_the_old_file
     os.link(database, old)
     ledger = Ledger()
 
-    with as_database_errors(database):
-        async with open_database(database, ledger) as connection:
-            os.replace(backup, database)
-            with pytest.raises(DatabaseFailed, match="replaced"):
-                await connection.executemany("UPDATE nodes SET multibyte_sup = ?", [(2,)])
+    async with open_database(database, ledger) as connection:
+        os.replace(backup, database)
+        with pytest.raises(DatabaseFailed, match="replaced"):
+            await connection.executemany("UPDATE nodes SET multibyte_sup = ?", [(2,)])
 
     assert {row[2] for row in read_rows(old)} == {row[2] for row in read_rows(database)}
     assert (await persist_once(Settings(database=database))).outcome == "applied"

@@ -26,7 +26,7 @@ from mbcap_watch.errors import (
     SnapshotRefused,
     SnapshotUnreadable,
 )
-from mbcap_watch.result import PersistResult
+from mbcap_watch.result import PersistResult, WatchState
 from mbcap_watch.settings import Settings
 from mbcap_watch.snapshot import (
     Entry,
@@ -40,7 +40,6 @@ from mbcap_watch.snapshot import (
 
 if TYPE_CHECKING:
     from mbcap_watch.service import persist_once, run
-    from mbcap_watch.watch import WatchState
 
 __version__ = "0.1.0"
 
@@ -76,7 +75,6 @@ __all__ = [
 _LAZY = {
     "persist_once": "mbcap_watch.service",
     "run": "mbcap_watch.service",
-    "WatchState": "mbcap_watch.watch",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

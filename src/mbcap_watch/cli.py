@@ -9,14 +9,14 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import anyio
 import anyio.abc
 import msgspec
 import typer
 
-from mbcap_watch import __version__, config, demo, logs
+from mbcap_watch import __version__, config, demo, logs, options
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
 from mbcap_watch.plan import Change
 from mbcap_watch.result import Outcome, PersistResult
@@ -56,88 +56,6 @@ app = typer.Typer(
 )
 
 
-def _option(*names: str, metavar: str, help: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
-
-
-def _setting(metavar: str, help: str) -> Any:
-    return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Settings")
-
-
-Text = str | None
-ConfigFile = Annotated[
-    Path | None, _option("--config", metavar="FILE", help="A TOML file with settings.")
-]
-Database = Annotated[
-    Text,
-    _option(
-        "--database",
-        metavar="PATH",
-        help="The SQLite database, else DB_PATH from the environment, else data/meshcore.db. Never"
-        " created.",
-    ),
-]
-SnapshotDir = Annotated[
-    Text,
-    _option(
-        "--snapshot-dir",
-        metavar="DIR",
-        help="Where snapshot.json is. Default: mbcap-snapshot beside the database.",
-    ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object per result on standard output.")
-]
-LogLevel = Annotated[
-    Text, _option("--log-level", metavar="|".join(config.LOG_LEVELS), help="Default: info.")
-]
-LogFormat = Annotated[
-    Text,
-    _option(
-        "--log-format",
-        metavar="|".join(config.LOG_FORMATS),
-        help="How to log on standard error. Default: text.",
-    ),
-]
-Mode = Annotated[
-    Text,
-    _setting(
-        "auto|inotify|poll",
-        "How changes are noticed; auto uses inotify where the filesystem delivers it"
-        ". Default: auto.",
-    ),
-]
-PollInterval = Annotated[Text, _setting("DURATION", "Between two looks when polling. Default: 1s.")]
-SweepInterval = Annotated[
-    Text,
-    _setting("DURATION", "Between checks for a dead watch or a missed change. Default: 5s."),
-]
-Resync = Annotated[
-    Text,
-    _setting(
-        "DURATION",
-        "Between comparisons with the database although the file did not change. Default: 5m.",
-    ),
-]
-Debounce = Annotated[
-    Text, _setting("DURATION", "Quiet that a burst of changes is given. Default: 100ms.")
-]
-MaxWait = Annotated[
-    Text, _setting("DURATION", "How long a burst can postpone a look. Default: 1s.")
-]
-BatchRows = Annotated[
-    Text, _setting("ROWS", "Rows written per hold of the write lock. Default: 500.")
-]
-BusyDeadline = Annotated[
-    Text, _setting("DURATION", "How long to try a locked database. Default: 30s.")
-]
-MaxBytes = Annotated[Text, _setting("SIZE", "Refuse larger snapshots. Default: 256MiB.")]
-Downgrade = Annotated[
-    Text,
-    _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
-]
-
-
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"mbcap-watch {__version__}")
@@ -157,22 +75,22 @@ def _main(
 @app.command()
 def run(
     context: typer.Context,
-    database: Database = None,
-    snapshot_dir: SnapshotDir = None,
-    config_file: ConfigFile = None,
-    json: Json = False,
-    log_level: LogLevel = None,
-    log_format: LogFormat = None,
-    mode: Mode = None,
-    poll_interval: PollInterval = None,
-    sweep_interval: SweepInterval = None,
-    resync: Resync = None,
-    debounce: Debounce = None,
-    max_wait: MaxWait = None,
-    batch_rows: BatchRows = None,
-    busy_deadline: BusyDeadline = None,
-    max_bytes: MaxBytes = None,
-    downgrade: Downgrade = None,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    json: options.Json = False,
+    log_level: options.LogLevel = None,
+    log_format: options.LogFormat = None,
+    mode: options.Mode = None,
+    poll_interval: options.PollInterval = None,
+    sweep_interval: options.SweepInterval = None,
+    resync: options.Resync = None,
+    debounce: options.Debounce = None,
+    max_wait: options.MaxWait = None,
+    batch_rows: options.BatchRows = None,
+    busy_deadline: options.BusyDeadline = None,
+    max_bytes: options.MaxBytes = None,
+    downgrade: options.Downgrade = None,
 ) -> None:
     """Watch and persist until SIGTERM or SIGINT (the daemon).
 
@@ -220,19 +138,19 @@ async def _cancel_on_signal(
 @app.command()
 def apply(
     context: typer.Context,
-    database: Database = None,
-    snapshot_dir: SnapshotDir = None,
-    config_file: ConfigFile = None,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would change, and touch nothing.")
     ] = False,
-    json: Json = False,
-    log_level: LogLevel = None,
-    log_format: LogFormat = None,
-    batch_rows: BatchRows = None,
-    busy_deadline: BusyDeadline = None,
-    max_bytes: MaxBytes = None,
-    downgrade: Downgrade = None,
+    json: options.Json = False,
+    log_level: options.LogLevel = None,
+    log_format: options.LogFormat = None,
+    batch_rows: options.BatchRows = None,
+    busy_deadline: options.BusyDeadline = None,
+    max_bytes: options.MaxBytes = None,
+    downgrade: options.Downgrade = None,
 ) -> None:
     """Look once: apply the snapshot, then exit.
 
@@ -281,12 +199,12 @@ def publish(
     file: Annotated[
         str, typer.Argument(metavar="FILE|-", help="A snapshot or a bare list of entries, as JSON.")
     ],
-    database: Database = None,
-    snapshot_dir: SnapshotDir = None,
-    config_file: ConfigFile = None,
-    json: Json = False,
-    log_level: LogLevel = None,
-    log_format: LogFormat = None,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    json: options.Json = False,
+    log_level: options.LogLevel = None,
+    log_format: options.LogFormat = None,
 ) -> None:
     """Validate a snapshot and publish it atomically. The database is not opened.
 

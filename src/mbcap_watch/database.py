@@ -16,7 +16,7 @@ import aiosqlite
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, DatabaseMissing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
     from pathlib import Path
 
     from mbcap_watch.ledger import Ledger
@@ -89,19 +89,35 @@ def _identity(database: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def open_database(database: Path, ledger: Ledger) -> aiosqlite.Connection:
-    """Open read-write, without ever creating the file (https://www.sqlite.org/uri.html)."""
-    return aiosqlite.connect(
+@contextlib.asynccontextmanager
+async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[aiosqlite.Connection]:
+    """Open read-write, without ever creating the file (https://www.sqlite.org/uri.html).
+
+    Raises:
+        DatabaseMissing, DatabaseBusy, DatabaseFailed: on the way in, or out of the block, as
+            which SQLite's own errors leave it.
+
+    """
+    connection = aiosqlite.connect(
         f"file:{quote(os.fsencode(database))}?mode=rw",
         uri=True,
         timeout=BUSY_TIMEOUT,
         isolation_level=None,  # transactions begin where we say so
         factory=partial(_Connection, database, ledger),
     )
+    with _as_database_errors(database):
+        try:
+            await connection
+        except RuntimeError as exc:
+            raise DatabaseFailed(database, f"no thread for its connection: {exc}") from exc
+        try:
+            yield connection
+        finally:
+            await connection.close()
 
 
 @contextlib.contextmanager
-def as_database_errors(database: Path) -> Iterator[None]:
+def _as_database_errors(database: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
     try:
         yield

@@ -26,7 +26,7 @@ from mbcap_watch.settings import Settings
 from mbcap_watch.snapshot import SNAPSHOT_NAME, ensure_snapshot_dir, snapshot_path, write_snapshot
 
 if TYPE_CHECKING:
-    from mbcap_watch.result import PersistResult
+    from mbcap_watch.result import PersistResult, WatchState
     from mbcap_watch.wire import Snapshot
 
 SEED: Final = 20261122
@@ -74,15 +74,22 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
     results: asyncio.Queue[tuple[PersistResult, int]] = asyncio.Queue()
     wanted: dict[str, tuple[int, str | None]] = dict.fromkeys(mesh.keys(nodes, SEED), (0, None))
     landings: list[Landing] = []
+    said: set[str] = set()
 
     def note(result: PersistResult) -> None:
         results.put_nowait((result, time.monotonic_ns()))
+
+    def tell(state: WatchState) -> None:
+        line = f"Watching by {state.mode}: {state.why}"
+        if line not in said:
+            said.add(line)
+            console.print(line)
 
     async def bridge(*, task_status: anyio.abc.TaskStatus[None]) -> None:
         await run(
             settings,
             on_result=note,
-            on_state=lambda state: console.print(f"Watching by {state.mode}: {state.why}"),
+            on_state=tell,
             task_status=task_status,
         )
 

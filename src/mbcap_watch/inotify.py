@@ -34,6 +34,9 @@ _MASK: Final = Mask(
 _DATA_LINK: Final = "..data"
 _NAMES: Final = frozenset({SNAPSHOT_NAME, _DATA_LINK})
 
+# An observer opens an inotify instance and a pipe.
+_DESCRIPTORS: Final = 3
+
 # An observer that has begun to stop ends within half a second (measured); this is for the odd case.
 _STOP_SECONDS: Final = 5.0
 
@@ -79,6 +82,7 @@ class InotifyWatch:
         """
         self._directory = directory
         self._identity = _identity(directory)
+        _require_descriptors()
         self._observer = _Observer()
         try:
             self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
@@ -128,6 +132,16 @@ class InotifyWatch:
         descriptor = self._observer._inotify_fd._inotify_fd  # noqa: SLF001
         text = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
         return [line for line in text.splitlines() if line.startswith("inotify ")]
+
+
+def _require_descriptors() -> None:
+    """Raise EMFILE before watchdog would: its constructor leaks what it had opened until then."""
+    opened: list[int] = []
+    try:
+        opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(_DESCRIPTORS))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 def _identity(directory: Path) -> tuple[int, int]:

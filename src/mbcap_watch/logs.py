@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mbcap_watch.result import WatchState
+
 if TYPE_CHECKING:
     from mbcap_watch.result import PersistResult
-    from mbcap_watch.watch import WatchState
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -100,15 +101,21 @@ def summary(result: PersistResult) -> str:
 
 
 class StateLog:
-    """A hook for the way of watching: one line per change."""
+    """A hook for the way of watching: one line per change of state, none per look."""
+
+    def __init__(self) -> None:
+        self._before = WatchState()
 
     def __call__(self, state: WatchState) -> None:
-        """Log `state`."""
-        rearmed = f", re-armed {state.rearms} times" if state.rearms else ""
-        logger.info(
-            "watching by %s: %s%s",
-            state.mode,
-            state.why,
-            rearmed,
-            extra={"data": dataclasses.asdict(state)},
-        )
+        """Log what is new in `state`."""
+        before, self._before = self._before, state
+        data = {"data": dataclasses.asdict(state)}
+        if (state.mode, state.why, state.rearms) != (before.mode, before.why, before.rearms):
+            again = f" (armed anew: {state.last_problem})" if state.rearms > before.rearms else ""
+            logger.info("watching by %s: %s%s", state.mode, state.why, again, extra=data)
+        if state.sweep_hits > before.sweep_hits:
+            logger.info("the sweep found a change that no event told of", extra=data)
+        if state.stuck_since is not None and before.stuck_since is None:
+            logger.warning("the filesystem does not answer; waiting for it", extra=data)
+        elif state.stuck_since is None and before.stuck_since is not None:
+            logger.info("the filesystem answers again", extra=data)

@@ -1,4 +1,4 @@
-"""What a look led to, as frozen data for hooks, logs and `--json`."""
+"""What a look led to, and how the watch is: frozen data for hooks, logs and `--json`."""
 
 from __future__ import annotations
 
@@ -70,3 +70,32 @@ class PersistResult:
     def to_json(self) -> str:
         """Return one JSON object with exactly these fields, in this order, on one line."""
         return msgspec.json.encode(self).decode()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WatchState:
+    """How the bridge notices changes, and how that goes. Times are seconds since the epoch.
+
+    Attributes:
+        mode: `inotify` or `poll`.
+        why: the reason for the mode, for people.
+        armed_since: when the present inotify watch was armed; None without one.
+        rearms: how often a watch had to be armed anew.
+        last_problem: what was wrong with the last watch that was lost; None if none was.
+        sweep_hits: changes of the file that the watch did not tell of, found by the sweep.
+        read_errors: looks to which the operating system refused the file.
+        last_look: when a look last ended; None before the first.
+        stuck_since: since when a call to the filesystem has not come back, as on a mount whose
+            server is gone; None if all is well.
+
+    """
+
+    mode: Literal["inotify", "poll"] = "poll"
+    why: str = "not started"
+    armed_since: float | None = None
+    rearms: int = 0
+    last_problem: str | None = None
+    sweep_hits: int = 0
+    read_errors: int = 0
+    last_look: float | None = None
+    stuck_since: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import random
+import time
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import anyio
@@ -18,7 +19,7 @@ from mbcap_watch.errors import (
     SnapshotUnreadable,
 )
 from mbcap_watch.look import Looker
-from mbcap_watch.watch import Watch, WatchState
+from mbcap_watch.watch import Watch
 from mbcap_watch.worker import Worker
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from mbcap_watch.plan import Change
-    from mbcap_watch.result import PersistResult, Reason
+    from mbcap_watch.result import PersistResult, Reason, WatchState
     from mbcap_watch.settings import Settings
 
 OnResult: TypeAlias = "Callable[[PersistResult], Any]"
@@ -91,7 +92,8 @@ async def run(
         settings: what to watch, and how.
         on_result: called with every `PersistResult`; may be a coroutine function, and then holds
             up the next look until it returns.
-        on_state: called with a `WatchState` whenever the way of watching changes; likewise.
+        on_state: called with the `WatchState` after every look, and when the filesystem stops
+            answering; likewise.
         task_status: for `TaskGroup.start`.
 
     Raises:
@@ -112,7 +114,10 @@ async def run(
         except RuntimeError:
             return  # the loop was closed under a host that did not wait for us
 
-    async with Worker() as worker:
+    async def on_stuck(since: float | None) -> None:
+        await bridge.note_stuck(since)
+
+    async with Worker(on_stuck) as worker:
         watch = Watch(settings, worker, ring_from_thread)
         bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), on_result, on_state)
         try:
@@ -154,26 +159,42 @@ class _Bridge:
         self._looker = looker
         self._on_result = on_result
         self._on_state = on_state
-        self._state = watch.state
         self._attempt = 0
         self._busy_since: float | None = None
 
     async def serve(self, reason: Reason) -> None:
+        """Look for `reason`, tell what came of it, and put down when to look next."""
         now = asyncio.get_running_loop().time
+        missed = reason == "sweep" and not self._agenda.ringing and not self._watch.polling
         self._agenda.begin(reason, now())
         if reason in ("start", "sweep") or self._watch.awaits_directory:
             await self._watch.refresh()
-            await self._tell_state()
         only_if_changed = reason in ("poll", "sweep") or (
             reason == "retry" and not isinstance(self._looker.error, DatabaseError)
         )
         result = await self._looker.look(reason, only_if_changed=only_if_changed)
         if result is not None and reason != "retry":
             self._attempt = 0
+        self._note_look(result, missed=missed)
         compared = result is not None and result.outcome in ("applied", "unchanged")
         self._agenda.end(now(), compared=compared, retry_in=self._retry_in(result))
         if result is not None and self._worth_telling(result, now()):
             await _call(self._on_result, result)
+        await _call(self._on_state, self._watch.state)
+
+    async def note_stuck(self, since: float | None) -> None:
+        """Tell that the filesystem does not answer, or does again."""
+        self._watch.update(stuck_since=since)
+        await _call(self._on_state, self._watch.state)
+
+    def _note_look(self, result: PersistResult | None, *, missed: bool) -> None:
+        state = self._watch.state
+        there = result is not None and result.outcome != "no_snapshot"
+        self._watch.update(
+            last_look=time.time(),
+            sweep_hits=state.sweep_hits + (missed and there),
+            read_errors=state.read_errors + isinstance(self._looker.error, SnapshotUnreadable),
+        )
 
     def _retry_in(self, result: PersistResult | None) -> float | None:
         """Decide: wait (None), retry soon, or retry slowly."""
@@ -201,11 +222,6 @@ class _Bridge:
             return False
         self._busy_since = now
         return True
-
-    async def _tell_state(self) -> None:
-        if self._watch.state != self._state:
-            self._state = self._watch.state
-            await _call(self._on_state, self._state)
 
 
 async def _call(hook: Callable[[T], Any] | None, value: T) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 import msgspec
 
 from mbcap_watch import plan
-from mbcap_watch.database import as_database_errors, open_database
+from mbcap_watch.database import open_database
 from mbcap_watch.errors import SchemaMissing
 
 if TYPE_CHECKING:
@@ -82,23 +82,22 @@ async def apply(
         DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
 
     """
-    with as_database_errors(database):
-        async with open_database(database, ledger) as connection:
-            tables = await _served_tables(connection, database, ledger)
-            for _ in range(MAX_PASSES):
-                differences = _differences(connection, tables, values, ledger, downgrade)
-                missed = 0
-                async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
-                    async for table, changes in batches:
-                        missed += await _write(connection, table, changes, ledger, downgrade)
-                        if ledger.stopped:
-                            return
-                if not missed:
-                    return
-            async for table, changes in _differences(connection, tables, values, ledger, downgrade):
-                for change in changes:
-                    row = (table, change.public_key)
-                    ledger.failed.setdefault(row, "an UPDATE leaves it as it is")
+    async with open_database(database, ledger) as connection:
+        tables = await _served_tables(connection, database, ledger)
+        for _ in range(MAX_PASSES):
+            differences = _differences(connection, tables, values, ledger, downgrade)
+            missed = 0
+            async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
+                async for table, changes in batches:
+                    missed += await _write(connection, table, changes, ledger, downgrade)
+                    if ledger.stopped:
+                        return
+            if not missed:
+                return
+        async for table, changes in _differences(connection, tables, values, ledger, downgrade):
+            for change in changes:
+                row = (table, change.public_key)
+                ledger.failed.setdefault(row, "an UPDATE leaves it as it is")
 
 
 async def preview(
@@ -110,11 +109,10 @@ async def preview(
         DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
 
     """
-    with as_database_errors(database):
-        async with open_database(database, ledger) as connection:
-            tables = await _served_tables(connection, database, ledger)
-            differences = _differences(connection, tables, values, ledger, downgrade)
-            return [(table, change) async for table, changes in differences for change in changes]
+    async with open_database(database, ledger) as connection:
+        tables = await _served_tables(connection, database, ledger)
+        differences = _differences(connection, tables, values, ledger, downgrade)
+        return [(table, change) async for table, changes in differences for change in changes]
 
 
 # ------------------------------------------------------------------------------ reading

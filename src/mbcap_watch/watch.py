@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from mbcap_watch.inotify import InotifyWatch
 from mbcap_watch.mounts import mount_of
+from mbcap_watch.result import WatchState
 from mbcap_watch.tasks import uncancelled
 
 if TYPE_CHECKING:
@@ -24,25 +25,6 @@ if TYPE_CHECKING:
 _CLOSE_SECONDS = 2.0
 
 _ASKED_FOR = "asked for by the setting mode"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class WatchState:
-    """How the bridge notices changes at the moment.
-
-    Attributes:
-        mode: `inotify` or `poll`.
-        why: the reason for the mode, for people.
-        armed_since: when the present inotify watch was armed, in seconds since the epoch; None
-            without one.
-        rearms: how often a watch had to be armed anew.
-
-    """
-
-    mode: Literal["inotify", "poll"] = "poll"
-    why: str = "not started"
-    armed_since: float | None = None
-    rearms: int = 0
 
 
 class Watch:
@@ -73,7 +55,7 @@ class Watch:
 
     async def refresh(self) -> None:
         """Arm, check, or repair the watch; say in `state` what came of it."""
-        self._say(await self._worker.call(self._refresh))
+        await self._worker.call(self._refresh)
 
     async def close(self) -> None:
         """Take the watch down and wait until its threads have ended; give up on a hung mount."""
@@ -83,32 +65,33 @@ class Watch:
         with anyio.move_on_after(_CLOSE_SECONDS):
             await self._worker.call(self._disarm)
 
-    def _say(self, why: str) -> None:
-        mode: Literal["inotify", "poll"] = "poll" if self.polling else "inotify"
-        rearms = max(0, self._arms - 1)
-        if (mode, why, rearms) != (self.state.mode, self.state.why, self.state.rearms):
-            since = None if self.polling else time.time()
-            self.state = WatchState(mode=mode, why=why, armed_since=since, rearms=rearms)
+    def update(self, **changes: Any) -> None:
+        """Change fields of `state`."""
+        self.state = dataclasses.replace(self.state, **changes)
 
     # In the worker's thread from here on.
 
-    def _refresh(self) -> str:
-        directory = self._settings.snapshot_dir
+    def _refresh(self) -> None:
         self.awaits_directory = False
         if self._settings.mode == "poll":
-            return _ASKED_FOR
+            self._say(_ASKED_FOR)
+            return
         if self._inotify is not None:
             problem = self._inotify.problem()
             if problem is None:
-                return self.state.why
+                return
             self._disarm()
+            self.update(last_problem=problem)
+        directory = self._settings.snapshot_dir
         try:
-            return self._arm(directory)
+            self._say(self._arm(directory))
         except FileNotFoundError:
             self.awaits_directory = True
-            return f"{directory} does not exist yet"
+            self._say(f"{directory} does not exist yet")
         except OSError as exc:
-            return f"no inotify watch on {directory} for now: {exc.strerror}"
+            self._say(f"no inotify watch on {directory} for now: {exc.strerror}")
+        except RuntimeError as exc:  # no thread could be started
+            self._say(f"no inotify watch on {directory} for now: {exc}")
 
     def _arm(self, directory: Path) -> str:
         mount = mount_of(directory)
@@ -116,11 +99,18 @@ class Watch:
             return f"inotify does not see every change on {mount.type}"
         self._inotify = InotifyWatch(directory, self._on_change)
         self._arms += 1
-        if self._settings.mode == "auto":
-            return f"inotify sees every change on {mount.type}"
-        return _ASKED_FOR
+        self.update(armed_since=time.time(), rearms=self._arms - 1)
+        return (
+            f"inotify sees every change on {mount.type}" if mount.delivers_inotify else _ASKED_FOR
+        )
 
     def _disarm(self) -> None:
         if self._inotify is not None:
             self._inotify.close()
             self._inotify = None
+
+    def _say(self, why: str) -> None:
+        if self._inotify is None:
+            self.update(mode="poll", why=why, armed_since=None)
+        else:
+            self.update(mode="inotify", why=why)

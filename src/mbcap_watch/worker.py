@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+import time
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
     from typing import Self
 
+# A read takes milliseconds, on a slow network perhaps a second.
+STUCK_SECONDS: Final = 5.0
+
 P = ParamSpec("P")
 T = TypeVar("T")
+OnStuck: TypeAlias = "Callable[[float | None], Awaitable[None]]"
 
 
 class Worker:
@@ -23,9 +28,15 @@ class Worker:
     threads of anyio and of `concurrent.futures` are joined when the interpreter exits, so one of
     them would keep the process from ending (measured: a FIFO opened in one). This thread is a
     daemon: a stuck call can be left behind, and there is never more than one.
+
+    Args:
+        on_stuck: called with the time (seconds since the epoch) when a call has not come back
+            for `STUCK_SECONDS`, and with None once it has.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stuck: OnStuck | None = None) -> None:
+        self._on_stuck = on_stuck
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mbcap-watch-files", daemon=True)
         self._running = 0
@@ -43,11 +54,6 @@ class Worker:
         self._calls.put(None)
         if not self._running:
             self._thread.join()  # idle: it ends at once
-
-    @property
-    def stuck(self) -> bool:
-        """Whether a call is under way."""
-        return self._running > 0
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function` in the thread and return what it returns, or raise what it raises.
@@ -80,7 +86,17 @@ class Worker:
 
         self._running += 1
         self._calls.put(run)
+        if self._on_stuck is not None:
+            await self._watch_over(future, self._on_stuck)
         return await future
+
+    @staticmethod
+    async def _watch_over(future: asyncio.Future[Any], on_stuck: OnStuck) -> None:
+        done, _ = await asyncio.wait([future], timeout=STUCK_SECONDS)
+        if not done:
+            await on_stuck(time.time())
+            await asyncio.wait([future])
+            await on_stuck(None)
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
