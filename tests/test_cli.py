@@ -29,6 +29,7 @@ from support import (
     connect,
     document,
     locked,
+    make_database,
     put,
     read_rows,
     rename_from_another_process,
@@ -164,6 +165,10 @@ def test_a_bad_setting_is_named_and_ends_with_2(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
+    as_json = call("apply", "--json", "--database", database, *arguments, env=environ)
+    assert as_json.returncode == 2
+    assert list(json.loads(as_json.stdout)) == FIELDS
+
 
 def test_the_database_comes_from_wherever_it_is_named(database: Path, tmp_path: Path) -> None:
     put(document(("aa11", "confirmed")), snapshot_path(database))
@@ -254,7 +259,8 @@ def log(database: Path) -> str:
 def test_run_until_a_signal(database: Path, signum: signal.Signals) -> None:
     with daemon(database) as process:
         rename_from_another_process(document(("aa11", "confirmed")), snapshot_path(database))
-        wait_until(lambda: ("nodes", "aa11", 2, "") in read_rows(database))
+        wait_until(lambda: "applied" in log(database))
+        assert ("nodes", "aa11", 2, "") in read_rows(database)
         started = time.monotonic()
         process.send_signal(signum)
         assert process.wait(DEADLINE) == 0
@@ -356,3 +362,98 @@ def test_every_setting_is_an_option_of_run() -> None:
 
 def test_version() -> None:
     assert call("--version").stdout.strip() == f"mbcap-watch {__version__}"
+
+
+# ------------------------------------------------------------------------------ rough handling
+
+
+def test_signals_at_any_moment_and_again_end_it_cleanly(database: Path) -> None:
+    for delay in (0.0, 0.001, 0.01, 0.05):
+        with daemon(database) as process:
+            for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                process.send_signal(signum)
+                time.sleep(delay)
+            assert process.wait(DEADLINE) == 0
+        assert "Traceback" not in log(database)
+        (database.parent / "results.jsonl").unlink()
+
+
+def test_a_reader_that_leaves_ends_the_daemon_with_one_line(database: Path) -> None:
+    done = subprocess.run(
+        [f"{sys.executable} -m mbcap_watch run --json --database {database} | true"],
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment(),
+    )
+    assert "standard output" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_standard_output(database: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mbcap_watch", "apply", "--json", "--database", str(database)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment(),
+        )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "standard output" in done.stderr
+
+
+def test_no_standard_input_to_publish_from(database: Path) -> None:
+    done = subprocess.run(
+        [f"{sys.executable} -m mbcap_watch publish - --database {database} <&-"],
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "standard input" in done.stderr
+
+
+def test_paths_that_are_no_text(tmp_path: Path) -> None:
+    """Every message and every JSON can be printed, whatever bytes a path has."""
+    base = os.fsencode(tmp_path) + b"/\xff\xfe"
+    os.mkdir(base)
+    database = os.fsdecode(base + b"/m.db")
+    assert call("publish", "-", "--json", "--database", database, stdin=b"[]").returncode == 0
+    done = call("apply", "--json", "--database", database)
+    assert (done.returncode, json.loads(done.stdout)["outcome"]) == (4, "database_missing")
+    assert "\\udcff" in json.loads(done.stdout)["error"]
+    done = call("apply", "--log-format", "json", "--database", database)
+    assert "\\udcff" in json.loads(done.stderr)["message"]
+
+
+def test_two_slashes_in_front(database: Path) -> None:
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    assert apply_json(f"/{database}")[1]["outcome"] == "applied"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["x = " + "[" * 5000, "batch_rows = " + "9" * 5000, "poll_interval = inf", "\udcff"]
+)
+def test_a_configuration_file_that_is_rubbish(database: Path, tmp_path: Path, text: str) -> None:
+    config = tmp_path / "c.toml"
+    config.write_bytes(text.encode(errors="surrogateescape"))
+    done = call("apply", "--config", config, "--database", database)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert "c.toml" in done.stderr
+
+
+def test_a_dry_run_waits_for_a_lock_as_the_real_one_does(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)], journal_mode="delete")
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    with connect(database) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        done = call("apply", "--dry-run", "--database", database, "--busy-deadline", "200ms")
+    assert done.returncode == 5
+    assert "would change" not in done.stdout

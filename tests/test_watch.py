@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch import inotify, look, snapshot_path, watch, worker
+from mbcap_watch import inotify, look, snapshot_path, worker
 from support import (
     Results,
     bridge,
@@ -197,13 +197,13 @@ def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path)
     for number in range(3000):
         (snapshot_path(database).parent / f"other-{number}").write_bytes(b"")
     script = f"""if True:
-        from pathlib import Path
-        from mbcap_watch.look import read
-        path = Path({str(snapshot_path(database))!r})
-        known = read(path, 1 << 20, None).fingerprint
         import os
+        from mbcap_watch import Settings
+        from mbcap_watch.look import read
+        settings = Settings({str(database)!r})
+        known = read(settings, None).fingerprint
         os.access("/marker", os.F_OK)
-        read(path, 1 << 20, known)
+        read(settings, known)
         os.access("/marker", os.F_OK)
     """
     trace = subprocess.run(
@@ -591,7 +591,7 @@ async def test_a_mount_that_does_not_answer(
     A mount cannot be hung here; the call that would hang is held by an event instead.
     """
     monkeypatch.setattr(worker, "STUCK_SECONDS", 0.1)
-    monkeypatch.setattr(watch, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "END_SECONDS", 0.1)
     hung, calls = threading.Event(), []
     original = look.read
 

@@ -62,7 +62,7 @@ class Agenda:
     def begin(self, reason: Reason, now: float) -> None:
         """Note that a look starts. What rings from now on wants another one."""
         self._first_ring, self._last_ring = math.inf, -math.inf
-        if self._retry <= now:
+        if reason == "retry":
             self._retry = math.inf
         if reason in ("poll", "sweep"):
             interval, late = self._interval(reason), now - self._ticks[reason]
@@ -74,7 +74,8 @@ class Agenda:
         Args:
             now: the time.
             compared: whether the database was compared as a whole; `resync` counts from there.
-            retry_in: seconds after which to look again by itself; None if there is no need.
+            retry_in: seconds after which to look again by itself; None leaves a retry that is
+                put down alone, unless the comparison has made it needless.
 
         """
         self._quiet_until = now + self._settings.debounce
@@ -89,7 +90,8 @@ class Agenda:
         if self._first_ring >= self._quiet_until:
             return self._first_ring
         return min(
-            self._last_ring + self._settings.debounce, self._first_ring + self._settings.max_wait
+            self._last_ring + self._settings.debounce,
+            self._first_ring + max(self._settings.max_wait, self._settings.debounce),
         )
 
     def _interval(self, reason: Reason) -> float:

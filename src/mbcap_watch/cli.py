@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import json as json_module
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from types import FrameType
+from typing import Annotated, Any, Final, NoReturn
 
 import anyio
-import anyio.abc
-import msgspec
 import typer
 
 from mbcap_watch import __version__, config, demo, logs, options
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, printable
 from mbcap_watch.plan import Change
 from mbcap_watch.result import Outcome, PersistResult
 from mbcap_watch.service import persist_once, preview_once
@@ -97,6 +99,7 @@ def run(
     Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
     with exit code 0 within 5 seconds of a signal.
     """
+    stop = _Stop()  # before anything else: from here on a signal ends it cleanly
     settings = _configure(context).settings
     log = logs.ResultLog()
 
@@ -113,26 +116,49 @@ def run(
     )
 
     async def main() -> None:
-        async with anyio.create_task_group() as group:
-            await group.start(_cancel_on_signal, group.cancel_scope)
+        with anyio.CancelScope() as scope:
+            stop.cancel_on_signal(scope)
             await run_bridge(settings, on_result=on_result, on_state=logs.StateLog())
 
     anyio.run(main)
     logger.info("stopped")
+    stop.ignore_more()
 
 
-async def _cancel_on_signal(
-    scope: anyio.CancelScope, *, task_status: anyio.abc.TaskStatus[None]
-) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for signum in signals:
-            logger.info("stopping on %s", signal.Signals(signum).name)
-            last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
-            last_resort.daemon = True
-            last_resort.start()
+class _Stop:
+    """SIGTERM and SIGINT end the daemon cleanly, at any moment and however often they come.
+
+    The handlers stay until the process has ended: asyncio's own would be gone while it closes.
+    """
+
+    def __init__(self) -> None:
+        self._cancel: Callable[[], object] | None = None
+        self._signum: int | None = None
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._handle)
+
+    def cancel_on_signal(self, scope: anyio.CancelScope) -> None:
+        """Have a signal cancel `scope`, be it one that has come already."""
+        loop = asyncio.get_running_loop()
+        self._cancel = lambda: loop.call_soon_threadsafe(scope.cancel)
+        if self._signum is not None:
             scope.cancel()
+
+    def ignore_more(self) -> None:
+        """For the last moments: the interpreter takes handlers away, but leaves SIG_IGN."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self._signum is not None:
             return
+        self._signum = signum
+        logger.info("stopping on %s", signal.Signals(signum).name)
+        last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
+        last_resort.daemon = True
+        last_resort.start()
+        if self._cancel is not None:
+            self._cancel()
 
 
 @app.command()
@@ -147,6 +173,12 @@ def apply(
     json: options.Json = False,
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
+    mode: options.Mode = None,
+    poll_interval: options.PollInterval = None,
+    sweep_interval: options.SweepInterval = None,
+    resync: options.Resync = None,
+    debounce: options.Debounce = None,
+    max_wait: options.MaxWait = None,
     batch_rows: options.BatchRows = None,
     busy_deadline: options.BusyDeadline = None,
     max_bytes: options.MaxBytes = None,
@@ -185,12 +217,13 @@ def _print_preview(
             {"table": table, "public_key": c.public_key, "from": c.before, "to": c.after}
             for table, c in changes
         ]
-        _print_line(msgspec.json.encode(fields).decode())
+        _print_json(fields)
         return
     for table, change in changes:
         before, after = (f"{sup}/{evidence!r}" for sup, evidence in (change.before, change.after))
         _print_line(f"{table} {change.public_key} {before} -> {after}")
-    _print_line(f"would change {len(changes)} rows; nothing was touched")
+    if result.outcome in ("applied", "unchanged"):
+        _print_line(f"would change {len(changes)} rows; nothing was touched")
 
 
 @app.command()
@@ -214,8 +247,8 @@ def publish(
     source = "standard input" if file == "-" else file
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as exc:
-        _fail(f"{source}: cannot be read: {exc.strerror}", EXIT_USAGE)
+    except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
+        _fail(f"{source}: cannot be read: {exc}", EXIT_USAGE)
     try:
         snapshot = write_snapshot(
             settings.database,
@@ -233,7 +266,7 @@ def publish(
             "entries": len(snapshot.entries),
             "written_at": snapshot.written_at,
         }
-        _print_line(msgspec.json.encode(fields).decode())
+        _print_json(fields)
     else:
         _print_line(
             f"published {len(snapshot.entries)} entries to {path}, written at {snapshot.written_at}"
@@ -254,33 +287,62 @@ def demo_command(
     Another process publishes a series of changing snapshots; each is timed from its rename to its
     committed rows. Exit code 0 only if every row is right.
     """
-    try:
-        right = demo.main(nodes=nodes, snapshots=snapshots, mode=mode, poll_interval=poll_interval)
-    except SettingsError as exc:
-        _fail(str(exc), EXIT_USAGE)
+    right = demo.main(nodes=nodes, snapshots=snapshots, mode=mode, poll_interval=poll_interval)
     raise typer.Exit(0 if right else 1)
 
 
 def _configure(context: typer.Context) -> config.Config:
-    try:
-        loaded = config.load(context.params, os.environ, context.params.get("config_file"))
-    except SettingsError as exc:
-        _fail(str(exc), EXIT_USAGE)
+    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
     logs.configure(loaded.log_level, loaded.log_format)
     return loaded
 
 
+def _print_json(fields: dict[str, Any]) -> None:
+    _print_line(json_module.dumps(fields, ensure_ascii=False, separators=(",", ":")))
+
+
 def _print_line(text: str) -> None:
-    """Print at once, with text that no encoding can break."""
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
-    sys.stdout.flush()
+    """Print at once, in UTF-8 whatever the locale."""
+    try:
+        sys.stdout.buffer.write(printable(text).encode() + b"\n")
+        sys.stdout.buffer.flush()
+    except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
+        raise OutputError(f"standard output cannot be written: {exc}") from exc
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"mbcap-watch: {message}", err=True)
-    raise typer.Exit(code)
+class OutputError(MbcapWatchError):
+    """Standard output is gone, or its disk is full."""
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; every error becomes one line and an exit code."""
+    try:
+        app()
+    except SettingsError as exc:
+        _say(str(exc))
+        _print_refusal(str(exc))
+        sys.exit(EXIT_USAGE)
+    except OutputError as exc:
+        _say(str(exc))
+        # What Python still holds for a standard output that is gone is not to be tried again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except SystemExit as exc:
+        if exc.code == EXIT_USAGE:
+            _print_refusal("wrong usage; standard error says what")
+        raise
+
+
+def _print_refusal(message: str) -> None:
+    """Print an object for `apply --json` even when there was no look to report."""
+    if {"apply", "--json"} <= set(sys.argv):
+        _print_line(PersistResult(outcome="failed", reason="once", error=message).to_json())
+
+
+def _say(message: str) -> None:
+    typer.echo(f"mbcap-watch: {printable(message)}", err=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _say(message)
+    raise typer.Exit(code)

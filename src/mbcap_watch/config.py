@@ -120,7 +120,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise SettingsError(str(path), f"cannot be read: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # TOMLDecodeError and more are ValueErrors
         raise SettingsError(str(path), f"is not valid TOML: {exc}") from exc
     for name in values:
         if name not in _NAMES:

@@ -6,14 +6,15 @@ import contextlib
 import os
 import sqlite3
 import stat
+import sys
+import threading
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 import aiosqlite
 
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, DatabaseMissing
+from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
@@ -41,7 +42,8 @@ class _Connection(sqlite3.Connection):
         super().__init__(*args, **kwargs)
         try:
             self._require_same_file()
-        except DatabaseError:
+            self._leave_wal_alone(alone=True)
+        except BaseException:
             self.close()
             raise
 
@@ -58,6 +60,9 @@ class _Connection(sqlite3.Connection):
                 self.execute("ROLLBACK")
             held = time.perf_counter() - started
             self._ledger.lock_seconds = max(self._ledger.lock_seconds, held)
+        # A cursor that somebody still refers to, be it the traceback of a cancelled caller, would
+        # keep the file open after the connection is closed.
+        cursor.close()
         return cursor
 
     def _tune(self) -> None:
@@ -69,12 +74,37 @@ class _Connection(sqlite3.Connection):
         """
         if not self._tuned and self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
             self.execute("PRAGMA synchronous = NORMAL")
+        self._leave_wal_alone(alone=False)
         self._tuned = True
+
+    def _leave_wal_alone(self, *, alone: bool) -> None:
+        """Say whether closing the last connection may move the WAL into the database.
+
+        Whoever only reads must not write, and that includes what a crashed process left behind.
+        Before Python 3.12 this cannot be said, and SQLite tidies up.
+        """
+        if sys.version_info >= (3, 12):
+            self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, alone)
 
     def _require_same_file(self) -> None:
         """Never write into a file that an operator has just replaced by a backup."""
         if _identity(self._database) != self._identity:
             raise DatabaseFailed(self._database, "was replaced while it was being written")
+
+
+def refuses_rows(error: sqlite3.Error) -> bool:
+    """Whether an error may be about single rows: a constraint, or what a trigger does."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _ABOUT_ROWS
+
+
+_ABOUT_ROWS: Final = frozenset(
+    {
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_TOOBIG,
+    }
+)
 
 
 def _identity(database: Path) -> tuple[int, int]:
@@ -98,18 +128,30 @@ async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[aiosqli
             which SQLite's own errors leave it.
 
     """
+    threads: list[threading.Thread] = []
+
+    def connect(*args: Any, **kwargs: Any) -> _Connection:
+        threads.append(threading.current_thread())
+        return _Connection(database, ledger, *args, **kwargs)
+
     connection = aiosqlite.connect(
-        f"file:{quote(os.fsencode(database))}?mode=rw",
+        f"file://{quote(os.fsencode(database))}?mode=rw",
         uri=True,
         timeout=BUSY_TIMEOUT,
         isolation_level=None,  # transactions begin where we say so
-        factory=partial(_Connection, database, ledger),
+        factory=connect,
     )
     with _as_database_errors(database):
         try:
             await connection
         except RuntimeError as exc:
             raise DatabaseFailed(database, f"no thread for its connection: {exc}") from exc
+        except BaseException:
+            # aiosqlite does not wait for the thread of a connection that failed, which would
+            # then speak to a loop that may be closed.
+            for thread in threads:
+                thread.join()
+            raise
         try:
             yield connection
         finally:

@@ -25,6 +25,11 @@ import os
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    """Return `text` with what no encoding can print, bytes of a path, say, made visible."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class MbcapWatchError(Exception):
     """Base of all errors raised by this package."""
 
@@ -44,7 +49,7 @@ class SettingsError(MbcapWatchError):
         self.problem = problem
 
     def __str__(self) -> str:
-        return f"{self.setting}: {self.problem}"
+        return printable(f"{self.setting}: {self.problem}")
 
 
 class EventLoopError(MbcapWatchError):
@@ -62,7 +67,7 @@ class _FileError(MbcapWatchError):
         self.problem = problem
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}; {self.hint}"
+        return printable(f"{self.path}: {self.problem}; {self.hint}")
 
 
 class SnapshotError(_FileError):
@@ -108,7 +113,7 @@ class SnapshotUnreadable(SnapshotError):
 class SnapshotNotPublished(SnapshotError):
     """The new snapshot could not be written or renamed into place."""
 
-    hint = "the snapshot that was there before still is"
+    hint = "the file there is whole: the one before or, if only syncing failed, the new one"
 
 
 class DatabaseError(_FileError):

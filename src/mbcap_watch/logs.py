@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mbcap_watch.errors import printable
 from mbcap_watch.result import WatchState
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class _JsonFormatter(logging.Formatter):
             "time": _stamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": printable(record.getMessage()),
             **getattr(record, "data", {}),
         }
         if record.exc_info:

@@ -1,8 +1,15 @@
-"""One look: read the snapshot, compare, apply, and say what came of it."""
+"""One look: read the snapshot, compare, apply, and say what came of it.
+
+All of it happens in the worker's thread, the database's part in an event loop of its own there.
+The host's loop is never held up, and nothing that it does, stalling or cancelling, reaches into
+a transaction.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -16,11 +23,11 @@ from mbcap_watch.errors import (
     SnapshotMalformed,
     SnapshotNotFound,
     SnapshotRefused,
+    printable,
 )
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.result import Outcome, PersistResult, Reason
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_bytes
-from mbcap_watch.tasks import uncancelled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,38 +36,125 @@ if TYPE_CHECKING:
     from mbcap_watch.worker import Worker
 
 
+class Fingerprint(NamedTuple):
+    """Tells one state of the files from another.
+
+    Attributes:
+        snapshot: a digest of the snapshot's bytes, or what kept them from being read.
+        database: which file is at the database's path (device and inode); None if there is none.
+            A backup that was moved into place wants the snapshot anew.
+
+    """
+
+    snapshot: bytes
+    database: tuple[int, int] | None
+
+
 class Reading(NamedTuple):
     """The snapshot file at one moment.
 
     Attributes:
-        fingerprint: tells this state of the file from another: a digest of its bytes, or what
-            kept them from being read.
+        fingerprint: of the files at that moment.
         targets: what it wants written; None if it is no usable snapshot, or the known one.
         written_at: `writtenAt` as in the file.
         error: why there are no targets.
 
     """
 
-    fingerprint: bytes
+    fingerprint: Fingerprint
     targets: plan.Targets | None = None
     written_at: str | None = None
     error: SnapshotError | None = None
 
 
-def read(path: Path, max_bytes: int, known: bytes | None) -> Reading:
-    """Read the file and see what it wants. Blocks; belongs off the event loop.
+class Looker:
+    """Looks at one snapshot for one database, and remembers what it has seen of the files.
 
-    Args:
-        path: of the snapshot.
-        max_bytes: a larger file is refused.
-        known: a fingerprint; a file that still has it is not parsed.
+    Attributes:
+        error: what stood in the way of the last look; None if nothing did.
+        snapshot_changed: whether the last look found another snapshot than the one before.
 
     """
+
+    def __init__(self, settings: Settings, worker: Worker) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._seen: Fingerprint | None = None
+        self._busy: _Attempt | None = None
+        self.error: SnapshotError | DatabaseError | None = None
+        self.snapshot_changed = False
+
+    async def look(self, reason: Reason) -> PersistResult:
+        """Look once, and say what came of it.
+
+        After `busy`, the next look goes on where this one stopped, and its result counts the work
+        of both.
+        """
+        result = await self._look(reason, None)
+        assert result is not None
+        return result
+
+    async def look_if_changed(self, reason: Reason) -> PersistResult | None:
+        """Look once; return None if the files are those that were seen before."""
+        return await self._look(reason, self._seen)
+
+    async def persist(self) -> tuple[PersistResult, None]:
+        """Look once, for `persist_once`."""
+        return await self.look("once"), None
+
+    async def _look(self, reason: Reason, known: Fingerprint | None) -> PersistResult | None:
+        attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
+        try:
+            reading, error = await self._worker.call(
+                _read_and_apply, self._settings, known, attempt.ledger
+            )
+        except asyncio.CancelledError:
+            attempt.ledger.stop()
+            raise
+        before, now = self._seen, reading.fingerprint
+        self.snapshot_changed = before is None or before.snapshot != now.snapshot
+        if now == known:
+            return None
+        self._seen, self.error = now, error
+        self._busy = attempt if isinstance(error, DatabaseBusy) else None
+        seconds = time.perf_counter() - attempt.started
+        return describe(reason, reading, attempt.ledger, error, seconds)
+
+    async def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
+        """Return what a look would report and the changes it would make, and make none."""
+        started = time.perf_counter()
+        ledger = Ledger()
+        reading, error, changes = await self._worker.call(_read_and_preview, self._settings, ledger)
+        seconds = time.perf_counter() - started
+        return describe("once", reading, ledger, error, seconds), changes
+
+
+class _Attempt(NamedTuple):
+    """The applying of a snapshot that took, or takes, more than one look."""
+
+    ledger: Ledger
+    started: float
+
+
+# ------------------------------------------------------------------------------ in the thread
+
+
+def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
+    """Read the snapshot and see what it wants. Blocks.
+
+    Args:
+        settings: which files, and how large the snapshot may be.
+        known: if the files still have this fingerprint, the snapshot is not parsed.
+
+    """
+    path = settings.snapshot_dir / SNAPSHOT_NAME
+    database = _identity(settings.database)
     try:
-        data = read_bytes(path, max_bytes)
+        data = read_bytes(path, settings.max_bytes)
     except SnapshotError as exc:
-        return Reading(f"{type(exc).__name__}: {exc}".encode(errors="replace"), error=exc)
-    fingerprint = hashlib.blake2b(data, digest_size=16).digest()
+        state = f"{type(exc).__name__}: {exc}".encode(errors="replace")
+        return Reading(Fingerprint(state, database), error=exc)
+    fingerprint = Fingerprint(hashlib.blake2b(data, digest_size=16).digest(), database)
     if fingerprint == known:
         return Reading(fingerprint)
     try:
@@ -71,83 +165,54 @@ def read(path: Path, max_bytes: int, known: bytes | None) -> Reading:
     return Reading(fingerprint, plan.targets(snapshot.entries), snapshot.written_at)
 
 
-class _Attempt(NamedTuple):
-    """The applying of a snapshot that took, or takes, more than one look."""
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # applying tells why
+    return status.st_dev, status.st_ino
 
-    ledger: Ledger
-    started: float
+
+def _read_and_apply(
+    settings: Settings, known: Fingerprint | None, ledger: Ledger
+) -> tuple[Reading, SnapshotError | DatabaseError | None]:
+    reading = read(settings, known)
+    if reading.targets is None or ledger.stopped:
+        return reading, reading.error
+    try:
+        asyncio.run(
+            store.apply(
+                settings.database,
+                reading.targets.values,
+                ledger,
+                batch_rows=settings.batch_rows,
+                downgrade=settings.downgrade,
+            )
+        )
+    except DatabaseError as exc:
+        return reading, exc
+    return reading, None
 
 
-class Looker:
-    """Looks at one snapshot for one database, and remembers what it has seen of the file."""
-
-    def __init__(self, settings: Settings, worker: Worker) -> None:
-        self._settings = settings
-        self._worker = worker
-        self._seen: bytes | None = None
-        self._path = settings.snapshot_dir / SNAPSHOT_NAME
-        self._attempt: _Attempt | None = None
-        self.error: SnapshotError | DatabaseError | None = None
-
-    async def look(self, reason: Reason, *, only_if_changed: bool = False) -> PersistResult | None:
-        """Look once; `error` then tells what stood in the way.
-
-        Args:
-            reason: goes into the result.
-            only_if_changed: do nothing more if the file is the one seen before.
-
-        Returns:
-            What came of it; None if there was nothing to do. After `busy`, the next look goes on
-            where this one stopped, and its result counts the work of both.
-
-        """
-        attempt = self._attempt or _Attempt(Ledger(), time.perf_counter())
-        known = self._seen if only_if_changed else None
-        reading = await self._worker.call(read, self._path, self._settings.max_bytes, known)
-        if reading.fingerprint == known:
-            return None
-        self._seen = reading.fingerprint
-        self.error = reading.error
-        if reading.targets is not None:
-            self.error = await self._apply(reading.targets, attempt.ledger)
-        self._attempt = attempt if isinstance(self.error, DatabaseBusy) else None
-        seconds = time.perf_counter() - attempt.started
-        return describe(reason, reading, attempt.ledger, self.error, seconds)
-
-    async def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
-        """Return what a look would report and the changes it would make, and make none."""
-        started = time.perf_counter()
-        ledger = Ledger()
-        changes: list[tuple[str, plan.Change]] = []
-        reading = await self._worker.call(read, self._path, self._settings.max_bytes, None)
-        self.error = reading.error
-        if reading.targets is not None:
-            settings = self._settings
-            work = store.preview(
+def _read_and_preview(
+    settings: Settings, ledger: Ledger
+) -> tuple[Reading, SnapshotError | DatabaseError | None, list[tuple[str, plan.Change]]]:
+    reading = read(settings)
+    if reading.targets is None:
+        return reading, reading.error, []
+    try:
+        changes = asyncio.run(
+            store.preview(
                 settings.database, reading.targets.values, ledger, downgrade=settings.downgrade
             )
-            try:
-                changes = await uncancelled(work, on_cancel=ledger.stop)
-            except DatabaseError as exc:
-                self.error = exc
-        ledger.changed.update(table for table, _ in changes)
-        seconds = time.perf_counter() - started
-        return describe("once", reading, ledger, self.error, seconds), changes
-
-    async def _apply(self, targets: plan.Targets, ledger: Ledger) -> DatabaseError | None:
-        settings = self._settings
-        work = store.apply(
-            settings.database,
-            targets.values,
-            ledger,
-            batch_rows=settings.batch_rows,
-            downgrade=settings.downgrade,
         )
-        try:
-            await uncancelled(work, on_cancel=ledger.stop)
-        except DatabaseError as exc:
-            return exc
-        return None
+    except DatabaseError as exc:
+        return reading, exc, []
+    ledger.changed.update(table for table, _ in changes)
+    return reading, None, changes
+
+
+# ------------------------------------------------------------------------------ the result
 
 
 def describe(
@@ -159,7 +224,6 @@ def describe(
 ) -> PersistResult:
     """Return the result of a look. Pure."""
     targets = reading.targets or plan.Targets({}, 0, 0, 0)
-    text = _error_text(ledger, error)
     return PersistResult(
         outcome=_outcome(ledger, error),
         reason=reason,
@@ -173,7 +237,7 @@ def describe(
         changed_inactive=ledger.changed["inactive_nodes"],
         failed_rows=len(ledger.failed),
         written_at=reading.written_at,
-        error=text,
+        error=_error_text(ledger, error),
         seconds=seconds,
         lock_seconds=ledger.lock_seconds,
     )
@@ -205,5 +269,5 @@ def _error_text(ledger: Ledger, error: SnapshotError | DatabaseError | None) -> 
     if ledger.failed:
         (table, key), why = next(iter(ledger.failed.items()))
         others = f" and {len(ledger.failed) - 1} more" if len(ledger.failed) > 1 else ""
-        return f"{table}: the row {key!r}{others} could not be written: {why}"
+        return printable(f"{table}: the row {key!r}{others} could not be written: {why}")
     return ledger.waiting

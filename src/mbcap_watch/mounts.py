@@ -58,9 +58,10 @@ def mount_of(directory: Path) -> Mount:
     finally:
         os.close(descriptor)
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        # Only a newline ends a line and only a space a field; names may hold everything else.
+        with open("/proc/self/mountinfo", "rb") as lines:
             for line in lines:
-                fields = line.split()
+                fields = os.fsdecode(line.rstrip(b"\n")).split(" ")
                 if fields[0] == mount_id:
                     return _parse_mount(fields)
     except OSError:

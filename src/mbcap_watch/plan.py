@@ -72,6 +72,11 @@ def targets(entries: Iterable[Entry]) -> Targets:
     return Targets(values, count, unknown, unrecognized)
 
 
+def _lowers(before: object, after: int) -> bool:
+    """Whether a known value would be lowered; SQLite stores text in INTEGER columns, too."""
+    return isinstance(before, (int, float)) and after < before
+
+
 class Comparison(NamedTuple):
     """Some rows, held against the targets."""
 
@@ -96,6 +101,6 @@ def compare(values: Mapping[str, Value], rows: Iterable[Row], downgrade: Downgra
             continue
         matched.append(public_key)
         before = (sup, evidence)
-        if before != after and not (downgrade == "never" and after[0] < sup):
+        if before != after and not (downgrade == "never" and _lowers(sup, after[0])):
             changes.append(Change(rowid, public_key, before, after))
     return Comparison(matched, changes)

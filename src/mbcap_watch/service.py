@@ -23,7 +23,7 @@ from mbcap_watch.watch import Watch
 from mbcap_watch.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from anyio.abc import TaskStatus
 
@@ -49,18 +49,8 @@ async def persist_once(settings: Settings) -> PersistResult:
         EventLoopError: not running on asyncio.
 
     """
-    loop = _asyncio_loop()
-    deadline = loop.time() + settings.busy_deadline
-    async with Worker() as worker:
-        looker = Looker(settings, worker)
-        attempt = 0
-        while True:
-            result = await looker.look("once")
-            pause = _busy_pause(attempt)
-            if result is not None and (result.outcome != "busy" or loop.time() + pause > deadline):
-                return result
-            await anyio.sleep(pause)
-            attempt += 1
+    result, _ = await _until_not_busy(settings, Looker.persist)
+    return result
 
 
 async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[str, Change]]]:
@@ -70,9 +60,24 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
         EventLoopError: not running on asyncio.
 
     """
-    _asyncio_loop()
+    return await _until_not_busy(settings, Looker.preview)
+
+
+async def _until_not_busy(
+    settings: Settings, look: Callable[[Looker], Awaitable[tuple[PersistResult, T]]]
+) -> tuple[PersistResult, T]:
+    loop = _asyncio_loop()
+    deadline = loop.time() + settings.busy_deadline
     async with Worker() as worker:
-        return await Looker(settings, worker).preview()
+        looker = Looker(settings, worker)
+        attempt = 0
+        while True:
+            answer = await look(looker)
+            pause = _busy_pause(2.0 ** min(attempt, 10))
+            if answer[0].outcome != "busy" or loop.time() + pause > deadline:
+                return answer
+            await anyio.sleep(pause)
+            attempt += 1
 
 
 async def run(
@@ -120,13 +125,10 @@ async def run(
     async with Worker(on_stuck) as worker:
         watch = Watch(settings, worker, ring_from_thread)
         bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), on_result, on_state)
-        try:
-            await bridge.serve("start")
-            task_status.started()
-            while True:
-                await bridge.serve(await _next_reason(agenda, watch, bell))
-        finally:
-            await watch.close()
+        await bridge.serve("start")
+        task_status.started()
+        while True:
+            await bridge.serve(await _next_reason(agenda, watch, bell))
 
 
 async def _next_reason(agenda: Agenda, watch: Watch, bell: asyncio.Event) -> Reason:
@@ -172,12 +174,11 @@ class _Bridge:
         only_if_changed = reason in ("poll", "sweep") or (
             reason == "retry" and not isinstance(self._looker.error, DatabaseError)
         )
-        result = await self._looker.look(reason, only_if_changed=only_if_changed)
-        if result is not None and reason != "retry":
-            self._attempt = 0
+        look = self._looker.look_if_changed if only_if_changed else self._looker.look
+        result = await look(reason)
         self._note_look(result, missed=missed)
         compared = result is not None and result.outcome in ("applied", "unchanged")
-        self._agenda.end(now(), compared=compared, retry_in=self._retry_in(result))
+        self._agenda.end(now(), compared=compared, retry_in=self._retry_in(reason, result))
         if result is not None and self._worth_telling(result, now()):
             await _call(self._on_result, result)
         await _call(self._on_state, self._watch.state)
@@ -189,26 +190,35 @@ class _Bridge:
 
     def _note_look(self, result: PersistResult | None, *, missed: bool) -> None:
         state = self._watch.state
-        there = result is not None and result.outcome != "no_snapshot"
+        missed = missed and result is not None and self._looker.snapshot_changed
         self._watch.update(
             last_look=time.time(),
-            sweep_hits=state.sweep_hits + (missed and there),
+            sweep_hits=state.sweep_hits + missed,
             read_errors=state.read_errors + isinstance(self._looker.error, SnapshotUnreadable),
         )
 
-    def _retry_in(self, result: PersistResult | None) -> float | None:
-        """Decide: wait (None), retry soon, or retry slowly."""
-        error, attempt = self._looker.error, self._attempt
+    def _retry_in(self, reason: Reason, result: PersistResult | None) -> float | None:
+        """Decide: wait (None, which leaves alone what is put down), retry soon, or slowly."""
+        if result is None and reason != "retry":
+            return None
+        if reason != "retry":
+            self._attempt = 0
+        error, growth = self._looker.error, 2.0 ** min(self._attempt, 20)
         self._attempt += 1
         if isinstance(error, DatabaseBusy):
-            return _busy_pause(attempt)
+            return _busy_pause(growth)
         if isinstance(error, DatabaseError):
-            return None if result is None else self._settings.sweep_interval
+            return self._settings.sweep_interval
         if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
             # A torn file is repaired without a rename. The pauses grow until the sweep, or the
             # poll, is soon enough.
-            pause = _FIRST_PAUSE * 2.0**attempt
+            pause = _FIRST_PAUSE * growth
             return pause if pause < self._settings.sweep_interval else None
+        if result is not None and result.outcome in ("applied", "unchanged") and result.error:
+            # A table still waits for its columns, or a row was refused: that may change soon, or
+            # never. The pauses grow until the resync is soon enough.
+            pause = self._settings.sweep_interval * growth
+            return pause if pause < self._settings.resync else None
         return None
 
     def _worth_telling(self, result: PersistResult, now: float) -> bool:
@@ -231,9 +241,9 @@ async def _call(hook: Callable[[T], Any] | None, value: T) -> None:
             await answer
 
 
-def _busy_pause(attempt: int) -> float:
+def _busy_pause(growth: float) -> float:
     """Return a growing pause with jitter, so that two waiters do not meet again and again."""
-    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)
 
 
 def _asyncio_loop() -> asyncio.AbstractEventLoop:

@@ -55,7 +55,8 @@ class Settings:
             change: nodes that appear later get their value then.
         debounce: seconds of quiet that a burst of changes is given before the next look; the first
             change of a burst is served at once.
-        max_wait: seconds by which an unending burst can postpone a look at most.
+        max_wait: seconds by which an unending burst can postpone a look at most; `debounce`, if
+            that is longer.
         batch_rows: rows written per hold of the write lock.
         busy_deadline: seconds for which a busy database is tried before that is reported.
         max_bytes: a larger snapshot is refused without being read.
@@ -94,10 +95,6 @@ class Settings:
             put(name, _duration(name, getattr(self, name), least))
         put("batch_rows", _whole("batch_rows", self.batch_rows, 1, _MAX_BATCH_ROWS))
         put("max_bytes", _size("max_bytes", self.max_bytes))
-        if self.max_wait < self.debounce:
-            raise SettingsError(
-                "max_wait", f"{self.max_wait:g} s is shorter than debounce ({self.debounce:g} s)"
-            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -133,7 +130,10 @@ def _path(name: str, value: object) -> Path:
         raise SettingsError(name, f"expected a path, got {value!r}")
     if not isinstance(text, str) or "\0" in text:
         raise SettingsError(name, f"not a usable path: {value!r}")
-    return Path(os.path.abspath(Path(text).expanduser()))
+    try:
+        return Path(os.path.abspath(text))
+    except OSError as exc:
+        raise SettingsError(name, f"{text} is relative to a directory that is gone") from exc
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -168,17 +168,18 @@ def _whole(name: str, value: object, least: int, most: int) -> int:
 
 def _number(name: str, value: object, units: Mapping[str, float], expected: str) -> float:
     """Read a number, or text of a number and one of `units`."""
+    number, unit = value, 1.0
     if isinstance(value, str):
         match = _QUANTITY.fullmatch(value.strip())
         if match is None or (match[2] and match[2] not in units):
             raise SettingsError(name, f"expected {expected}, got {value!r}")
-        return float(match[1]) * units.get(match[2], 1)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        number, unit = float(match[1]), units.get(match[2], 1)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise SettingsError(name, f"expected {expected}, got {value!r}")
     try:
-        number = float(value)
+        result = float(number) * unit
     except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
+        result = math.inf
+    if not math.isfinite(result):
         raise SettingsError(name, f"expected {expected}, got {value!r}")
-    return number
+    return result

@@ -9,10 +9,8 @@ import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-import msgspec
-
 from mbcap_watch import plan
-from mbcap_watch.database import open_database
+from mbcap_watch.database import open_database, refuses_rows
 from mbcap_watch.errors import SchemaMissing
 
 if TYPE_CHECKING:
@@ -32,6 +30,10 @@ COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
 # larger pages are not faster (500 to 10,000 rows: 52 to 55 ms per 100,000).
 PAGE_ROWS: Final = 2_000
 
+# Keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL. Every SQLite takes
+# 999 parameters (https://www.sqlite.org/limits.html).
+PAGE_KEYS: Final = 900
+
 # Reading a whole table costs about 0.5 µs a row, looking up keys 2.3 µs a key: below this many
 # rows per key the scan is cheaper.
 SCAN_ROWS_PER_KEY: Final = 4
@@ -39,6 +41,9 @@ SCAN_ROWS_PER_KEY: Final = 4
 # A row can move or change between reading and writing it. It is compared again, but not for
 # ever: a trigger may be what keeps it as it is.
 MAX_PASSES: Final = 3
+
+# Rows that are looked for one by one when they are refused.
+MAX_HALVED: Final = 1_000
 
 _PROBE = " UNION ALL ".join(
     f"SELECT '{table}', name FROM pragma_table_info('{table}')" for table in TABLES
@@ -50,16 +55,16 @@ _SCAN = (
 )
 _LOOKUP = (
     "SELECT rowid, public_key, multibyte_sup, multibyte_evidence FROM {table}"
-    " WHERE public_key IN (SELECT value FROM json_each(?))"
+    " WHERE public_key IN ({keys})"
 )
 # By rowid, because that is fastest under the lock; guarded by the key, because a rowid can be
 # given to another node meanwhile; and only if it still differs.
 _UPDATE = (
-    "UPDATE {table} SET multibyte_sup = ?1, multibyte_evidence = ?2"
-    " WHERE rowid = ?3 AND public_key = ?4"
-    " AND (multibyte_sup IS NOT ?1 OR multibyte_evidence IS NOT ?2)"
+    "UPDATE {table} SET multibyte_sup = ?, multibyte_evidence = ?"
+    " WHERE rowid = ? AND public_key = ?"
+    " AND (multibyte_sup IS NOT ? OR multibyte_evidence IS NOT ?)"
 )
-_NEVER_LOWER = " AND multibyte_sup <= ?1"
+_NEVER_LOWER = " AND (multibyte_sup <= ? OR typeof(multibyte_sup) NOT IN ('integer', 'real'))"
 
 _LEAST_ROWID = -(2**63)
 
@@ -144,6 +149,7 @@ async def _differences(
 ) -> AsyncGenerator[tuple[str, list[plan.Change]]]:
     """Yield the rows that differ, a page at a time: memory is bounded by a page."""
     ledger.matched.clear()
+    ledger.failed.clear()
     seen: set[str] = set()
     for table in tables:
         async with contextlib.aclosing(_pages(connection, table, values)) as pages:
@@ -176,9 +182,9 @@ async def _pages(
             after = rows[-1][0]
     else:
         keys = iter(values)
-        while page := list(itertools.islice(keys, PAGE_ROWS)):
-            wanted = msgspec.json.encode(page).decode()
-            yield await _fetch(connection, _LOOKUP.format(table=table), (wanted,))
+        while page := tuple(itertools.islice(keys, PAGE_KEYS)):
+            wanted = ", ".join("?" * len(page))
+            yield await _fetch(connection, _LOOKUP.format(table=table, keys=wanted), page)
 
 
 async def _fetch(
@@ -228,15 +234,22 @@ async def _write(
     """Write a batch in one transaction; return how many of its rows had changed meanwhile.
 
     A row that a trigger or a constraint refuses takes its batch down. Halving finds it in a few
-    short transactions, and the others are written.
+    short transactions, and the others are written. Once very many rows were refused, a batch is
+    given up as a whole: then it is the table that refuses.
     """
-    sql = _UPDATE.format(table=table) + (_NEVER_LOWER if downgrade == "never" else "")
-    rows = [(*change.after, change.rowid, change.public_key) for change in changes]
+    sql = _UPDATE.format(table=table)
+    rows: list[tuple[Any, ...]]
+    rows = [(*c.after, c.rowid, c.public_key, *c.after) for c in changes]
+    if downgrade == "never":
+        sql += _NEVER_LOWER
+        rows = [(*row, row[0]) for row in rows]
     try:
         cursor = await connection.executemany(sql, rows)
-    except sqlite3.IntegrityError as exc:
-        if len(changes) == 1:
-            ledger.failed[table, changes[0].public_key] = str(exc)
+    except sqlite3.Error as exc:
+        if not refuses_rows(exc):
+            raise
+        if len(changes) == 1 or len(ledger.failed) >= MAX_HALVED:
+            ledger.failed.update(dict.fromkeys([(table, c.public_key) for c in changes], str(exc)))
             return 0
         half = len(changes) // 2
         return await _write(connection, table, changes[:half], ledger, downgrade) + await _write(

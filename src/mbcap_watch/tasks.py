@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Coroutine
 
 T = TypeVar("T")
 
 
-async def uncancelled(work: Coroutine[Any, Any, T], on_cancel: Callable[[], None]) -> T:
+async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` as a task of its own, to its end, whatever happens to the caller.
 
-    A cancelled caller asks the work to finish early (`on_cancel`), waits until it has, and only
-    then goes down. Native cancellation (`task.cancel()`, `asyncio.timeout`, Ctrl-C under
-    `asyncio.run`) and anyio's cancel scopes are both kept away from the work: a shielded scope
-    alone would not stop the native kind, and without a shield anyio would cancel the wait again
-    on every turn of the loop.
+    A cancelled caller waits until the work has ended, and only then goes down. Native
+    cancellation (`task.cancel()`, `asyncio.timeout`, Ctrl-C under `asyncio.run`) and anyio's
+    cancel scopes are both kept away from the work: a shielded scope alone would not stop the
+    native kind, and without a shield anyio would cancel the wait again on every turn of the loop.
 
     Raises:
         asyncio.CancelledError: the caller was cancelled; the work has ended.
@@ -31,7 +30,6 @@ async def uncancelled(work: Coroutine[Any, Any, T], on_cancel: Callable[[], None
         await asyncio.wait([task])
     except asyncio.CancelledError as exc:
         cancelled = exc
-        on_cancel()
         with anyio.CancelScope(shield=True):
             while not task.done():
                 try:

@@ -6,12 +6,9 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
-import anyio
-
 from mbcap_watch.inotify import InotifyWatch
 from mbcap_watch.mounts import mount_of
 from mbcap_watch.result import WatchState
-from mbcap_watch.tasks import uncancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,10 +16,6 @@ if TYPE_CHECKING:
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.worker import Worker
-
-# Stopping an observer takes up to half a second. What takes longer hangs in the kernel, in a
-# daemon thread that does not keep the process.
-_CLOSE_SECONDS = 2.0
 
 _ASKED_FOR = "asked for by the setting mode"
 
@@ -47,6 +40,7 @@ class Watch:
         self._arms = 0
         self.awaits_directory = False
         self.state = WatchState()
+        worker.at_end = self._disarm
 
     @property
     def polling(self) -> bool:
@@ -56,14 +50,6 @@ class Watch:
     async def refresh(self) -> None:
         """Arm, check, or repair the watch; say in `state` what came of it."""
         await self._worker.call(self._refresh)
-
-    async def close(self) -> None:
-        """Take the watch down and wait until its threads have ended; give up on a hung mount."""
-        await uncancelled(self._close(), on_cancel=lambda: None)
-
-    async def _close(self) -> None:
-        with anyio.move_on_after(_CLOSE_SECONDS):
-            await self._worker.call(self._disarm)
 
     def update(self, **changes: Any) -> None:
         """Change fields of `state`."""

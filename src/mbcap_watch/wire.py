@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import TypeVar
 
 import msgspec
@@ -12,6 +13,8 @@ from mbcap_watch.errors import SnapshotMalformed
 T = TypeVar("T")
 
 SNAPSHOT_NAME = "snapshot.json"
+
+_PIECE = 1 << 20
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -94,10 +97,10 @@ def parse_entries(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
 
 def _decode(decoder: msgspec.json.Decoder[T], data: bytes, source: str) -> T:
     try:
-        # msgspec does not look into strings that it skips; as text, the whole file is UTF-8.
-        return decoder.decode(str(data, "utf-8"))
+        _require_utf8(data)
+        return decoder.decode(data)
     except UnicodeDecodeError as exc:
-        raise SnapshotMalformed(source, f"not UTF-8 at byte {exc.start}") from exc
+        raise SnapshotMalformed(source, f"is not UTF-8: {exc.reason}") from exc
     except msgspec.MsgspecError as exc:
         what = "is empty" if not data.strip() else str(exc)
         raise SnapshotMalformed(source, what) from exc
@@ -105,41 +108,76 @@ def _decode(decoder: msgspec.json.Decoder[T], data: bytes, source: str) -> T:
         raise SnapshotMalformed(source, "nested too deep") from exc
 
 
+def _require_utf8(data: bytes) -> None:
+    """Raise UnicodeDecodeError; msgspec does not look into strings that it skips.
+
+    In pieces, because as one text a single emoji would make it four times as large.
+    """
+    if not data.isascii():
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(data), _PIECE):
+            decoder.decode(data[start : start + _PIECE])
+        decoder.decode(b"", final=True)
+
+
 def _no_nulls(entries: tuple[Entry | None, ...]) -> tuple[Entry, ...]:
     return tuple([entry or _NO_ENTRY for entry in entries])
 
 
 def stamped(snapshot: Snapshot) -> Snapshot:
-    """Return the snapshot with the current UTC time where it has none, or Go's zero time."""
-    if snapshot.written_at in (None, timestamp.ZERO):
-        return Snapshot(snapshot.entries, timestamp.now())
-    return snapshot
+    """Return the snapshot with its time as Go prints it.
+
+    That is the current UTC time where there is none, or Go's zero time.
+
+    Raises:
+        SnapshotMalformed: `written_at` is not RFC 3339.
+
+    """
+    written_at = _written_at(snapshot)
+    return Snapshot(
+        snapshot.entries, timestamp.now() if written_at == timestamp.ZERO else written_at
+    )
+
+
+def _written_at(snapshot: Snapshot) -> str:
+    """Return the snapshot's time as Go prints it; none is Go's zero time."""
+    given: object = snapshot.written_at
+    if given is None:
+        return timestamp.ZERO
+    if not isinstance(given, str) or not timestamp.is_valid(given):
+        raise SnapshotMalformed(SNAPSHOT_NAME, f"writtenAt {given!r} is not RFC 3339")
+    return timestamp.canonical(given)
 
 
 def encode(snapshot: Snapshot) -> bytes:
-    """Return the bytes that Go's `encoding/json` writes for the same snapshot.
+    r"""Return the bytes that Go's `encoding/json` writes for the same snapshot.
 
     `<`, `>`, `&`, U+2028 and U+2029 are escaped, as `json.Marshal` does by default ("HTMLEscape"
     in its documentation). In JSON they stand only inside strings, so replacing them in the
-    finished text is safe.
+    finished text is safe. A backspace and a form feed are written `\b` and `\f`, as Go 1.22
+    and later do; earlier versions wrote `\u0008` and `\u000c`.
 
     Raises:
         SnapshotMalformed: a reader would refuse the result (lone surrogates, a wrong type, a
             `written_at` that is not RFC 3339).
 
     """
-    written_at = snapshot.written_at or timestamp.ZERO
-    if timestamp.is_valid(written_at):
-        written_at = timestamp.canonical(written_at)
-    entries = [
-        _WireEntry(entry.public_key or "", entry.status or "", entry.evidence or "")
-        for entry in snapshot.entries
-    ]
+    document = _WireDocument(_written_at(snapshot), list(map(_wire_entry, snapshot.entries)))
     try:
-        data = msgspec.json.encode(_WireDocument(written_at, entries))
-    except (UnicodeEncodeError, TypeError) as exc:
+        data = msgspec.json.encode(document)
+    except UnicodeEncodeError as exc:
         raise SnapshotMalformed(SNAPSHOT_NAME, f"cannot be written as JSON: {exc}") from exc
     for char in "<>&\u2028\u2029":
         data = data.replace(char.encode(), b"\\u%04x" % ord(char))
-    parse(data)  # what we would refuse to read, we do not publish
     return data
+
+
+def _wire_entry(entry: object) -> _WireEntry:
+    if not isinstance(entry, Entry):
+        raise SnapshotMalformed(SNAPSHOT_NAME, f"not an Entry: {entry!r}")
+    texts = (entry.public_key, entry.status, entry.evidence)
+    for text in texts:
+        if not isinstance(text, str | None):
+            raise SnapshotMalformed(SNAPSHOT_NAME, f"not text: {text!r}")
+    public_key, status, evidence = (text or "" for text in texts)
+    return _WireEntry(public_key, status, evidence)

@@ -1,4 +1,4 @@
-"""One thread for calls that may block, which the process can leave behind."""
+"""One thread for all that may block, which the process can leave behind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import asyncio
 import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeAlias, TypeVar
+
+import anyio
+
+from mbcap_watch.tasks import uncancelled
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -15,6 +19,10 @@ if TYPE_CHECKING:
 
 # A read takes milliseconds, on a slow network perhaps a second.
 STUCK_SECONDS: Final = 5.0
+
+# Stopping an observer takes up to half a second, a batch of rows milliseconds. What takes longer
+# hangs in the kernel.
+END_SECONDS: Final = 2.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +37,9 @@ class Worker:
     them would keep the process from ending (measured: a FIFO opened in one). This thread is a
     daemon: a stuck call can be left behind, and there is never more than one.
 
+    Leaving the context waits, whatever cancels it, until the call under way and then `at_end`
+    are done, but not for longer than `END_SECONDS`.
+
     Args:
         on_stuck: called with the time (seconds since the epoch) when a call has not come back
             for `STUCK_SECONDS`, and with None once it has.
@@ -36,12 +47,14 @@ class Worker:
     """
 
     def __init__(self, on_stuck: OnStuck | None = None) -> None:
+        self.at_end: Callable[[], None] | None = None
         self._on_stuck = on_stuck
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="mbcap-watch-files", daemon=True)
-        self._running = 0
+        self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
         self._thread.start()
         return self
 
@@ -52,8 +65,7 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         self._calls.put(None)
-        if not self._running:
-            self._thread.join()  # idle: it ends at once
+        await uncancelled(self._end())
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function` in the thread and return what it returns, or raise what it raises.
@@ -61,11 +73,9 @@ class Worker:
         A cancelled caller leaves at once; the call goes on in the thread, and its outcome is
         dropped.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: asyncio.Future[T] = self._loop.create_future()
 
         def resolve(result: T | None, error: BaseException | None) -> None:
-            self._running -= 1
             if future.done():
                 return
             if error is not None:
@@ -79,25 +89,35 @@ class Worker:
                 result = function(*args, **kwargs)
             except BaseException as exc:  # noqa: BLE001 - it is raised in the caller
                 error = exc
-            try:
-                loop.call_soon_threadsafe(resolve, result, error)
-            except RuntimeError:
-                return  # the loop was closed meanwhile: nobody waits any more
+            self._tell(resolve, result, error)
 
-        self._running += 1
         self._calls.put(run)
-        if self._on_stuck is not None:
-            await self._watch_over(future, self._on_stuck)
-        return await future
+        try:
+            done, _ = await asyncio.wait([future], timeout=STUCK_SECONDS)
+            if not done and self._on_stuck is not None:
+                await self._on_stuck(time.time())
+                await asyncio.wait([future])
+                await self._on_stuck(None)
+            return await future
+        finally:
+            future.cancel()  # of no effect unless the caller leaves: then nobody asks for it
 
-    @staticmethod
-    async def _watch_over(future: asyncio.Future[Any], on_stuck: OnStuck) -> None:
-        done, _ = await asyncio.wait([future], timeout=STUCK_SECONDS)
-        if not done:
-            await on_stuck(time.time())
-            await asyncio.wait([future])
-            await on_stuck(None)
+    async def _end(self) -> None:
+        with anyio.move_on_after(END_SECONDS):
+            await self._ended.wait()
+            self._thread.join()
+
+    # In the thread from here on.
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
+        if self.at_end is not None:
+            self.at_end()
+        self._tell(self._ended.set)
+
+    def _tell(self, callback: Callable[..., object], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            return  # the loop was closed under a host that did not wait: nobody listens
