@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 # Interpreters that pyenv keeps are not on the PATH; the tests run on each that there is.
-export TOX_DISCOVER := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
+PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
 
 .PHONY: demo test check bench format clean
 
@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/mbcap-watch demo
 
 test: $(VENV)/tox
-	$(VENV)/bin/tox run -e 3.11,3.12,3.13
+	$(VENV)/bin/tox run -e 3.11,3.12,3.13 $(if $(PYENV),--discover $(PYENV))
 
 check: $(VENV)/tox
 	$(VENV)/bin/tox run -e lint,types,imports
