@@ -7,7 +7,7 @@ VENV := .venv
 # Interpreters that pyenv keeps are not on the PATH; the tests run on each that there is.
 PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check campaign bench format clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mbcap-watch demo
@@ -18,6 +18,12 @@ test: $(VENV)/tox
 check: $(VENV)/tox
 	$(VENV)/bin/tox run -e lint,types,imports
 	$(MAKE) test
+
+# What the tests do briefly, at length: about a quarter of an hour.
+campaign: $(VENV)/tox
+	HYPOTHESIS_PROFILE=campaign MBCAP_TEST_KILLS=10000 $(VENV)/bin/tox run -e 3.11 \
+		$(if $(PYENV),--discover $(PYENV)) -- -q -o faulthandler_timeout=0 \
+		tests/test_mishaps.py tests/test_cancel.py tests/test_wire.py tests/test_plan.py
 
 format: $(VENV)/tox
 	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix

@@ -49,20 +49,23 @@ class _Connection(sqlite3.Connection):
 
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
         self._tune()
-        self.execute("BEGIN IMMEDIATE")
-        started = time.perf_counter()
+        cursor = self.cursor()
         try:
-            self._require_same_file()
-            cursor = super().executemany(sql, parameters)
-            self.execute("COMMIT")
+            self.execute("BEGIN IMMEDIATE")
+            started = time.perf_counter()
+            try:
+                self._require_same_file()
+                cursor.executemany(sql, parameters)
+                self.execute("COMMIT")
+            finally:
+                if self.in_transaction:
+                    self.execute("ROLLBACK")
+                held = time.perf_counter() - started
+                self._ledger.lock_seconds = max(self._ledger.lock_seconds, held)
         finally:
-            if self.in_transaction:
-                self.execute("ROLLBACK")
-            held = time.perf_counter() - started
-            self._ledger.lock_seconds = max(self._ledger.lock_seconds, held)
-        # A cursor that somebody still refers to, be it the traceback of a cancelled caller, would
-        # keep the file open after the connection is closed.
-        cursor.close()
+            # A cursor that somebody still refers to, be it the traceback of an error, would keep
+            # the file open after the connection is closed.
+            cursor.close()
         return cursor
 
     def _tune(self) -> None:

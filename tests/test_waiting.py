@@ -1,0 +1,284 @@
+"""States of the database to wait in: each is named, tried again, and heals without a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mbcap_watch import Settings, persist_once, snapshot_path
+from support import (
+    bridge,
+    connect,
+    document,
+    locked,
+    make_database,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+    until,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+ROOT = os.geteuid() == 0
+SWEEP = {"sweep_interval": "50ms", "poll_interval": "20ms"}
+VALUE = ("nodes", "aa11", 2, "new")
+SNAPSHOT = document(("aa11", "confirmed", "new"))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def landed(database: Path) -> None:
+    await until(lambda: VALUE in read_rows(database))
+
+
+# ------------------------------------------------------------------------------ the file
+
+
+async def test_a_corrupt_database_is_replaced_by_a_good_one(database: Path) -> None:
+    good = database.with_name("good.db")
+    shutil.copy(database, good)
+    database.write_bytes(b"SQLite format 3\0" + b"\xff" * 4096)
+    put(SNAPSHOT, snapshot_path(database))
+    async with bridge(database, **SWEEP) as results:
+        await results.next("failed")
+        os.replace(good, database)
+        await landed(database)
+
+
+async def test_a_backup_moved_into_place_gets_its_values_at_the_next_sweep(database: Path) -> None:
+    """Without a new snapshot, and long before the resync: another file is another state."""
+    backup = database.with_name("backup.db")
+    shutil.copy(database, backup)
+    put(SNAPSHOT, snapshot_path(database))
+    async with bridge(database, **SWEEP) as results:
+        await landed(database)
+        os.replace(backup, database)
+        await results.count("applied", 2)
+        assert VALUE in read_rows(database)
+        assert results.state.sweep_hits == 0, "the watch missed nothing"
+
+
+async def test_a_backup_copied_over_the_file_gets_its_values_at_the_resync(database: Path) -> None:
+    backup = database.with_name("backup.db")
+    shutil.copy(database, backup)
+    put(SNAPSHOT, snapshot_path(database))
+    async with bridge(database, resync="200ms") as results:
+        await landed(database)
+        shutil.copyfile(backup, database)
+        await results.count("applied", 2)
+        assert VALUE in read_rows(database)
+
+
+async def test_the_database_goes_and_comes_back(database: Path) -> None:
+    put(SNAPSHOT, snapshot_path(database))
+    async with bridge(database, **SWEEP) as results:
+        await landed(database)
+        gone = database.with_name("gone.db")
+        os.replace(database, gone)
+        await results.next("database_missing")
+        with connect(gone) as connection:
+            connection.execute("UPDATE nodes SET multibyte_sup = 0")
+        os.replace(gone, database)
+        await landed(database)
+
+
+# ------------------------------------------------------------------------------ the filesystem
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[None]:
+    directory.mkdir()
+    if not ROOT:
+        pytest.skip("needs root to mount")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(directory)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+READER = """
+    import sqlite3, sys
+    connection = sqlite3.connect(sys.argv[1])
+    connection.execute("SELECT * FROM nodes").fetchall()
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+async def test_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk):
+        database = make_database(disk / "m.db", [("nodes", "aa11", 0, None)])
+        filler = disk / "filler"
+        async with bridge(database, snapshot_dir=tmp_path / "snapshots", **SWEEP) as results:
+            # Another process keeps the WAL and its index in place, as the ingestor does.
+            with other_process(READER, str(database)) as reader:
+                assert read_line(reader) == "ready"
+                with contextlib.suppress(OSError), open(filler, "wb") as file:
+                    while True:
+                        file.write(b"x" * 4096)
+                        file.flush()
+                put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
+                failed = await results.next("failed")
+                assert "disk is full" in str(failed.error)
+                await results.count("failed", 3)
+                filler.unlink()
+                await landed(database)
+
+
+async def test_a_read_only_filesystem(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk):
+        database = make_database(disk / "m.db", [("nodes", "aa11", 0, None)])
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        async with bridge(database, snapshot_dir=tmp_path / "snapshots", **SWEEP) as results:
+            put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
+            failed = await results.next("failed")
+            assert "read-only" in str(failed.error) or "out of reach" in str(failed.error)
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            await landed(database)
+
+
+async def test_no_permission_on_the_wal(database: Path) -> None:
+    without_rights: list[str] = []
+    if ROOT:
+        without_rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        without_rights += ["--inh-caps=-all", "--"]
+        if subprocess.run([*without_rights, "true"], check=False, capture_output=True).returncode:
+            pytest.skip("cannot drop capabilities here")
+    command = [*without_rights, sys.executable, "-m", "mbcap_watch", "apply", "--json"]
+    command += ["--database", str(database)]
+    put(SNAPSHOT, snapshot_path(database))
+    with connect(database) as other:
+        other.execute("SELECT * FROM nodes").fetchall()
+        for name in ("-wal", "-shm"):
+            path = database.with_name(database.name + name)
+            path.chmod(0)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 1, done
+            assert "-wal" in done.stdout
+            path.chmod(0o644)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, '"outcome":"applied"' in done.stdout) == (0, True), done
+
+
+# ------------------------------------------------------------------------------ the neighbours
+
+
+async def test_an_idle_bridge_is_in_nobodys_way(database: Path) -> None:
+    """No handle, no transaction: others checkpoint, and even take the database for themselves."""
+    put(SNAPSHOT, snapshot_path(database))
+    async with bridge(database, mode="inotify"):
+        assert not [name for name in os.listdir("/proc/self/fd") if opened(name, database)]
+        with connect(database, timeout=0) as other:
+            other.execute("UPDATE nodes SET name = 'x'")
+            assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+            other.execute("PRAGMA locking_mode = EXCLUSIVE")
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("COMMIT")
+
+
+def opened(name: str, database: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(f"/proc/self/fd/{name}").startswith(str(database))
+    return False
+
+
+GREEDY = """
+    import sqlite3, sys, time
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=5)
+    print("ready", flush=True)
+    for number in range(8):
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE nodes SET name = ?", (number,))
+        time.sleep(0.4)
+        connection.execute("COMMIT")
+        time.sleep(0.02)
+    connection.close()
+    print("done", flush=True)
+"""
+
+
+async def test_a_neighbour_that_hardly_lets_go(tmp_path: Path) -> None:
+    """It holds the lock for 95 % of the time; all rows get through, and it is never refused."""
+    keys = [f"{number:064x}" for number in range(3000)]
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    put(document(*((key, "confirmed", "new") for key in keys)), snapshot_path(database))
+    with other_process(GREEDY, str(database)) as neighbour:
+        assert read_line(neighbour) == "ready"
+        result = await persist_once(Settings(database=database))
+        assert read_line(neighbour) == "done"
+
+    assert (result.outcome, result.changed_active, result.error) == ("applied", len(keys), None)
+    assert {row[2:] for row in read_rows(database)} == {(2, "new")}
+
+
+async def test_a_newer_snapshot_wins_in_the_middle_of_an_apply(tmp_path: Path) -> None:
+    keys = [f"{number:064x}" for number in range(2000)]
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    async with bridge(database) as results:
+        with other_process(GREEDY, str(database)) as neighbour:
+            assert read_line(neighbour) == "ready"
+            for evidence in ("first", "second", "third"):
+                entries = [(key, "confirmed", evidence) for key in keys]
+                put(document(*entries), snapshot_path(database))
+            await until(lambda: {row[3] for row in read_rows(database)} == {"third"})
+        assert "busy" not in results.outcomes
+
+
+async def test_a_poll_that_is_quicker_than_the_pause_does_not_push_the_retry_away(
+    database: Path,
+) -> None:
+    async with bridge(database, mode="poll", poll_interval="10ms") as results:
+        with locked(database) as release:
+            put(SNAPSHOT, snapshot_path(database))
+            await until(lambda: len(results.states) > 60)
+            release()
+        await landed(database)
+
+
+def test_waiting_is_told_once_and_so_is_its_end(tmp_path: Path, daemon_log: Any) -> None:
+    database = tmp_path / "m.db"
+    put(SNAPSHOT, snapshot_path(database))
+    with daemon_log(database) as lines:
+        wait_until(lambda: any("database_missing" in line for line in lines()))
+        make_database(database, [("nodes", "aa11", 0, None)])
+        wait_until(lambda: any("applied" in line for line in lines()))
+        assert len([line for line in lines() if "database_missing" in line]) == 1
+
+
+@pytest.fixture
+def daemon_log(tmp_path: Path) -> Any:
+    @contextlib.contextmanager
+    def start(database: Path) -> Iterator[Any]:
+        log = tmp_path / "log.txt"
+        command = [sys.executable, "-m", "mbcap_watch", "run", "--database", str(database)]
+        with (
+            open(log, "wb") as stderr,
+            subprocess.Popen([*command, "--sweep-interval", "50ms"], stderr=stderr) as process,
+        ):
+            try:
+                yield lambda: log.read_text().splitlines()
+            finally:
+                process.kill()
+
+    return start
