@@ -402,10 +402,10 @@ async def test_a_database_that_is_replaced_is_never_written_through_the_old_file
     os.link(database, old)
     ledger = Ledger()
 
-    async with open_database(database, ledger) as connection:
+    async with open_database(database, ledger) as access:
         os.replace(backup, database)
         with pytest.raises(DatabaseFailed, match="replaced"):
-            await connection.executemany("UPDATE nodes SET multibyte_sup = ?", [(2,)])
+            await access.write("UPDATE nodes SET multibyte_sup = ?", [(2,)])
 
     assert {row[2] for row in read_rows(old)} == {row[2] for row in read_rows(database)}
     assert (await persist_once(Settings(database=database))).outcome == "applied"

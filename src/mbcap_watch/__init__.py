@@ -25,6 +25,7 @@ from mbcap_watch.errors import (
     SnapshotNotPublished,
     SnapshotRefused,
     SnapshotUnreadable,
+    TransactionOpen,
 )
 from mbcap_watch.result import PersistResult, WatchState
 from mbcap_watch.settings import Settings
@@ -37,9 +38,12 @@ from mbcap_watch.snapshot import (
     snapshot_path,
     write_snapshot,
 )
+from mbcap_watch.trigger import Trigger
 
 if TYPE_CHECKING:
+    from mbcap_watch.host import apply_snapshot
     from mbcap_watch.service import persist_once, run
+    from mbcap_watch.stream import Results, watch
 
 __version__ = "0.1.0"
 
@@ -52,6 +56,7 @@ __all__ = [
     "EventLoopError",
     "MbcapWatchError",
     "PersistResult",
+    "Results",
     "SchemaMissing",
     "Settings",
     "SettingsError",
@@ -62,19 +67,26 @@ __all__ = [
     "SnapshotNotPublished",
     "SnapshotRefused",
     "SnapshotUnreadable",
+    "TransactionOpen",
+    "Trigger",
     "WatchState",
+    "apply_snapshot",
     "ensure_snapshot_dir",
     "persist_once",
     "read_snapshot",
     "run",
     "snapshot_dir",
     "snapshot_path",
+    "watch",
     "write_snapshot",
 ]
 
 _LAZY = {
+    "Results": "mbcap_watch.stream",
+    "apply_snapshot": "mbcap_watch.host",
     "persist_once": "mbcap_watch.service",
     "run": "mbcap_watch.service",
+    "watch": "mbcap_watch.stream",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -26,6 +26,7 @@ class Agenda:
     - `poll` or `sweep`: at a steady pace that a slow look does not shift.
     - `resync`: so long after the last full comparison with the database.
     - `retry`: once, when asked for.
+    - `request`: at once; requests during a look merge into one more.
     """
 
     def __init__(self, settings: Settings, now: float) -> None:
@@ -36,6 +37,11 @@ class Agenda:
         self._ticks: dict[Reason, float] = {"poll": now, "sweep": now + settings.sweep_interval}
         self._resync = now + settings.resync
         self._retry = math.inf
+        self._request = math.inf
+
+    def request(self, now: float) -> None:
+        """Note that somebody wants a look."""
+        self._request = min(self._request, now)
 
     def ring(self, now: float) -> None:
         """Note that the file was replaced."""
@@ -51,6 +57,7 @@ class Agenda:
         """Return the next look; it may be due already."""
         appointments = [
             Appointment(self._ring_due(), "rename"),
+            Appointment(self._request, "request"),
             Appointment(self._retry, "retry"),
             Appointment(self._resync, "resync"),
             Appointment(self._ticks["sweep"], "sweep"),
@@ -64,6 +71,8 @@ class Agenda:
         self._first_ring, self._last_ring = math.inf, -math.inf
         if reason == "retry":
             self._retry = math.inf
+        if reason == "request":
+            self._request = math.inf
         if reason in ("poll", "sweep"):
             interval, late = self._interval(reason), now - self._ticks[reason]
             self._ticks[reason] += interval * max(1, math.ceil(late / interval))

@@ -9,7 +9,9 @@ import stat
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import quote
 
 import aiosqlite
@@ -24,6 +26,41 @@ if TYPE_CHECKING:
 
 # A wait inside SQLite cannot be cancelled, so it is short; patience is the caller's.
 BUSY_TIMEOUT: Final = 0.1
+
+
+class Access(Protocol):
+    """How the store reaches the rows: through a connection of its own, or the host's."""
+
+    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
+        """Return all rows of a query, as plain tuples."""
+
+    async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        """Run `sql` for each of `rows` in one short transaction; return how many it changed."""
+
+
+class OwnConnection:
+    """A connection that lives for one apply."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
+
+    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
+        """Fetch all rows at once: a cursor that is not read to its end pins the WAL."""
+        try:
+            return list(await self._connection.execute_fetchall(sql, parameters))
+        except sqlite3.OperationalError as exc:
+            if hasattr(exc, "sqlite_errorcode"):
+                raise
+            # Not SQLite but Python refused: text in the database that is not UTF-8. Tolerating
+            # that from the start would make every read take half as long again. The frames of
+            # the failed call hold a cursor in the middle of its rows, which would pin the WAL.
+            traceback.clear_frames(exc.__traceback__)
+            self._connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+            return list(await self._connection.execute_fetchall(sql, parameters))
+
+    async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        """Write in one call: `_Connection` makes a transaction of it."""
+        return (await self._connection.executemany(sql, rows)).rowcount
 
 
 class _Connection(sqlite3.Connection):
@@ -123,7 +160,7 @@ def _identity(database: Path) -> tuple[int, int]:
 
 
 @contextlib.asynccontextmanager
-async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[aiosqlite.Connection]:
+async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[OwnConnection]:
     """Open read-write, without ever creating the file (https://www.sqlite.org/uri.html).
 
     Raises:
@@ -144,7 +181,7 @@ async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[aiosqli
         isolation_level=None,  # transactions begin where we say so
         factory=connect,
     )
-    with _as_database_errors(database):
+    with as_database_errors(database):
         try:
             await connection
         except RuntimeError as exc:
@@ -156,13 +193,13 @@ async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[aiosqli
                 thread.join()
             raise
         try:
-            yield connection
+            yield OwnConnection(connection)
         finally:
             await connection.close()
 
 
 @contextlib.contextmanager
-def _as_database_errors(database: Path) -> Iterator[None]:
+def as_database_errors(database: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
     try:
         yield

@@ -10,6 +10,7 @@
     │   ├── SnapshotUnreadable     the operating system would not let us read it
     │   └── SnapshotNotPublished   the new snapshot could not be put in place
     └── DatabaseError
+        ├── TransactionOpen        the host's connection is in a transaction of the host's
         ├── DatabaseMissing        no file; never created
         ├── SchemaMissing          no table has the two columns yet
         ├── DatabaseBusy           somebody else held the lock
@@ -118,6 +119,12 @@ class SnapshotNotPublished(SnapshotError):
 
 class DatabaseError(_FileError):
     """Something about the database; what was already written stays and is right."""
+
+
+class TransactionOpen(DatabaseError):
+    """The host's connection is in a transaction; it is neither used nor committed."""
+
+    hint = "nothing was read or written"
 
 
 class DatabaseMissing(DatabaseError):

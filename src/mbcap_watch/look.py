@@ -118,7 +118,7 @@ class Looker:
         self._seen, self.error = now, error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
         seconds = time.perf_counter() - attempt.started
-        return describe(reason, reading, attempt.ledger, error, seconds)
+        return describe(reason, reading.targets, reading.written_at, attempt.ledger, error, seconds)
 
     async def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a look would report and the changes it would make, and make none."""
@@ -126,7 +126,8 @@ class Looker:
         ledger = Ledger()
         reading, error, changes = await self._worker.call(_read_and_preview, self._settings, ledger)
         seconds = time.perf_counter() - started
-        return describe("once", reading, ledger, error, seconds), changes
+        result = describe("once", reading.targets, reading.written_at, ledger, error, seconds)
+        return result, changes
 
 
 class _Attempt(NamedTuple):
@@ -217,13 +218,14 @@ def _read_and_preview(
 
 def describe(
     reason: Reason,
-    reading: Reading,
+    targets: plan.Targets | None,
+    written_at: str | None,
     ledger: Ledger,
     error: SnapshotError | DatabaseError | None,
     seconds: float,
 ) -> PersistResult:
     """Return the result of a look. Pure."""
-    targets = reading.targets or plan.Targets({}, 0, 0, 0)
+    targets = targets or plan.Targets({}, 0, 0, 0)
     return PersistResult(
         outcome=_outcome(ledger, error),
         reason=reason,
@@ -236,7 +238,7 @@ def describe(
         changed_active=ledger.changed["nodes"],
         changed_inactive=ledger.changed["inactive_nodes"],
         failed_rows=len(ledger.failed),
-        written_at=reading.written_at,
+        written_at=written_at,
         error=_error_text(ledger, error),
         seconds=seconds,
         lock_seconds=ledger.lock_seconds,

@@ -19,12 +19,12 @@ Outcome = Literal[
     "failed",
 ]
 
-Reason = Literal["start", "rename", "poll", "sweep", "resync", "retry", "once"]
+Reason = Literal["start", "rename", "poll", "sweep", "resync", "retry", "request", "once"]
 """What made the bridge look.
 
 `start` of the service, a `rename` seen by inotify, a `poll` or a `sweep` that found the file
-changed, a periodic `resync` with the database, a `retry` after something failed, or a caller that
-asked for it `once`.
+changed, a periodic `resync` with the database, a `retry` after something failed, a `request` to the
+running bridge, or a caller that asked for it `once`.
 """
 
 

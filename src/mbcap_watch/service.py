@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import anyio
@@ -14,12 +15,13 @@ from mbcap_watch.agenda import Agenda
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
-    EventLoopError,
     SnapshotMalformed,
     SnapshotUnreadable,
 )
 from mbcap_watch.look import Looker
-from mbcap_watch.watch import Watch
+from mbcap_watch.tasks import require_asyncio
+from mbcap_watch.trigger import Trigger
+from mbcap_watch.watcher import Watch
 from mbcap_watch.worker import Worker
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
 async def _until_not_busy(
     settings: Settings, look: Callable[[Looker], Awaitable[tuple[PersistResult, T]]]
 ) -> tuple[PersistResult, T]:
-    loop = _asyncio_loop()
+    loop = require_asyncio()
     deadline = loop.time() + settings.busy_deadline
     async with Worker() as worker:
         looker = Looker(settings, worker)
@@ -85,6 +87,7 @@ async def run(
     *,
     on_result: OnResult | None = None,
     on_state: OnState | None = None,
+    trigger: Trigger | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Bridge snapshots into the database until cancelled.
@@ -99,13 +102,14 @@ async def run(
             up the next look until it returns.
         on_state: called with the `WatchState` after every look, and when the filesystem stops
             answering; likewise.
+        trigger: lets the host say "look now".
         task_status: for `TaskGroup.start`.
 
     Raises:
         EventLoopError: not running on asyncio.
 
     """
-    loop = _asyncio_loop()
+    loop = require_asyncio()
     agenda = Agenda(settings, loop.time())
     bell = asyncio.Event()
 
@@ -113,9 +117,13 @@ async def run(
         agenda.ring(loop.time())
         bell.set()
 
-    def ring_from_thread() -> None:
+    def request() -> None:
+        agenda.request(loop.time())
+        bell.set()
+
+    def from_thread(callback: Callable[[], None]) -> None:
         try:
-            loop.call_soon_threadsafe(ring)
+            loop.call_soon_threadsafe(callback)
         except RuntimeError:
             return  # the loop was closed under a host that did not wait for us
 
@@ -123,12 +131,13 @@ async def run(
         await bridge.note_stuck(since)
 
     async with Worker(on_stuck) as worker:
-        watch = Watch(settings, worker, ring_from_thread)
+        watch = Watch(settings, worker, partial(from_thread, ring))
         bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), on_result, on_state)
         await bridge.serve("start")
-        task_status.started()
-        while True:
-            await bridge.serve(await _next_reason(agenda, watch, bell))
+        with (trigger or Trigger()).connected(partial(from_thread, request)):
+            task_status.started()
+            while True:
+                await bridge.serve(await _next_reason(agenda, watch, bell))
 
 
 async def _next_reason(agenda: Agenda, watch: Watch, bell: asyncio.Event) -> Reason:
@@ -244,13 +253,3 @@ async def _call(hook: Callable[[T], Any] | None, value: T) -> None:
 def _busy_pause(growth: float) -> float:
     """Return a growing pause with jitter, so that two waiters do not meet again and again."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)
-
-
-def _asyncio_loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError as exc:
-        raise EventLoopError(
-            "mbcap_watch runs on asyncio only, because aiosqlite does; under trio, start it in a"
-            " thread of its own with asyncio.run"
-        ) from exc

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sqlite3
-import traceback
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from mbcap_watch import plan
@@ -17,8 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from pathlib import Path
 
-    import aiosqlite
-
+    from mbcap_watch.database import Access
     from mbcap_watch.ledger import Ledger
     from mbcap_watch.settings import Downgrade
 
@@ -87,22 +84,50 @@ async def apply(
         DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
 
     """
-    async with open_database(database, ledger) as connection:
-        tables = await _served_tables(connection, database, ledger)
-        for _ in range(MAX_PASSES):
-            differences = _differences(connection, tables, values, ledger, downgrade)
-            missed = 0
-            async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
-                async for table, changes in batches:
-                    missed += await _write(connection, table, changes, ledger, downgrade)
-                    if ledger.stopped:
-                        return
-            if not missed:
-                return
-        async for table, changes in _differences(connection, tables, values, ledger, downgrade):
-            for change in changes:
-                row = (table, change.public_key)
-                ledger.failed.setdefault(row, "an UPDATE leaves it as it is")
+    async with open_database(database, ledger) as access:
+        await reconcile(
+            access, database, values, ledger, batch_rows=batch_rows, downgrade=downgrade
+        )
+
+
+async def reconcile(
+    access: Access,
+    database: Path,
+    values: dict[str, plan.Value],
+    ledger: Ledger,
+    *,
+    batch_rows: int,
+    downgrade: Downgrade,
+) -> None:
+    """Do what `apply` does, through a connection that is open already.
+
+    Args:
+        access: the way to the rows.
+        database: what an error calls it.
+        values: by public key.
+        ledger: is written.
+        batch_rows: rows per transaction.
+        downgrade: whether a stored value may be lowered.
+
+    Raises:
+        SchemaMissing: no table can be served.
+        sqlite3.Error: anything else.
+
+    """
+    tables = await _served_tables(access, database, ledger)
+    for _ in range(MAX_PASSES):
+        differences = _differences(access, tables, values, ledger, downgrade)
+        missed = 0
+        async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
+            async for table, changes in batches:
+                missed += await _write(access, table, changes, ledger, downgrade)
+                if ledger.stopped:
+                    return
+        if not missed:
+            return
+    async for table, changes in _differences(access, tables, values, ledger, downgrade):
+        for change in changes:
+            ledger.failed[table, change.public_key] = "an UPDATE leaves it as it is"
 
 
 async def preview(
@@ -114,21 +139,19 @@ async def preview(
         DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
 
     """
-    async with open_database(database, ledger) as connection:
-        tables = await _served_tables(connection, database, ledger)
-        differences = _differences(connection, tables, values, ledger, downgrade)
+    async with open_database(database, ledger) as access:
+        tables = await _served_tables(access, database, ledger)
+        differences = _differences(access, tables, values, ledger, downgrade)
         return [(table, change) async for table, changes in differences for change in changes]
 
 
 # ------------------------------------------------------------------------------ reading
 
 
-async def _served_tables(
-    connection: aiosqlite.Connection, database: Path, ledger: Ledger
-) -> list[str]:
+async def _served_tables(access: Access, database: Path, ledger: Ledger) -> list[str]:
     """Return the tables that have the columns; never cached, they may come and go."""
     columns: dict[str, set[str]] = {table: set() for table in TABLES}
-    for table, column in await connection.execute_fetchall(_PROBE):
+    for table, column in await access.fetch(_PROBE):
         columns[table].add(column.lower())
     lacking = []
     for table, found in columns.items():
@@ -141,7 +164,7 @@ async def _served_tables(
 
 
 async def _differences(
-    connection: aiosqlite.Connection,
+    access: Access,
     tables: Sequence[str],
     values: dict[str, plan.Value],
     ledger: Ledger,
@@ -152,7 +175,7 @@ async def _differences(
     ledger.failed.clear()
     seen: set[str] = set()
     for table in tables:
-        async with contextlib.aclosing(_pages(connection, table, values)) as pages:
+        async with contextlib.aclosing(_pages(access, table, values)) as pages:
             async for rows in pages:
                 matched, changes = plan.compare(values, rows, downgrade)
                 ledger.matched[table] += len(matched)
@@ -164,44 +187,27 @@ async def _differences(
 
 
 async def _pages(
-    connection: aiosqlite.Connection, table: str, values: dict[str, plan.Value]
+    access: Access, table: str, values: dict[str, plan.Value]
 ) -> AsyncGenerator[list[plan.Row]]:
     """Yield the rows of the table that the snapshot may have a value for.
 
     The way is chosen by size: the whole table is read where the snapshot covers a good part of
     it, the snapshot's keys are looked up where the table is far larger.
     """
-    [(largest,)] = await connection.execute_fetchall(_SIZE.format(table=table))
+    [(largest,)] = await access.fetch(_SIZE.format(table=table))
     # The largest rowid is found at once and counts deleted rows too: an upper bound will do.
     if largest is None:
         return
     if largest <= SCAN_ROWS_PER_KEY * len(values):
         after = _LEAST_ROWID
-        while rows := await _fetch(connection, _SCAN.format(table=table), (after, PAGE_ROWS)):
+        while rows := await access.fetch(_SCAN.format(table=table), (after, PAGE_ROWS)):
             yield rows
             after = rows[-1][0]
     else:
         keys = iter(values)
         while page := tuple(itertools.islice(keys, PAGE_KEYS)):
             wanted = ", ".join("?" * len(page))
-            yield await _fetch(connection, _LOOKUP.format(table=table, keys=wanted), page)
-
-
-async def _fetch(
-    connection: aiosqlite.Connection, sql: str, parameters: tuple[Any, ...]
-) -> list[plan.Row]:
-    """Fetch all rows at once: a cursor that is not read to its end pins the WAL."""
-    try:
-        return list(await connection.execute_fetchall(sql, parameters))  # type: ignore[arg-type]
-    except sqlite3.OperationalError as exc:
-        if hasattr(exc, "sqlite_errorcode"):
-            raise
-        # Not SQLite but Python refused: text in the database that is not UTF-8. Tolerating that
-        # from the start would make every read take half as long again. The frames of the
-        # failed call hold a cursor in the middle of its rows, which would pin the WAL.
-        traceback.clear_frames(exc.__traceback__)
-        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
-        return list(await connection.execute_fetchall(sql, parameters))  # type: ignore[arg-type]
+            yield await access.fetch(_LOOKUP.format(table=table, keys=wanted), page)
 
 
 # ------------------------------------------------------------------------------ writing
@@ -225,7 +231,7 @@ async def _batches(
 
 
 async def _write(
-    connection: aiosqlite.Connection,
+    access: Access,
     table: str,
     changes: Sequence[plan.Change],
     ledger: Ledger,
@@ -244,7 +250,7 @@ async def _write(
         sql += _NEVER_LOWER
         rows = [(*row, row[0]) for row in rows]
     try:
-        cursor = await connection.executemany(sql, rows)
+        changed = await access.write(sql, rows)
     except sqlite3.Error as exc:
         if not refuses_rows(exc):
             raise
@@ -252,8 +258,8 @@ async def _write(
             ledger.failed.update(dict.fromkeys([(table, c.public_key) for c in changes], str(exc)))
             return 0
         half = len(changes) // 2
-        return await _write(connection, table, changes[:half], ledger, downgrade) + await _write(
-            connection, table, changes[half:], ledger, downgrade
+        return await _write(access, table, changes[:half], ledger, downgrade) + await _write(
+            access, table, changes[half:], ledger, downgrade
         )
-    ledger.changed[table] += cursor.rowcount
-    return len(changes) - cursor.rowcount
+    ledger.changed[table] += changed
+    return len(changes) - changed

@@ -1,4 +1,4 @@
-"""Work that a cancellation may not tear apart."""
+"""asyncio, and only asyncio; and work that a cancellation may not tear apart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+
+from mbcap_watch.errors import EventLoopError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -42,3 +44,19 @@ async def uncancelled(work: Coroutine[Any, Any, T]) -> T:
             task.exception()  # looked at; the caller is leaving and has no use for it
         raise cancelled from None
     return task.result()
+
+
+def require_asyncio() -> asyncio.AbstractEventLoop:
+    """Return the running loop.
+
+    Raises:
+        EventLoopError: there is none; this is trio, or no async code at all.
+
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError as exc:
+        raise EventLoopError(
+            "mbcap_watch runs on asyncio only, because aiosqlite does; under trio, start it in a"
+            " thread of its own with asyncio.run"
+        ) from exc

@@ -1,0 +1,194 @@
+"""The bench itself: databases, snapshots, other processes, and a third connection that watches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from mbcap_watch import mesh
+from mbcap_watch.snapshot import SNAPSHOT_NAME, Entry, Snapshot, ensure_snapshot_dir
+from mbcap_watch.wire import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+ROOT: Final = Path(__file__).parent.parent
+OURS: Final = (sys.executable, "-m", "mbcap_watch", "run", "--json", "--log-level", "error")
+SEED: Final = 6
+LAST: Final = 2
+"""The version that a burst ends with; 0 and 1 take turns."""
+_STATES: Final = (("suspected", "path"), ("confirmed", "advert"), ("confirmed", "last"))
+_SUP: Final = {"suspected": 1, "confirmed": 2}
+_GIVE_UP_SECONDS: Final = 60.0
+
+
+class Site:
+    """A directory with a database as CoreScope makes it, and snapshots that take turns.
+
+    Between two versions (0, 1 and `LAST`) exactly `moving` nodes differ, spread over both tables. A
+    connection stays open, as the ingestor's does: closing the last one would checkpoint the WAL.
+
+    Attributes:
+        database: its path.
+        target: where the snapshot belongs.
+        moving: the keys that differ between two versions.
+
+    """
+
+    def __init__(self, root: Path, name: str, nodes: int, moving: int) -> None:
+        directory = root / name
+        directory.mkdir()
+        self.database = directory / "meshcore.db"
+        self.target = ensure_snapshot_dir(self.database) / SNAPSHOT_NAME
+        template = root / f"template-{nodes}.db"
+        if not template.exists():
+            mesh.create_database(template, nodes, SEED)
+        shutil.copyfile(template, self.database)
+        keys = mesh.keys(nodes, SEED)
+        self.moving = keys[:: nodes // moving][:moving] if moving else []
+        self._masters = [directory / f"version-{version}.json" for version in range(3)]
+        moves = set(self.moving)
+        for version, master in enumerate(self._masters):
+            entries = [
+                Entry(key, *(_STATES[version if key in moves else at % 2]))
+                for at, key in enumerate(keys)
+            ]
+            master.write_bytes(encode(Snapshot(tuple(entries), f"2026-11-22T00:00:0{version}Z")))
+        self._keeper = sqlite3.connect(self.database)
+        self._keeper.execute("SELECT count(*) FROM nodes").fetchall()
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The size of a snapshot."""
+        return self._masters[0].stat().st_size
+
+    def stage(self, version: int) -> Path:
+        """Return a file with that version, ready to be renamed; it was written long before.
+
+        A hard link: nothing is left to be flushed, and the inode is another than the last one's.
+        """
+        staged = self.database.parent / "staged.json"
+        staged.unlink(missing_ok=True)
+        os.link(self._masters[version], staged)
+        return staged
+
+    def publish(self, version: int) -> None:
+        """Rename that version into place, from this process."""
+        os.replace(self.stage(version), self.target)
+
+    def masters(self) -> list[str]:
+        """Return the files of all versions."""
+        return [str(master) for master in self._masters]
+
+    def close(self) -> None:
+        """Close the connection that was kept open."""
+        self._keeper.close()
+
+
+class Witness:
+    """A third connection, read-only, in this process: sees when a version is in the database."""
+
+    def __init__(self, site: Site) -> None:
+        self._connection = sqlite3.connect(f"file:{site.database}?mode=ro", uri=True)
+        self._keys = site.moving[:900]
+        keys = ", ".join("?" * len(self._keys))
+        self._sql = " UNION ALL ".join(
+            f"SELECT count(*) FROM {table} WHERE multibyte_sup = ? AND multibyte_evidence = ?"
+            f" AND public_key IN ({keys})"
+            for table in ("nodes", "inactive_nodes")
+        )
+
+    def sees(self, version: int) -> bool:
+        """Whether every moving node has the values of that version."""
+        status, evidence = _STATES[version]
+        parameters = [_SUP[status], evidence, *self._keys] * 2
+        found = self._connection.execute(self._sql, parameters).fetchall()
+        return sum(count for (count,) in found) == len(self._keys)
+
+    def wait(self, version: int) -> int:
+        """Return the monotonic time, in ns, at which that version was seen.
+
+        `data_version` tells cheaply that somebody committed; it is asked every 0.1 ms, so that
+        the watching leaves the processors to those that are measured.
+        """
+        deadline = time.monotonic() + _GIVE_UP_SECONDS
+        known = None
+        while time.monotonic() < deadline:
+            [(now,)] = self._connection.execute("PRAGMA data_version").fetchall()
+            if now != known and self.sees(version):
+                return time.monotonic_ns()
+            known = now
+            time.sleep(0.00005)
+        raise TimeoutError(f"version {version} did not arrive")
+
+
+class Helper:
+    """A process of `python -m benchmarks.MODULE` that answers one JSON line per JSON line."""
+
+    def __init__(self, module: str, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def send(self, request: object = None) -> None:
+        """Send a request and do not wait."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+
+    def receive(self) -> Any:
+        """Wait for an answer."""
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, request: object = None) -> Any:
+        """Send a request and wait for its answer."""
+        self.send(request)
+        return self.receive()
+
+    def __enter__(self) -> Helper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def running(command: Sequence[object], *, ready: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """Run a program with a session of its own; wait for its first line if `ready`."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        if ready:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise ChildProcessError(f"{command} has ended")
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 15)
+        process.communicate()
+
+
+def ours(site: Site, *options: str) -> list[object]:
+    """Return the command of our daemon."""
+    return [*OURS, *options, "--database", site.database]

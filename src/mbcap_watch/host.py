@@ -1,0 +1,136 @@
+"""Applying a snapshot through the host's own connection, for hosts that keep a single writer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbcap_watch import plan, store
+from mbcap_watch.database import as_database_errors
+from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
+from mbcap_watch.ledger import Ledger
+from mbcap_watch.look import describe
+from mbcap_watch.tasks import require_asyncio, uncancelled
+from mbcap_watch.worker import Worker
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    import aiosqlite
+
+    from mbcap_watch.result import PersistResult
+    from mbcap_watch.settings import Downgrade
+    from mbcap_watch.wire import Snapshot
+
+
+async def apply_snapshot(
+    connection: aiosqlite.Connection,
+    snapshot: Snapshot,
+    *,
+    lock: AbstractAsyncContextManager[Any],
+    batch_rows: int = 500,
+    downgrade: Downgrade = "allow",
+) -> PersistResult:
+    """Apply a snapshot through a connection that the host keeps open.
+
+    Compares first and writes only what differs, in batches of a transaction each, as the bridge
+    does. Nothing of the connection is changed: no pragma, row factory or isolation level; its own
+    busy timeout counts. What the host has begun is never committed.
+
+    Args:
+        connection: the host's, with a `text_factory` of `str`, which is the default.
+        snapshot: as `read_snapshot` returns it.
+        lock: what the host holds whenever it uses the connection, such as an `asyncio.Lock`; it
+            is taken for each page of rows that is read and for each batch that is written, and
+            given back in between.
+        batch_rows: rows per transaction.
+        downgrade: whether `suspected` may replace a stored `confirmed`.
+
+    Returns:
+        The same as the bridge's; a busy database is reported at once, as `busy`.
+
+    Raises:
+        EventLoopError: not running on asyncio.
+        TransactionOpen: the connection is in a transaction although the lock was free.
+
+    """
+    require_asyncio()
+    started = time.perf_counter()
+    ledger = Ledger()
+    access = _HostConnection(connection, lock, ledger)
+    async with Worker() as worker:
+        targets = await worker.call(plan.targets, snapshot.entries)
+    error: DatabaseError | None = None
+    database = Path("the host's database")
+    try:
+        with as_database_errors(database):
+            await store.reconcile(
+                access,
+                database,
+                targets.values,
+                ledger,
+                batch_rows=batch_rows,
+                downgrade=downgrade,
+            )
+    except TransactionOpen:
+        raise
+    except DatabaseError as exc:
+        error = exc
+    seconds = time.perf_counter() - started
+    return describe("once", targets, snapshot.written_at, ledger, error, seconds)
+
+
+class _HostConnection:
+    """The way to the rows through somebody else's connection."""
+
+    def __init__(
+        self,
+        connection: aiosqlite.Connection,
+        lock: AbstractAsyncContextManager[Any],
+        ledger: Ledger,
+    ) -> None:
+        self._connection = connection
+        self._lock = lock
+        self._ledger = ledger
+
+    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
+        async with self._lock:
+            self._require_idle()
+            return await uncancelled(self._fetch(sql, parameters))
+
+    async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        async with self._lock:
+            self._require_idle()
+            return await uncancelled(self._transaction(sql, rows))
+
+    def _require_idle(self) -> None:
+        if self._connection.in_transaction:
+            raise TransactionOpen(
+                "the host's connection",
+                "is in a transaction; hold the lock until it has ended, and do not use"
+                " autocommit=False, which is in one all the time",
+            )
+        if self._connection.text_factory is not str:
+            raise DatabaseFailed("the host's connection", "has a text_factory that is not str")
+
+    async def _fetch(self, sql: str, parameters: tuple[Any, ...]) -> list[Any]:
+        async with self._connection.cursor() as cursor:
+            cursor.row_factory = None  # of this cursor alone
+            await cursor.execute(sql, parameters)
+            return list(await cursor.fetchall())
+
+    async def _transaction(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        async with self._connection.cursor() as cursor:
+            await cursor.execute("BEGIN IMMEDIATE")
+            started = time.perf_counter()
+            try:
+                await cursor.executemany(sql, rows)
+                changed = cursor.rowcount
+                await cursor.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    await cursor.execute("ROLLBACK")
+                held = time.perf_counter() - started
+                self._ledger.lock_seconds = max(self._ledger.lock_seconds, held)
+            return changed
