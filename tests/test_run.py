@@ -15,6 +15,7 @@ from mbcap_watch import (
     EventLoopError,
     PersistResult,
     Settings,
+    Timings,
     WatchState,
     persist_once,
     plan,
@@ -222,6 +223,22 @@ async def test_busy_for_longer_than_the_deadline_is_told_and_tried_on(database: 
             assert "locked" in str(busy.error)
             release()
         await results.next("applied", after=2)
+
+
+async def test_timings_tell_lag_waits_and_holds(database: Path) -> None:
+    timings: list[Timings] = []
+    async with anyio.create_task_group() as group:
+        settings = Settings.from_mapping({"database": database, **QUIET, "batch_rows": 1})
+        await group.start(partial(run, settings, on_timings=timings.append))
+        assert timings == [], "there was nothing to compare"
+        put(document(("aa11", "confirmed"), ("dd44", "confirmed")), snapshot_path(database))
+        await until(lambda: timings)
+        (first,) = timings
+        assert first.lag is not None
+        assert 0 <= first.lag < 5
+        assert (len(first.waits), len(first.holds)) == (2, 2)
+        assert all(0 < hold < 5 for hold in first.holds)
+        group.cancel_scope.cancel()
 
 
 # ------------------------------------------------------------------------------ as a host sees it

@@ -29,7 +29,7 @@ from mbcap_watch.snapshot import (
     Entry,
     Snapshot,
     ensure_snapshot_dir,
-    read_bytes,
+    read_file,
     read_snapshot,
     snapshot_dir,
     snapshot_path,
@@ -325,9 +325,9 @@ def test_a_file_that_hides_its_size_is_read_to_its_end_and_no_further() -> None:
     # Files in /proc say that they are empty, as files on some network filesystems do.
     path = Path("/proc/cpuinfo")
     assert path.stat().st_size == 0
-    assert len(read_bytes(path, 1 << 20)) > 100
+    assert len(read_file(path, 1 << 20).data) > 100
     with pytest.raises(SnapshotRefused, match="larger than max_bytes"):
-        read_bytes(path, 100)
+        read_file(path, 100)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -365,7 +365,7 @@ def test_no_read_leaves_a_descriptor_behind(database: Path, path: Path) -> None:
         with contextlib.suppress(SnapshotError):
             read_snapshot(database, max_bytes=max_bytes)
     with pytest.raises(SnapshotRefused):
-        read_bytes(Path("/proc/cpuinfo"), 100)  # refused after it was opened
+        read_file(Path("/proc/cpuinfo"), 100)  # refused after it was opened
     assert open_descriptors() == before
 
 

@@ -27,7 +27,7 @@ from mbcap_watch.errors import (
     SnapshotUnreadable,
     TransactionOpen,
 )
-from mbcap_watch.result import PersistResult, WatchState
+from mbcap_watch.result import PersistResult, Timings, WatchState
 from mbcap_watch.settings import Settings
 from mbcap_watch.snapshot import (
     Entry,
@@ -67,6 +67,7 @@ __all__ = [
     "SnapshotNotPublished",
     "SnapshotRefused",
     "SnapshotUnreadable",
+    "Timings",
     "TransactionOpen",
     "Trigger",
     "WatchState",

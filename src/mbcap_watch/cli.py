@@ -42,6 +42,8 @@ EXIT_CODES: Final[dict[Outcome, int]] = {
     "failed": 1,
 }
 
+_NOTHING_TO_DO: Final = "there is no snapshot yet: nothing to do"
+
 # A stop takes half a second. What has not ended by then hangs in the kernel, on a mount whose
 # server is gone; nothing is lost by leaving it behind.
 _STOP_SECONDS: Final = 4.0
@@ -201,7 +203,7 @@ def apply(
         elif result.outcome in ("applied", "unchanged"):
             _print_line(logs.summary(result))
         elif result.outcome == "no_snapshot":
-            _print_line(f"no snapshot in {settings.snapshot_dir}: nothing to do")
+            _print_line(_NOTHING_TO_DO)
     if result.error:
         logger.warning("%s: %s", result.outcome, result.error)
     raise typer.Exit(EXIT_CODES[result.outcome])
@@ -224,6 +226,8 @@ def _print_preview(
         _print_line(f"{table} {change.public_key} {before} -> {after}")
     if result.outcome in ("applied", "unchanged"):
         _print_line(f"would change {len(changes)} rows; nothing was touched")
+    elif result.outcome == "no_snapshot":
+        _print_line(_NOTHING_TO_DO)
 
 
 @app.command()

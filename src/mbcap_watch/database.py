@@ -88,8 +88,12 @@ class _Connection(sqlite3.Connection):
         self._tune()
         cursor = self.cursor()
         try:
-            self.execute("BEGIN IMMEDIATE")
-            started = time.perf_counter()
+            asked = time.perf_counter()
+            try:
+                self.execute("BEGIN IMMEDIATE")
+            finally:
+                started = time.perf_counter()
+                self._ledger.waits.append(started - asked)
             try:
                 self._require_same_file()
                 cursor.executemany(sql, parameters)
@@ -97,8 +101,7 @@ class _Connection(sqlite3.Connection):
             finally:
                 if self.in_transaction:
                     self.execute("ROLLBACK")
-                held = time.perf_counter() - started
-                self._ledger.lock_seconds = max(self._ledger.lock_seconds, held)
+                self._ledger.holds.append(time.perf_counter() - started)
         finally:
             # A cursor that somebody still refers to, be it the traceback of an error, would keep
             # the file open after the connection is closed.

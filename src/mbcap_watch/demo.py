@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import anyio
+from anyio.streams.buffered import BufferedByteReceiveStream
 from rich.console import Console
 
 from mbcap_watch import mesh
@@ -98,12 +99,14 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
         await anyio.open_process([str(part) for part in command], stderr=None) as publisher,
         anyio.create_task_group() as group,
     ):
+        assert publisher.stdout is not None
+        answers = BufferedByteReceiveStream(publisher.stdout)
         await group.start(bridge)
         results.get_nowait()  # of the start: there was no snapshot yet
         console.print("A publisher in another process replaces the snapshot by rename:\n")
         for number, snapshot in enumerate(mesh.snapshots(nodes, snapshots, SEED), 1):
             await anyio.sleep(_BREATH)
-            renamed_at = await _ask(publisher)
+            renamed_at = await _ask(publisher, answers)
             with anyio.move_on_after(LANDING_SECONDS):
                 result, committed_at = await results.get()
                 _expect(wanted, snapshot)
@@ -165,12 +168,11 @@ def _summarize(landings: list[Landing], snapshots: int, console: Console) -> boo
 # ------------------------------------------------------------------------------ the publisher
 
 
-async def _ask(publisher: anyio.abc.Process) -> int:
+async def _ask(publisher: anyio.abc.Process, answers: BufferedByteReceiveStream) -> int:
     """Have it publish the next snapshot; return the monotonic time of the rename, in ns."""
     assert publisher.stdin is not None
-    assert publisher.stdout is not None
     await publisher.stdin.send(b"\n")
-    return int(await publisher.stdout.receive())
+    return int(await answers.receive_until(b"\n", 64))
 
 
 def publish(database: Path, nodes: int, count: int) -> None:

@@ -122,8 +122,10 @@ class _HostConnection:
 
     async def _transaction(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
         async with self._connection.cursor() as cursor:
+            asked = time.perf_counter()
             await cursor.execute("BEGIN IMMEDIATE")
             started = time.perf_counter()
+            self._ledger.waits.append(started - asked)
             try:
                 await cursor.executemany(sql, rows)
                 changed = cursor.rowcount
@@ -131,6 +133,5 @@ class _HostConnection:
             finally:
                 if self._connection.in_transaction:
                     await cursor.execute("ROLLBACK")
-                held = time.perf_counter() - started
-                self._ledger.lock_seconds = max(self._ledger.lock_seconds, held)
+                self._ledger.holds.append(time.perf_counter() - started)
             return changed

@@ -112,8 +112,11 @@ class InotifyWatch:
                 return "the directory was replaced"
         except OSError as exc:
             return f"the directory cannot be reached ({exc.strerror})"
-        if self._read_kernel_watches() != self._kernel_watches:
-            return "the kernel has dropped the watch"
+        try:
+            if self._read_kernel_watches() != self._kernel_watches:
+                return "the kernel has dropped the watch"
+        except OSError as exc:  # no descriptor left, say: what cannot be checked is not trusted
+            return f"the watch cannot be checked ({exc.strerror})"
         return None
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ class Ledger:
         changed: rows written, by table.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
-        lock_seconds: the longest single hold of the write lock, in seconds.
+        waits: for the write lock, in seconds, one per transaction.
+        holds: of the write lock, in seconds, one per transaction.
         waiting: what a table that cannot be served yet lacks.
         stopped: whether whoever waits for this has gone; then the rest is left for another look.
 
@@ -25,7 +26,8 @@ class Ledger:
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     unmatched: int = 0
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    lock_seconds: float = 0.0
+    waits: list[float] = dataclasses.field(default_factory=list)
+    holds: list[float] = dataclasses.field(default_factory=list)
     waiting: str | None = None
     stopped: bool = False
 

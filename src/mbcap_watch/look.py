@@ -26,8 +26,8 @@ from mbcap_watch.errors import (
     printable,
 )
 from mbcap_watch.ledger import Ledger
-from mbcap_watch.result import Outcome, PersistResult, Reason
-from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_bytes
+from mbcap_watch.result import Outcome, PersistResult, Reason, Timings
+from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +58,7 @@ class Reading(NamedTuple):
         targets: what it wants written; None if it is no usable snapshot, or the known one.
         written_at: `writtenAt` as in the file.
         error: why there are no targets.
+        changed_at: when the file was put in place, in seconds since the epoch.
 
     """
 
@@ -65,6 +66,7 @@ class Reading(NamedTuple):
     targets: plan.Targets | None = None
     written_at: str | None = None
     error: SnapshotError | None = None
+    changed_at: float | None = None
 
 
 class Looker:
@@ -73,6 +75,7 @@ class Looker:
     Attributes:
         error: what stood in the way of the last look; None if nothing did.
         snapshot_changed: whether the last look found another snapshot than the one before.
+        timings: of the last look that reached the database; None if it did not.
 
     """
 
@@ -83,6 +86,7 @@ class Looker:
         self._busy: _Attempt | None = None
         self.error: SnapshotError | DatabaseError | None = None
         self.snapshot_changed = False
+        self.timings: Timings | None = None
 
     async def look(self, reason: Reason) -> PersistResult:
         """Look once, and say what came of it.
@@ -113,12 +117,25 @@ class Looker:
             raise
         before, now = self._seen, reading.fingerprint
         self.snapshot_changed = before is None or before.snapshot != now.snapshot
+        self.timings = None
         if now == known:
             return None
+        if reading.targets is not None and error is None:
+            self.timings = self._timings(reading, attempt.ledger)
         self._seen, self.error = now, error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
         seconds = time.perf_counter() - attempt.started
         return describe(reason, reading.targets, reading.written_at, attempt.ledger, error, seconds)
+
+    def _timings(self, reading: Reading, ledger: Ledger) -> Timings:
+        lag = None
+        if self.snapshot_changed and reading.changed_at is not None and ledger.changed.total():
+            lag = time.time() - reading.changed_at
+        return Timings(
+            lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
+            waits=tuple(ledger.waits),
+            holds=tuple(ledger.holds),
+        )
 
     async def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a look would report and the changes it would make, and make none."""
@@ -151,7 +168,7 @@ def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
     path = settings.snapshot_dir / SNAPSHOT_NAME
     database = _identity(settings.database)
     try:
-        data = read_bytes(path, settings.max_bytes)
+        data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:
         state = f"{type(exc).__name__}: {exc}".encode(errors="replace")
         return Reading(Fingerprint(state, database), error=exc)
@@ -163,7 +180,9 @@ def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
     except SnapshotMalformed as exc:
         return Reading(fingerprint, error=exc)
     del data
-    return Reading(fingerprint, plan.targets(snapshot.entries), snapshot.written_at)
+    return Reading(
+        fingerprint, plan.targets(snapshot.entries), snapshot.written_at, changed_at=changed_at
+    )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -241,7 +260,7 @@ def describe(
         written_at=written_at,
         error=_error_text(ledger, error),
         seconds=seconds,
-        lock_seconds=ledger.lock_seconds,
+        lock_seconds=max(ledger.holds, default=0.0),
     )
 
 

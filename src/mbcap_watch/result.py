@@ -73,6 +73,23 @@ class PersistResult:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """How long a look that compared the database took others' and our time. All in seconds.
+
+    Attributes:
+        lag: from the rename to the last committed row; None if no new snapshot was written, or
+            if the clocks of the filesystem and of this machine disagree.
+        waits: for the write lock, one per transaction.
+        holds: of the write lock, one per transaction.
+
+    """
+
+    lag: float | None
+    waits: tuple[float, ...] = ()
+    holds: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class WatchState:
     """How the bridge notices changes, and how that goes. Times are seconds since the epoch.
 

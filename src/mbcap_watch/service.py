@@ -7,7 +7,7 @@ import inspect
 import random
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
 
     from mbcap_watch.plan import Change
-    from mbcap_watch.result import PersistResult, Reason, WatchState
+    from mbcap_watch.result import PersistResult, Reason, Timings, WatchState
     from mbcap_watch.settings import Settings
 
 OnResult: TypeAlias = "Callable[[PersistResult], Any]"
 OnState: TypeAlias = "Callable[[WatchState], Any]"
+OnTimings: TypeAlias = "Callable[[Timings], Any]"
 T = TypeVar("T")
 
 # The first pause before something is tried again, and the longest while the database is busy.
@@ -87,6 +88,7 @@ async def run(
     *,
     on_result: OnResult | None = None,
     on_state: OnState | None = None,
+    on_timings: OnTimings | None = None,
     trigger: Trigger | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -102,6 +104,7 @@ async def run(
             up the next look until it returns.
         on_state: called with the `WatchState` after every look, and when the filesystem stops
             answering; likewise.
+        on_timings: called with the `Timings` of every look that compared the database; likewise.
         trigger: lets the host say "look now".
         task_status: for `TaskGroup.start`.
 
@@ -132,7 +135,8 @@ async def run(
 
     async with Worker(on_stuck) as worker:
         watch = Watch(settings, worker, partial(from_thread, ring))
-        bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), on_result, on_state)
+        hooks = _Hooks(on_result, on_state, on_timings)
+        bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), hooks)
         await bridge.serve("start")
         with (trigger or Trigger()).connected(partial(from_thread, request)):
             task_status.started()
@@ -152,6 +156,12 @@ async def _next_reason(agenda: Agenda, watch: Watch, bell: asyncio.Event) -> Rea
             await bell.wait()
 
 
+class _Hooks(NamedTuple):
+    on_result: OnResult | None
+    on_state: OnState | None
+    on_timings: OnTimings | None
+
+
 class _Bridge:
     """Serves one reason to look after the other, and decides what a failure means."""
 
@@ -161,15 +171,13 @@ class _Bridge:
         agenda: Agenda,
         watch: Watch,
         looker: Looker,
-        on_result: OnResult | None,
-        on_state: OnState | None,
+        hooks: _Hooks,
     ) -> None:
         self._settings = settings
         self._agenda = agenda
         self._watch = watch
         self._looker = looker
-        self._on_result = on_result
-        self._on_state = on_state
+        self._hooks = hooks
         self._attempt = 0
         self._busy_since: float | None = None
 
@@ -189,13 +197,15 @@ class _Bridge:
         compared = result is not None and result.outcome in ("applied", "unchanged")
         self._agenda.end(now(), compared=compared, retry_in=self._retry_in(reason, result))
         if result is not None and self._worth_telling(result, now()):
-            await _call(self._on_result, result)
-        await _call(self._on_state, self._watch.state)
+            await _call(self._hooks.on_result, result)
+        if self._looker.timings is not None:
+            await _call(self._hooks.on_timings, self._looker.timings)
+        await _call(self._hooks.on_state, self._watch.state)
 
     async def note_stuck(self, since: float | None) -> None:
         """Tell that the filesystem does not answer, or does again."""
         self._watch.update(stuck_since=since)
-        await _call(self._on_state, self._watch.state)
+        await _call(self._hooks.on_state, self._watch.state)
 
     def _note_look(self, result: PersistResult | None, *, missed: bool) -> None:
         state = self._watch.state

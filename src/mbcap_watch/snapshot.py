@@ -12,6 +12,7 @@ import secrets
 import stat
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from mbcap_watch.errors import (
     SnapshotNotFound,
@@ -30,7 +31,7 @@ __all__ = [
     "ensure_snapshot_dir",
     "parse",
     "parse_entries",
-    "read_bytes",
+    "read_file",
     "read_snapshot",
     "snapshot_dir",
     "snapshot_path",
@@ -100,10 +101,24 @@ def read_snapshot(
 
     """
     path = _directory(database, snapshot_dir) / SNAPSHOT_NAME
-    return parse(read_bytes(path, max_bytes), source=str(path))
+    return parse(read_file(path, max_bytes).data, source=str(path))
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
+class SnapshotFile(NamedTuple):
+    """What was read.
+
+    Attributes:
+        data: the whole file.
+        changed_at: when it was put in place, in seconds since the epoch by the filesystem's
+            clock (its ctime, which a rename sets).
+
+    """
+
+    data: bytes
+    changed_at: float
+
+
+def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     """Read the file at `path` to its end, without ever blocking on what is no file.
 
     The directory is listed first: on NFS that alone makes the client ask the server which file
@@ -123,7 +138,8 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         try:
             status = os.fstat(descriptor)
             _require_regular(path, status, max_bytes)
-            return _read_to_end(path, descriptor, status.st_size, max_bytes)
+            data = _read_to_end(path, descriptor, status.st_size, max_bytes)
+            return SnapshotFile(data, status.st_ctime)
         finally:
             os.close(descriptor)
     except _ABSENT as exc:
