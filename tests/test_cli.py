@@ -344,7 +344,7 @@ def test_the_demo_fails_when_a_row_is_wrong(
     assert "wrong" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "apply", "publish", "demo"])
+@pytest.mark.parametrize("command", ["run", "apply", "publish", "demo", "config"])
 def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help", env=PLAIN)
 
@@ -457,3 +457,20 @@ def test_a_dry_run_waits_for_a_lock_as_the_real_one_does(tmp_path: Path) -> None
         done = call("apply", "--dry-run", "--database", database, "--busy-deadline", "200ms")
     assert done.returncode == 5
     assert "would change" not in done.stdout
+
+
+def test_config_shows_where_each_value_came_from(database: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("resync = '1m'\nmode = 'poll'\n")
+    arguments = ("--config", config, "--database", database, "--mode", "inotify")
+    done = call("config", "--json", *arguments, env={"MBCAP_WATCH_DEBOUNCE": "20ms"})
+    shown = json.loads(done.stdout)
+
+    assert set(shown) == {*Settings.__dataclass_fields__, "log_level", "log_format"}
+    assert shown["resync"] == {"value": 60.0, "origin": f"{config}: resync"}
+    assert shown["mode"] == {"value": "inotify", "origin": "--mode"}
+    assert shown["debounce"] == {"value": 0.02, "origin": "MBCAP_WATCH_DEBOUNCE"}
+    assert shown["batch_rows"] == {"value": 500, "origin": "default"}
+    table = call("config", *arguments, env=PLAIN).stdout
+    assert "--mode" in table
+    assert str(database) in table

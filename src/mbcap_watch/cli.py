@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import json as json_module
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Final
 
 import anyio
 import typer
 
-from mbcap_watch import __version__, config, demo, logs, options
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, printable
+from mbcap_watch import __version__, config, demo, inspection, logs, options, output
+from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
 from mbcap_watch.plan import Change
-from mbcap_watch.result import Outcome, PersistResult
+from mbcap_watch.result import PersistResult
 from mbcap_watch.service import persist_once, preview_once
 from mbcap_watch.service import run as run_bridge
+from mbcap_watch.signals import Stop
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse_entries, write_snapshot
 
 logger = logging.getLogger("mbcap_watch")
 
-EXIT_USAGE: Final = 2
-EXIT_BAD_SNAPSHOT: Final = 3
-EXIT_CODES: Final[dict[Outcome, int]] = {
-    "applied": 0,
-    "unchanged": 0,
-    "no_snapshot": 0,
-    "malformed": EXIT_BAD_SNAPSHOT,
-    "refused": EXIT_BAD_SNAPSHOT,
-    "database_missing": 4,
-    "schema_missing": 4,
-    "busy": 5,
-    "failed": 1,
-}
-
 _NOTHING_TO_DO: Final = "there is no snapshot yet: nothing to do"
-
-# A stop takes half a second. What has not ended by then hangs in the kernel, on a mount whose
-# server is gone; nothing is lost by leaving it behind.
-_STOP_SECONDS: Final = 4.0
 
 app = typer.Typer(
     name="mbcap-watch",
@@ -101,14 +78,14 @@ def run(
     Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
     with exit code 0 within 5 seconds of a signal.
     """
-    stop = _Stop()  # before anything else: from here on a signal ends it cleanly
+    stop = Stop()  # before anything else: from here on a signal ends it cleanly
     settings = _configure(context).settings
     log = logs.ResultLog()
 
     def on_result(result: PersistResult) -> None:
         log(result)
         if json:
-            _print_line(result.to_json())
+            output.print_line(result.to_json())
 
     logger.info(
         "mbcap-watch %s: %s into %s",
@@ -125,42 +102,6 @@ def run(
     anyio.run(main)
     logger.info("stopped")
     stop.ignore_more()
-
-
-class _Stop:
-    """SIGTERM and SIGINT end the daemon cleanly, at any moment and however often they come.
-
-    The handlers stay until the process has ended: asyncio's own would be gone while it closes.
-    """
-
-    def __init__(self) -> None:
-        self._cancel: Callable[[], object] | None = None
-        self._signum: int | None = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._handle)
-
-    def cancel_on_signal(self, scope: anyio.CancelScope) -> None:
-        """Have a signal cancel `scope`, be it one that has come already."""
-        loop = asyncio.get_running_loop()
-        self._cancel = lambda: loop.call_soon_threadsafe(scope.cancel)
-        if self._signum is not None:
-            scope.cancel()
-
-    def ignore_more(self) -> None:
-        """For the last moments: the interpreter takes handlers away, but leaves SIG_IGN."""
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        if self._signum is not None:
-            return
-        self._signum = signum
-        logger.info("stopping on %s", signal.Signals(signum).name)
-        last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
-        last_resort.daemon = True
-        last_resort.start()
-        if self._cancel is not None:
-            self._cancel()
 
 
 @app.command()
@@ -199,14 +140,14 @@ def apply(
     else:
         result = anyio.run(persist_once, settings)
         if json:
-            _print_line(result.to_json())
+            output.print_line(result.to_json())
         elif result.outcome in ("applied", "unchanged"):
-            _print_line(logs.summary(result))
+            output.print_line(logs.summary(result))
         elif result.outcome == "no_snapshot":
-            _print_line(_NOTHING_TO_DO)
+            output.print_line(_NOTHING_TO_DO)
     if result.error:
         logger.warning("%s: %s", result.outcome, result.error)
-    raise typer.Exit(EXIT_CODES[result.outcome])
+    raise typer.Exit(output.EXIT_CODES[result.outcome])
 
 
 def _print_preview(
@@ -219,15 +160,15 @@ def _print_preview(
             {"table": table, "public_key": c.public_key, "from": c.before, "to": c.after}
             for table, c in changes
         ]
-        _print_json(fields)
+        output.print_json(fields)
         return
     for table, change in changes:
         before, after = (f"{sup}/{evidence!r}" for sup, evidence in (change.before, change.after))
-        _print_line(f"{table} {change.public_key} {before} -> {after}")
+        output.print_line(f"{table} {change.public_key} {before} -> {after}")
     if result.outcome in ("applied", "unchanged"):
-        _print_line(f"would change {len(changes)} rows; nothing was touched")
+        output.print_line(f"would change {len(changes)} rows; nothing was touched")
     elif result.outcome == "no_snapshot":
-        _print_line(_NOTHING_TO_DO)
+        output.print_line(_NOTHING_TO_DO)
 
 
 @app.command()
@@ -252,7 +193,7 @@ def publish(
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
-        _fail(f"{source}: cannot be read: {exc}", EXIT_USAGE)
+        output.fail(f"{source}: cannot be read: {exc}", output.EXIT_USAGE)
     try:
         snapshot = write_snapshot(
             settings.database,
@@ -260,9 +201,9 @@ def publish(
             snapshot_dir=settings.snapshot_dir,
         )
     except SnapshotMalformed as exc:
-        _fail(f"{source}: {exc.problem}; nothing was published", EXIT_BAD_SNAPSHOT)
+        output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
-        _fail(str(exc), 1)
+        output.fail(str(exc), 1)
     path = settings.snapshot_dir / SNAPSHOT_NAME
     if json:
         fields = {
@@ -270,9 +211,9 @@ def publish(
             "entries": len(snapshot.entries),
             "written_at": snapshot.written_at,
         }
-        _print_json(fields)
+        output.print_json(fields)
     else:
-        _print_line(
+        output.print_line(
             f"published {len(snapshot.entries)} entries to {path}, written at {snapshot.written_at}"
         )
 
@@ -295,27 +236,13 @@ def demo_command(
     raise typer.Exit(0 if right else 1)
 
 
+inspection.register(app)
+
+
 def _configure(context: typer.Context) -> config.Config:
     loaded = config.load(context.params, os.environ, context.params.get("config_file"))
     logs.configure(loaded.log_level, loaded.log_format)
     return loaded
-
-
-def _print_json(fields: dict[str, Any]) -> None:
-    _print_line(json_module.dumps(fields, ensure_ascii=False, separators=(",", ":")))
-
-
-def _print_line(text: str) -> None:
-    """Print at once, in UTF-8 whatever the locale."""
-    try:
-        sys.stdout.buffer.write(printable(text).encode() + b"\n")
-        sys.stdout.buffer.flush()
-    except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
-        raise OutputError(f"standard output cannot be written: {exc}") from exc
-
-
-class OutputError(MbcapWatchError):
-    """Standard output is gone, or its disk is full."""
 
 
 def main() -> None:
@@ -323,16 +250,16 @@ def main() -> None:
     try:
         app()
     except SettingsError as exc:
-        _say(str(exc))
+        output.say(str(exc))
         _print_refusal(str(exc))
-        sys.exit(EXIT_USAGE)
-    except OutputError as exc:
-        _say(str(exc))
+        sys.exit(output.EXIT_USAGE)
+    except output.OutputError as exc:
+        output.say(str(exc))
         # What Python still holds for a standard output that is gone is not to be tried again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except SystemExit as exc:
-        if exc.code == EXIT_USAGE:
+        if exc.code == output.EXIT_USAGE:
             _print_refusal("wrong usage; standard error says what")
         raise
 
@@ -340,13 +267,4 @@ def main() -> None:
 def _print_refusal(message: str) -> None:
     """Print an object for `apply --json` even when there was no look to report."""
     if {"apply", "--json"} <= set(sys.argv):
-        _print_line(PersistResult(outcome="failed", reason="once", error=message).to_json())
-
-
-def _say(message: str) -> None:
-    typer.echo(f"mbcap-watch: {printable(message)}", err=True)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    _say(message)
-    raise typer.Exit(code)
+        output.print_line(PersistResult(outcome="failed", reason="once", error=message).to_json())

@@ -1,0 +1,58 @@
+"""SIGTERM and SIGINT for the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    import anyio
+
+logger = logging.getLogger("mbcap_watch")
+
+# A stop takes half a second. What has not ended by then hangs in the kernel, on a mount whose
+# server is gone; nothing is lost by leaving it behind.
+_STOP_SECONDS: Final = 4.0
+
+
+class Stop:
+    """SIGTERM and SIGINT end the daemon cleanly, at any moment and however often they come.
+
+    The handlers stay until the process has ended: asyncio's own would be gone while it closes.
+    """
+
+    def __init__(self) -> None:
+        self._cancel: Callable[[], object] | None = None
+        self._signum: int | None = None
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, self._handle)
+
+    def cancel_on_signal(self, scope: anyio.CancelScope) -> None:
+        """Have a signal cancel `scope`, be it one that has come already."""
+        loop = asyncio.get_running_loop()
+        self._cancel = lambda: loop.call_soon_threadsafe(scope.cancel)
+        if self._signum is not None:
+            scope.cancel()
+
+    def ignore_more(self) -> None:
+        """For the last moments: the interpreter takes handlers away, but leaves SIG_IGN."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+
+    def _handle(self, signum: int, _: FrameType | None) -> None:
+        if self._signum is not None:
+            return
+        self._signum = signum
+        logger.info("stopping on %s", signal.Signals(signum).name)
+        last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
+        last_resort.daemon = True
+        last_resort.start()
+        if self._cancel is not None:
+            self._cancel()
