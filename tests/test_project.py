@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import aiosqlite
 import pytest
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
 
@@ -75,6 +77,16 @@ def test_the_private_names_of_watchdog_are_there() -> None:
         observer.stop()
 
 
+def test_the_private_names_of_aiosqlite_are_there() -> None:
+    async def main() -> int:
+        connection: Any
+        async with aiosqlite.connect(":memory:") as connection:
+            answer = await connection._execute(lambda raw: raw.total_changes, connection._conn)
+            return int(answer)
+
+    assert asyncio.run(main()) == 0
+
+
 def test_the_configuration_file_shows_every_setting_with_its_default(tmp_path: Path) -> None:
     text = (ROOT / "config" / "mbcap-watch.toml").read_text()
     settings = re.sub(r"^#(?=[a-z_]+ = )", "", text, flags=re.MULTILINE)
@@ -97,12 +109,12 @@ def test_the_readme_knows_every_setting_and_its_default() -> None:
         re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     )
     assert set(SETTING_NAMES) <= set(table)
-    defaults = Settings(database="x")  # type: ignore[arg-type]
+    defaults = Settings(database="x")
     for name in SETTING_NAMES:
         if name in ("database", "snapshot_dir"):
             continue
         shown = table[name].strip().strip("`")
-        made = Settings(database="x", **{name: shown})  # type: ignore[arg-type]
+        made = Settings(database="x", **{name: shown})
         assert getattr(made, name) == getattr(defaults, name), name
 
 

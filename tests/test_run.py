@@ -293,7 +293,7 @@ async def test_the_working_directory_and_the_environment_do_not_matter(
     database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(database.parent)
-    settings = Settings(database="meshcore.db")  # type: ignore[arg-type]
+    settings = Settings(database="meshcore.db")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("DB_PATH", "/nowhere")

@@ -127,7 +127,8 @@ BAD: list[tuple[str, object]] = [
     *((name, value) for name in ("mode", "downgrade") for value in NO_CHOICE),
     ("mode", "allow"),
     ("downgrade", "auto"),
-    *((name, value) for name in ("database", "snapshot_dir") for value in NO_PATH),
+    *(("database", value) for value in NO_PATH),
+    *(("snapshot_dir", value) for value in NO_PATH if value is not None),
     ("database", "a\0b"),
     ("snapshot_dir", "a\0b"),
 ]

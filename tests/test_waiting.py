@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
-from mbcap_watch import Settings, persist_once, snapshot_path
+from mbcap_watch import (
+    Settings,
+    Timings,
+    inotify,
+    persist_once,
+    run,
+    snapshot_path,
+    worker,
+)
 from support import (
     bridge,
     connect,
     document,
     locked,
     make_database,
+    open_descriptors,
     other_process,
     put,
     read_line,
@@ -282,3 +296,121 @@ def daemon_log(tmp_path: Path) -> Any:
                 process.kill()
 
     return start
+
+
+# ------------------------------------------------------------------------------ retries alone
+
+
+async def test_a_refused_row_is_tried_again_long_before_the_resync(database: Path) -> None:
+    """Also when nothing else differs, and without any change of the file."""
+    with connect(database) as connection:
+        connection.execute(
+            "CREATE TRIGGER t BEFORE UPDATE ON nodes BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+        put(SNAPSHOT, snapshot_path(database))
+        async with bridge(database, sweep_interval="50ms") as results:
+            assert results.outcomes == ["failed"]
+            connection.execute("DROP TRIGGER t")
+            assert (await results.next("applied")).reason == "retry"
+            assert VALUE in read_rows(database)
+
+
+async def test_columns_that_come_one_table_after_the_other(database: Path) -> None:
+    with connect(database) as connection:
+        connection.execute("ALTER TABLE inactive_nodes DROP COLUMN multibyte_sup")
+        put(document(("aa11", "confirmed"), ("bb22", "confirmed")), snapshot_path(database))
+        async with bridge(database, sweep_interval="50ms") as results:
+            assert [(r.outcome, r.changed) for r in results.all] == [("applied", 1)]
+            connection.execute(
+                "ALTER TABLE inactive_nodes ADD COLUMN multibyte_sup INTEGER NOT NULL DEFAULT 0"
+            )
+            await results.count("applied", 2)
+            assert ("inactive_nodes", "bb22", 2, "") in read_rows(database)
+
+
+async def test_large_evidence_makes_smaller_batches(tmp_path: Path) -> None:
+    keys = [f"{number:04}" for number in range(40)]
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    put(document(*((key, "confirmed", "x" * 100_000) for key in keys)), snapshot_path(database))
+    timings: list[Timings] = []
+    async with anyio.create_task_group() as group:
+        await group.start(partial(run, Settings(database), on_timings=timings.append))
+        group.cancel_scope.cancel()
+    assert len(timings[0].holds) == 14  # three rows are over a quarter of a megabyte
+
+
+@pytest.mark.parametrize("spare", range(1, 8))
+def test_a_running_daemon_is_short_of_descriptors(tmp_path: Path, spare: int) -> None:
+    """It waits, and goes on when there are some again."""
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
+    script = """if True:
+        import asyncio, os, resource, sys
+        from mbcap_watch import Settings, run
+        def seen(result):
+            print(result.outcome, flush=True)
+        async def main():
+            task = asyncio.create_task(run(
+                Settings(sys.argv[1], poll_interval=0.02, sweep_interval=0.05), on_result=seen))
+            loop = asyncio.get_running_loop()
+            while line := await loop.run_in_executor(None, sys.stdin.readline):
+                _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+                open_now = max(map(int, os.listdir("/proc/self/fd")))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (int(line) or hard, hard))
+                if int(line):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + int(line), hard))
+                print("limit", flush=True)
+            assert not task.done(), task
+        asyncio.run(main())
+    """
+    with other_process(script, str(database)) as process:
+        assert process.stdin is not None
+        assert read_line(process) == "no_snapshot"
+        for limit in (spare, 0):
+            process.stdin.write(f"{limit}\n")
+            process.stdin.flush()
+            lines = iter(lambda: read_line(process), "limit")
+            assert "" not in lines
+            if limit:
+                put(SNAPSHOT, snapshot_path(database))
+        wait_until(lambda: VALUE in read_rows(database))
+        assert process.poll() is None
+
+
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """watchdog's constructor would leave an inotify instance and a pipe behind at every attempt."""
+    before = open_descriptors()
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(5):
+            with pytest.raises(OSError, match="thread"):
+                inotify.InotifyWatch(tmp_path, lambda: None)
+    assert open_descriptors() == before
+
+
+def test_a_long_apply_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STUCK_SECONDS", 0.2)
+    told: list[float | None] = []
+
+    async def main() -> None:
+        async def on_stuck(since: float | None) -> None:
+            told.append(since)
+
+        async with worker.Worker(on_stuck) as thread:
+
+            def long_work() -> None:
+                for _ in range(30):
+                    time.sleep(0.02)
+                    thread.note_progress()
+
+            await thread.call(long_work)
+            assert told == []
+            await thread.call(time.sleep, 0.5)
+
+    asyncio.run(main())
+    assert len(told) == 2
+    assert told[0] is not None
+    assert told[1] is None

@@ -26,7 +26,7 @@ class Agenda:
     - `poll` or `sweep`: at a steady pace that a slow look does not shift.
     - `resync`: so long after the last full comparison with the database.
     - `retry`: once, when asked for.
-    - `request`: at once; requests during a look merge into one more.
+    - `request`: at once, but not within `debounce` of a look; requests until then merge.
     """
 
     def __init__(self, settings: Settings, now: float) -> None:
@@ -57,7 +57,7 @@ class Agenda:
         """Return the next look; it may be due already."""
         appointments = [
             Appointment(self._ring_due(), "rename"),
-            Appointment(self._request, "request"),
+            Appointment(max(self._request, self._quiet_until), "request"),
             Appointment(self._retry, "retry"),
             Appointment(self._resync, "resync"),
             Appointment(self._ticks["sweep"], "sweep"),

@@ -19,7 +19,7 @@ import aiosqlite
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
     from mbcap_watch.ledger import Ledger
@@ -88,20 +88,7 @@ class _Connection(sqlite3.Connection):
         self._tune()
         cursor = self.cursor()
         try:
-            asked = time.perf_counter()
-            try:
-                self.execute("BEGIN IMMEDIATE")
-            finally:
-                started = time.perf_counter()
-                self._ledger.waits.append(started - asked)
-            try:
-                self._require_same_file()
-                cursor.executemany(sql, parameters)
-                self.execute("COMMIT")
-            finally:
-                if self.in_transaction:
-                    self.execute("ROLLBACK")
-                self._ledger.holds.append(time.perf_counter() - started)
+            timed_transaction(cursor, sql, parameters, self._ledger, self._require_same_file)
         finally:
             # A cursor that somebody still refers to, be it the traceback of an error, would keep
             # the file open after the connection is closed.
@@ -133,6 +120,42 @@ class _Connection(sqlite3.Connection):
         """Never write into a file that an operator has just replaced by a backup."""
         if _identity(self._database) != self._identity:
             raise DatabaseFailed(self._database, "was replaced while it was being written")
+
+
+def timed_transaction(
+    cursor: sqlite3.Cursor,
+    sql: str,
+    rows: Iterable[Any],
+    ledger: Ledger,
+    require: Callable[[], None] = lambda: None,
+) -> int:
+    """Run `sql` for each of `rows` in one transaction; return how many rows it changed.
+
+    Args:
+        cursor: of a connection that is in no transaction.
+        sql: an UPDATE.
+        rows: its parameters.
+        ledger: is told how long the lock was waited for, and held.
+        require: raises if, with the lock held, nothing may be written after all.
+
+    """
+    connection = cursor.connection
+    asked = time.perf_counter()
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    finally:
+        started = time.perf_counter()
+        ledger.waits.append(started - asked)
+    try:
+        require()
+        cursor.executemany(sql, rows)
+        changed = cursor.rowcount
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        ledger.holds.append(time.perf_counter() - started)
+    return changed
 
 
 def refuses_rows(error: sqlite3.Error) -> bool:

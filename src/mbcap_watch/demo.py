@@ -144,15 +144,13 @@ def _line(number: int, landing: Landing) -> str:
     verdict = "[green]every row is right[/]" if landing.right else "[red]rows are wrong[/]"
     return (
         f"  {number:2}  {landing.seconds * 1000:7.1f} ms  {result.entries:,} entries,"
-        f" {result.changed_active + result.changed_inactive:5,} rows changed  {verdict}"
+        f" {result.changed:5,} rows changed  {verdict}"
     )
 
 
 def _summarize(landings: list[Landing], snapshots: int, console: Console) -> bool:
     right = len(landings) == snapshots and all(landing.right for landing in landings)
-    changed = sum(
-        landing.result.changed_active + landing.result.changed_inactive for landing in landings
-    )
+    changed = sum(landing.result.changed for landing in landings)
     console.print(f"\n{len(landings)} of {snapshots} snapshots arrived, {changed:,} rows changed.")
     if landings:
         times = [landing.seconds * 1000 for landing in landings]

@@ -67,8 +67,13 @@ class _FileError(MbcapWatchError):
         self.path = os.fspath(path)
         self.problem = problem
 
+    @property
+    def what(self) -> str:
+        """What is wrong with which file, without what happens next."""
+        return printable(f"{self.path}: {self.problem}")
+
     def __str__(self) -> str:
-        return printable(f"{self.path}: {self.problem}; {self.hint}")
+        return f"{self.what}; {self.hint}"
 
 
 class SnapshotError(_FileError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbcap_watch import plan, store
-from mbcap_watch.database import as_database_errors
+from mbcap_watch.database import as_database_errors, timed_transaction
 from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.look import describe
@@ -15,6 +16,8 @@ from mbcap_watch.tasks import require_asyncio, uncancelled
 from mbcap_watch.worker import Worker
 
 if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
     import aiosqlite
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from mbcap_watch.result import PersistResult
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.wire import Snapshot
+
+T = TypeVar("T")
 
 
 async def apply_snapshot(
@@ -43,7 +48,7 @@ async def apply_snapshot(
         snapshot: as `read_snapshot` returns it.
         lock: what the host holds whenever it uses the connection, such as an `asyncio.Lock`; it
             is taken for each page of rows that is read and for each batch that is written, and
-            given back in between.
+            given back in between. Do not hold it when calling.
         batch_rows: rows per transaction.
         downgrade: whether `suspected` may replace a stored `confirmed`.
 
@@ -78,7 +83,9 @@ async def apply_snapshot(
     except DatabaseError as exc:
         error = exc
     seconds = time.perf_counter() - started
-    return describe("once", targets, snapshot.written_at, ledger, error, seconds)
+    result = describe("once", targets, snapshot.written_at, ledger, error, seconds)
+    # Nothing is pending and nothing is tried again here: that is the host's to decide.
+    return result if error is None else dataclasses.replace(result, error=error.what)
 
 
 class _HostConnection:
@@ -95,14 +102,41 @@ class _HostConnection:
         self._ledger = ledger
 
     async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        async with self._lock:
-            self._require_idle()
-            return await uncancelled(self._fetch(sql, parameters))
+        """Return all rows of a query, as plain tuples whatever the host's row factory."""
+
+        def fetch(connection: sqlite3.Connection) -> list[Any]:
+            cursor = connection.cursor()
+            try:
+                cursor.row_factory = None  # of this cursor alone
+                return cursor.execute(sql, parameters).fetchall()
+            finally:
+                cursor.close()
+
+        return await self._in_one_call(fetch)
 
     async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
+        """Run `sql` for each of `rows` in one transaction; return how many it changed."""
+
+        def write(connection: sqlite3.Connection) -> int:
+            cursor = connection.cursor()
+            try:
+                return timed_transaction(cursor, sql, rows, self._ledger)
+            finally:
+                cursor.close()
+
+        return await self._in_one_call(write)
+
+    async def _in_one_call(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `function` on the connection's thread, holding the host's lock.
+
+        With BEGIN, the rows and COMMIT as calls of their own, the write lock would be held across
+        the host's loop for as long as it stalls. aiosqlite has no public way to do it in one (a
+        test checks that the private one is there).
+        """
         async with self._lock:
             self._require_idle()
-            return await uncancelled(self._transaction(sql, rows))
+            connection: Any = self._connection
+            return await uncancelled(connection._execute(function, connection._conn))  # noqa: SLF001
 
     def _require_idle(self) -> None:
         if self._connection.in_transaction:
@@ -113,25 +147,3 @@ class _HostConnection:
             )
         if self._connection.text_factory is not str:
             raise DatabaseFailed("the host's connection", "has a text_factory that is not str")
-
-    async def _fetch(self, sql: str, parameters: tuple[Any, ...]) -> list[Any]:
-        async with self._connection.cursor() as cursor:
-            cursor.row_factory = None  # of this cursor alone
-            await cursor.execute(sql, parameters)
-            return list(await cursor.fetchall())
-
-    async def _transaction(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
-        async with self._connection.cursor() as cursor:
-            asked = time.perf_counter()
-            await cursor.execute("BEGIN IMMEDIATE")
-            started = time.perf_counter()
-            self._ledger.waits.append(started - asked)
-            try:
-                await cursor.executemany(sql, rows)
-                changed = cursor.rowcount
-                await cursor.execute("COMMIT")
-            finally:
-                if self._connection.in_transaction:
-                    await cursor.execute("ROLLBACK")
-                self._ledger.holds.append(time.perf_counter() - started)
-            return changed

@@ -15,6 +15,7 @@ from watchdog.events import DirDeletedEvent, FileSystemEvent, FileSystemEventHan
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
 from watchdog.observers.inotify_c import InotifyConstants, Mask
 
+from mbcap_watch.limits import require_descriptors, require_thread
 from mbcap_watch.wire import SNAPSHOT_NAME
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ class InotifyWatch:
         """
         self._directory = directory
         self._identity = _identity(directory)
-        _require_descriptors()
+        # watchdog's constructor leaks what it had opened when it fails.
+        require_descriptors(_DESCRIPTORS)
+        require_thread()
         self._observer = _Observer()
         try:
             self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
@@ -135,16 +138,6 @@ class InotifyWatch:
         descriptor = self._observer._inotify_fd._inotify_fd  # noqa: SLF001
         text = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
         return [line for line in text.splitlines() if line.startswith("inotify ")]
-
-
-def _require_descriptors() -> None:
-    """Raise EMFILE before watchdog would: its constructor leaks what it had opened until then."""
-    opened: list[int] = []
-    try:
-        opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(_DESCRIPTORS))
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
 
 
 def _identity(directory: Path) -> tuple[int, int]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclasses.dataclass
@@ -18,6 +22,7 @@ class Ledger:
         waits: for the write lock, in seconds, one per transaction.
         holds: of the write lock, in seconds, one per transaction.
         waiting: what a table that cannot be served yet lacks.
+        on_progress: called for every page read and every batch written.
         stopped: whether whoever waits for this has gone; then the rest is left for another look.
 
     """
@@ -29,6 +34,7 @@ class Ledger:
     waits: list[float] = dataclasses.field(default_factory=list)
     holds: list[float] = dataclasses.field(default_factory=list)
     waiting: str | None = None
+    on_progress: Callable[[], None] = lambda: None
     stopped: bool = False
 
     def stop(self) -> None:

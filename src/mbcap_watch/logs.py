@@ -65,7 +65,9 @@ class ResultLog:
     def __call__(self, result: PersistResult) -> None:
         """Log `result` if it is news."""
         data = {"data": dataclasses.asdict(result)}
-        trouble = (result.outcome, result.error) if _is_trouble(result) else None
+        # Rows that are refused are named once; which and how many they are may change each time.
+        text = "rows" if result.failed_rows else result.error
+        trouble = (result.outcome, text) if _is_trouble(result) else None
         if result.outcome == "applied":
             logger.info("%s", summary(result), extra=data)
         if trouble == self._trouble:
@@ -90,10 +92,9 @@ def _because(result: PersistResult) -> str:
 
 def summary(result: PersistResult) -> str:
     """Return one line on an applied snapshot."""
-    changed = result.changed_active + result.changed_inactive
     failed = f", {result.failed_rows} refused" if result.failed_rows else ""
     return (
-        f"{result.outcome}: {changed} rows changed ({result.changed_active} active,"
+        f"{result.outcome}: {result.changed} rows changed ({result.changed_active} active,"
         f" {result.changed_inactive} inactive{failed}) of {result.entries} entries,"
         f" {result.skipped_unknown} unknown, {result.skipped_unrecognized} unrecognized,"
         f" {result.unmatched} unmatched; {result.seconds * 1000:.1f} ms, lock held for at most"

@@ -11,12 +11,13 @@ import asyncio
 import hashlib
 import os
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from mbcap_watch import plan, store
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
+    DatabaseFailed,
     DatabaseMissing,
     SchemaMissing,
     SnapshotError,
@@ -26,14 +27,21 @@ from mbcap_watch.errors import (
     printable,
 )
 from mbcap_watch.ledger import Ledger
+from mbcap_watch.limits import require_descriptors, require_thread
 from mbcap_watch.result import Outcome, PersistResult, Reason, Timings
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
     from pathlib import Path
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.worker import Worker
+
+T = TypeVar("T")
+
+# An event loop opens three, a database with its WAL three more.
+_DESCRIPTORS: Final = 6
 
 
 class Fingerprint(NamedTuple):
@@ -107,7 +115,9 @@ class Looker:
         return await self.look("once"), None
 
     async def _look(self, reason: Reason, known: Fingerprint | None) -> PersistResult | None:
-        attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
+        attempt = self._busy or _Attempt(
+            Ledger(on_progress=self._worker.note_progress), time.perf_counter()
+        )
         try:
             reading, error = await self._worker.call(
                 _read_and_apply, self._settings, known, attempt.ledger
@@ -199,19 +209,18 @@ def _read_and_apply(
     reading = read(settings, known)
     if reading.targets is None or ledger.stopped:
         return reading, reading.error
-    try:
-        asyncio.run(
-            store.apply(
-                settings.database,
-                reading.targets.values,
-                ledger,
-                batch_rows=settings.batch_rows,
-                downgrade=settings.downgrade,
-            )
-        )
-    except DatabaseError as exc:
-        return reading, exc
-    return reading, None
+    _, error = _in_own_loop(
+        settings.database,
+        lambda values: store.apply(
+            settings.database,
+            values,
+            ledger,
+            batch_rows=settings.batch_rows,
+            downgrade=settings.downgrade,
+        ),
+        reading.targets.values,
+    )
+    return reading, error
 
 
 def _read_and_preview(
@@ -220,16 +229,34 @@ def _read_and_preview(
     reading = read(settings)
     if reading.targets is None:
         return reading, reading.error, []
+    changes, error = _in_own_loop(
+        settings.database,
+        lambda values: store.preview(
+            settings.database, values, ledger, downgrade=settings.downgrade
+        ),
+        reading.targets.values,
+    )
+    ledger.changed.update(table for table, _ in changes or [])
+    return reading, error, changes or []
+
+
+def _in_own_loop(
+    database: Path,
+    work: Callable[[dict[str, plan.Value]], Coroutine[Any, Any, T]],
+    values: dict[str, plan.Value],
+) -> tuple[T | None, DatabaseError | None]:
+    """Run the database's part; whatever the machine is short of is a failure like others."""
     try:
-        changes = asyncio.run(
-            store.preview(
-                settings.database, reading.targets.values, ledger, downgrade=settings.downgrade
-            )
-        )
+        require_descriptors(_DESCRIPTORS)
+        require_thread()
+        return asyncio.run(work(values)), None
     except DatabaseError as exc:
-        return reading, exc, []
-    ledger.changed.update(table for table, _ in changes)
-    return reading, None, changes
+        error = exc
+    except (OSError, MemoryError) as exc:
+        error = DatabaseFailed(database, f"cannot be opened now: {exc}")
+    # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
+    error.__cause__ = error.__context__ = None
+    return None, error.with_traceback(None)
 
 
 # ------------------------------------------------------------------------------ the result

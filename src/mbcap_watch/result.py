@@ -67,6 +67,11 @@ class PersistResult:
     seconds: float = 0.0
     lock_seconds: float = 0.0
 
+    @property
+    def changed(self) -> int:
+        """Rows that were written, in both tables."""
+        return self.changed_active + self.changed_inactive
+
     def to_json(self) -> str:
         """Return one JSON object with exactly these fields, in this order, on one line."""
         return msgspec.json.encode(self).decode()

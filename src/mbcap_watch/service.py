@@ -15,6 +15,7 @@ from mbcap_watch.agenda import Agenda
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
+    SnapshotError,
     SnapshotMalformed,
     SnapshotUnreadable,
 )
@@ -96,7 +97,8 @@ async def run(
 
     Under `await task_group.start(run, settings)` the start is over once the watch is armed and
     the first look is done. Whatever happens to the files, the bridge waits and looks again; it
-    raises only for programming errors, those of the hooks included.
+    raises only for programming errors, those of the hooks included. Cancelled in the middle of a
+    look, it waits for the batch under way; the result of that look is not told any more.
 
     Args:
         settings: what to watch, and how.
@@ -189,7 +191,7 @@ class _Bridge:
         if reason in ("start", "sweep") or self._watch.awaits_directory:
             await self._watch.refresh()
         only_if_changed = reason in ("poll", "sweep") or (
-            reason == "retry" and not isinstance(self._looker.error, DatabaseError)
+            reason == "retry" and isinstance(self._looker.error, SnapshotError)
         )
         look = self._looker.look_if_changed if only_if_changed else self._looker.look
         result = await look(reason)
@@ -233,7 +235,7 @@ class _Bridge:
             # poll, is soon enough.
             pause = _FIRST_PAUSE * growth
             return pause if pause < self._settings.sweep_interval else None
-        if result is not None and result.outcome in ("applied", "unchanged") and result.error:
+        if error is None and result is not None and result.error:
             # A table still waits for its columns, or a row was refused: that may change soon, or
             # never. The pauses grow until the resync is soon enough.
             pause = self._settings.sweep_interval * growth

@@ -20,10 +20,6 @@ Downgrade = Literal["allow", "never"]
 SNAPSHOT_DIR_NAME = "mbcap-snapshot"
 DEFAULT_MAX_BYTES = 256 << 20
 
-# Stands for "not given"; only its identity counts. A `Path`, so that whoever reads
-# `settings.snapshot_dir` gets one, and never has to ask whether it is None.
-_BESIDE_DATABASE = Path(SNAPSHOT_DIR_NAME)
-
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
@@ -34,7 +30,7 @@ _MAX_BATCH_ROWS = 10_000
 _MAX_SECONDS = 7 * 24 * 3600.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, init=False)
 class Settings:
     """Everything the bridge can be told. Frozen, and validated when made.
 
@@ -68,33 +64,51 @@ class Settings:
     """
 
     database: Path
-    snapshot_dir: Path = _BESIDE_DATABASE
-    mode: Mode = "auto"
-    poll_interval: float = 1.0
-    sweep_interval: float = 5.0
-    resync: float = 300.0
-    debounce: float = 0.1
-    max_wait: float = 1.0
-    batch_rows: int = 500
-    busy_deadline: float = 30.0
-    max_bytes: int = DEFAULT_MAX_BYTES
-    downgrade: Downgrade = "allow"
+    snapshot_dir: Path
+    mode: Mode
+    poll_interval: float
+    sweep_interval: float
+    resync: float
+    debounce: float
+    max_wait: float
+    batch_rows: int
+    busy_deadline: float
+    max_bytes: int
+    downgrade: Downgrade
 
-    def __post_init__(self) -> None:
-        def put(name: str, value: object) -> None:
+    def __init__(
+        self,
+        database: str | os.PathLike[str],
+        snapshot_dir: str | os.PathLike[str] | None = None,
+        mode: Mode = "auto",
+        poll_interval: float | str = 1.0,
+        sweep_interval: float | str = 5.0,
+        resync: float | str = 300.0,
+        debounce: float | str = 0.1,
+        max_wait: float | str = 1.0,
+        batch_rows: int = 500,
+        busy_deadline: float | str = 30.0,
+        max_bytes: int | str = DEFAULT_MAX_BYTES,
+        downgrade: Downgrade = "allow",
+    ) -> None:
+        path = _path("database", database)
+        beside = path.parent / SNAPSHOT_DIR_NAME
+        values = {
+            "database": path,
+            "snapshot_dir": beside if snapshot_dir is None else _path("snapshot_dir", snapshot_dir),
+            "mode": _choice("mode", mode, get_args(Mode)),
+            "poll_interval": _duration("poll_interval", poll_interval, 0.01),
+            "sweep_interval": _duration("sweep_interval", sweep_interval, 0.01),
+            "resync": _duration("resync", resync, 0.1),
+            "debounce": _duration("debounce", debounce, 0.0),
+            "max_wait": _duration("max_wait", max_wait, 0.0),
+            "batch_rows": _whole("batch_rows", batch_rows, 1, _MAX_BATCH_ROWS),
+            "busy_deadline": _duration("busy_deadline", busy_deadline, 0.0),
+            "max_bytes": _size("max_bytes", max_bytes),
+            "downgrade": _choice("downgrade", downgrade, get_args(Downgrade)),
+        }
+        for name, value in values.items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
-
-        put("database", _path("database", self.database))
-        if self.snapshot_dir is _BESIDE_DATABASE:
-            put("snapshot_dir", self.database.parent / SNAPSHOT_DIR_NAME)
-        else:
-            put("snapshot_dir", _path("snapshot_dir", self.snapshot_dir))
-        put("mode", _choice("mode", self.mode, get_args(Mode)))
-        put("downgrade", _choice("downgrade", self.downgrade, get_args(Downgrade)))
-        for name, least in _DURATIONS.items():
-            put(name, _duration(name, getattr(self, name), least))
-        put("batch_rows", _whole("batch_rows", self.batch_rows, 1, _MAX_BATCH_ROWS))
-        put("max_bytes", _size("max_bytes", self.max_bytes))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -113,16 +127,6 @@ class Settings:
 
 
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(Settings))
-
-# The least value of each duration, in seconds. Below 10 ms a poll or a sweep would be a busy loop.
-_DURATIONS = {
-    "poll_interval": 0.01,
-    "sweep_interval": 0.01,
-    "resync": 0.1,
-    "debounce": 0.0,
-    "max_wait": 0.0,
-    "busy_deadline": 0.0,
-}
 
 
 def _path(name: str, value: object) -> Path:

@@ -151,8 +151,11 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
 
 
 def _revalidate(directory: Path) -> None:
-    with os.scandir(directory) as listing:
-        next(listing, None)  # one call to the kernel does it, however many files there are
+    try:
+        with os.scandir(directory) as listing:
+            next(listing, None)  # one call to the kernel does it, however many files there are
+    except PermissionError:
+        return  # a directory that may be entered but not listed: opening the file will tell
 
 
 def _require_regular(path: Path, status: os.stat_result, max_bytes: int) -> None:

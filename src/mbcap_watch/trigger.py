@@ -18,8 +18,9 @@ class Trigger:
     def look_now(self) -> None:
         """Have every bridge with this trigger look and compare at once; from any thread.
 
-        Does not wait: what comes of it goes to `on_result`, with the reason `request`. A bridge
-        that does not run yet looks when it starts.
+        A look costs a comparison with the database; calls within `debounce` of one merge into one
+        more. Does not wait: what comes of it goes to `on_result`, with the reason `request`. A
+        bridge that does not run yet looks when it starts.
         """
         for request in tuple(self._requests):
             request()

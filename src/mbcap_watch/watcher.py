@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +72,12 @@ class Watch:
         directory = self._settings.snapshot_dir
         try:
             self._say(self._arm(directory))
-        except FileNotFoundError:
-            self.awaits_directory = True
-            self._say(f"{directory} does not exist yet")
         except OSError as exc:
-            self._say(f"no inotify watch on {directory} for now: {exc.strerror}")
-        except RuntimeError as exc:  # no thread could be started
-            self._say(f"no inotify watch on {directory} for now: {exc}")
+            self.awaits_directory = not os.path.exists(directory)
+            if self.awaits_directory:
+                self._say(f"{directory} does not exist yet")
+            else:
+                self._say(f"no inotify watch on {directory} for now: {exc.strerror}")
 
     def _arm(self, directory: Path) -> str:
         mount = mount_of(directory)

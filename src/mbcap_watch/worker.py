@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 import anyio
 
@@ -41,8 +41,8 @@ class Worker:
     are done, but not for longer than `END_SECONDS`.
 
     Args:
-        on_stuck: called with the time (seconds since the epoch) when a call has not come back
-            for `STUCK_SECONDS`, and with None once it has.
+        on_stuck: called with the time (seconds since the epoch) since when a call shows no
+            progress, once that lasts for `STUCK_SECONDS`, and with None when it goes on.
 
     """
 
@@ -50,6 +50,7 @@ class Worker:
         self.at_end: Callable[[], None] | None = None
         self._on_stuck = on_stuck
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._progress = 0.0
         self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -91,16 +92,29 @@ class Worker:
                 error = exc
             self._tell(resolve, result, error)
 
+        self.note_progress()
         self._calls.put(run)
         try:
-            done, _ = await asyncio.wait([future], timeout=STUCK_SECONDS)
-            if not done and self._on_stuck is not None:
-                await self._on_stuck(time.time())
-                await asyncio.wait([future])
-                await self._on_stuck(None)
+            if self._on_stuck is not None:
+                await self._watch_over(future, self._on_stuck)
             return await future
         finally:
             future.cancel()  # of no effect unless the caller leaves: then nobody asks for it
+
+    def note_progress(self) -> None:
+        """Say, from the thread, that a long call is not stuck."""
+        self._progress = time.monotonic()
+
+    async def _watch_over(self, future: asyncio.Future[Any], on_stuck: OnStuck) -> None:
+        while not future.done():
+            idle = time.monotonic() - self._progress
+            if idle < STUCK_SECONDS:
+                await asyncio.wait([future], timeout=STUCK_SECONDS - idle)
+                continue
+            await on_stuck(time.time() - idle)
+            while not future.done() and time.monotonic() - self._progress >= STUCK_SECONDS:
+                await asyncio.wait([future], timeout=STUCK_SECONDS)
+            await on_stuck(None)
 
     async def _end(self) -> None:
         with anyio.move_on_after(END_SECONDS):

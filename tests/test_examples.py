@@ -1,0 +1,215 @@
+"""The examples, as their readers run them: processes, in both modes, to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from mbcap_watch import Entry, Snapshot, read_snapshot, write_snapshot
+from support import DEADLINE, TESTS, connect, read_rows, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+INGESTOR = TESTS.parent / "examples" / "ingestor.py"
+STRICT = (sys.executable, "-u", "-X", "dev", "-W", "error")
+MODES = pytest.mark.parametrize("mode", [(), ("--single-writer",)], ids=["run", "single-writer"])
+SUP = {"confirmed": 2, "suspected": 1}
+
+
+class Process(NamedTuple):
+    """An ingestor that runs; what it prints goes to files, which can be read without waiting."""
+
+    popen: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    def says(self, text: str) -> bool:
+        assert self.popen.poll() is None or text in self.out.read_text(), self.err.read_text()
+        return text in self.out.read_text()
+
+    def end(self, number: signal.Signals | None = None) -> str:
+        """Send a signal, wait for the end, and return the summary if all went well."""
+        if number is not None:
+            self.popen.send_signal(number)
+        code = self.popen.wait(DEADLINE)
+        assert (code, self.errors()) == (0, "")
+        return self.out.read_text().splitlines()[-1]
+
+    def errors(self) -> str:
+        """Return what went to standard error, but for what a busy machine makes asyncio say."""
+        return re.sub(
+            r"^Executing <.* took .* seconds\n", "", self.err.read_text(), flags=re.MULTILINE
+        )
+
+
+@contextlib.contextmanager
+def ingestor(tmp_path: Path, *arguments: str) -> Iterator[Process]:
+    out, err = tmp_path / "out", tmp_path / "err"
+    command = [*STRICT, str(INGESTOR), *arguments]
+    with (
+        out.open("w") as stdout,
+        err.open("w") as stderr,
+        subprocess.Popen(command, stdout=stdout, stderr=stderr) as popen,
+    ):
+        try:
+            yield Process(popen, out, err)
+        finally:
+            popen.kill()
+
+
+def counts(summary: str) -> tuple[int, ...]:
+    """Return packets, nodes, rows persisted, rows wrong."""
+    pattern = r"(\d+) packets, (\d+) nodes, (\d+) rows persisted, (\d+) rows wrong"
+    match = re.fullmatch(pattern, summary)
+    assert match is not None, summary
+    return tuple(map(int, match.groups()))
+
+
+def keys(database: Path) -> set[str]:
+    return {key for _, key, *_ in read_rows(database)}
+
+
+def has_moved_and_come_back(database: Path) -> bool:
+    """Whether a node has values in both tables, so that it was moved and served twice."""
+    known = [(table, key) for table, key, sup, _ in read_rows(database) if sup]
+    return len({key for _, key in known}) < len(known)
+
+
+# ------------------------------------------------------------------------------ the generator
+
+
+@MODES
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_row_is_right_when_a_signal_ends_it(
+    tmp_path: Path, mode: tuple[str, ...], number: signal.Signals
+) -> None:
+    database = tmp_path / "meshcore.db"
+    options = ("--database", str(database), "--nodes", "40", "--publish", *mode)
+    with ingestor(tmp_path, *options) as process:
+        wait_until(lambda: process.says("ingesting"), "the start")
+        wait_until(lambda: has_moved_and_come_back(database), "a node in both tables")
+        packets, nodes, persisted, wrong = counts(process.end(number))
+
+    rows = read_rows(database)
+    assert packets > nodes == len(keys(database)) > 0
+    assert wrong == 0 < persisted
+    wanted = {
+        entry.public_key: (SUP[entry.status], entry.evidence or "")
+        for entry in read_snapshot(database).entries
+        if entry.status in SUP
+    }
+    assert all((sup, text) == wanted.get(key, (sup, text)) for _, key, sup, text in rows)
+    with connect(database) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@MODES
+def test_it_ends_by_itself_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    with ingestor(tmp_path, "--publish", "--seconds", "1", *mode) as process:
+        assert counts(process.end())[3] == 0
+    assert list(scratch.iterdir()) == []
+
+
+@MODES
+def test_a_wrong_row_is_told_by_the_exit_code(tmp_path: Path, mode: tuple[str, ...]) -> None:
+    database = tmp_path / "meshcore.db"
+    options = ("--database", str(database), "--nodes", "5", *mode)
+    with ingestor(tmp_path, *options) as process:
+        wait_until(lambda: process.says("ingesting"), "the start")
+        wait_until(lambda: len(keys(database)) > 1, "nodes")
+        process.end(signal.SIGINT)
+    refused, *others = sorted(keys(database))
+    write_snapshot(database, Snapshot(tuple(Entry(k, "confirmed") for k in [refused, *others])))
+    with connect(database) as connection:
+        for table in ("nodes", "inactive_nodes"):
+            connection.execute(
+                f"CREATE TRIGGER no_{table} BEFORE UPDATE OF multibyte_sup ON {table}"
+                f" WHEN new.public_key = '{refused}' BEGIN SELECT RAISE(ABORT, 'refused'); END"
+            )
+    with ingestor(tmp_path, *options, "--seconds", "0.5") as process:
+        assert process.popen.wait(DEADLINE) == 1
+        assert process.errors() == ""
+        # In one table or in both: it may have gone stale and come back.
+        assert counts(process.out.read_text().splitlines()[-1])[3] in (1, 2)
+    assert {key for _, key, sup, _ in read_rows(database) if sup == 2} == set(others)
+
+
+# ------------------------------------------------------------------------------ a broker
+
+
+def test_without_aiomqtt_there_is_one_clear_error() -> None:
+    script = f"""if True:
+        import runpy, sys
+        sys.modules["aiomqtt"] = None
+        sys.argv = ["ingestor.py", "--mqtt", "localhost"]
+        runpy.run_path({str(INGESTOR)!r}, run_name="__main__")
+    """
+    done = subprocess.run(
+        [*STRICT, "-c", script], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    expected = "ingestor.py: --mqtt needs aiomqtt: pip install aiomqtt\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_adverts_of_a_broker_that_comes_late(tmp_path: Path) -> None:
+    aiomqtt = pytest.importorskip("aiomqtt")
+    mosquitto = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+    if mosquitto is None:
+        pytest.skip("no mosquitto")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    known, blank = "aa" * 32, "bb" * 32
+    sent = [
+        json.dumps({"public_key": known, "name": "näme", "lat": 52.5}).encode(),
+        json.dumps({"public_key": known, "role": "repeater"}).encode(),
+        json.dumps({"public_key": blank}).encode(),
+        json.dumps({"public_key": "no key"}).encode(),
+        b"\xff no JSON",
+    ]
+
+    async def send() -> None:
+        async with aiomqtt.Client("127.0.0.1", port) as client:
+            for payload in sent:
+                await client.publish("meshcore/XYZ/observer/packets", payload, qos=1)
+
+    database = tmp_path / "meshcore.db"
+    write_snapshot(database, Snapshot((Entry(known, "confirmed", "advert"),)))
+    config = tmp_path / "mosquitto.conf"
+    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
+    options = ("--database", str(database), "--mqtt", f"127.0.0.1:{port}")
+    with ingestor(tmp_path, *options) as process:
+        wait_until(lambda: process.says("trying again"), "a first attempt")
+        with subprocess.Popen([mosquitto, "-c", str(config)], stderr=subprocess.DEVNULL) as broker:
+            try:
+                wait_until(lambda: process.says("listening"), "the subscription")
+                asyncio.run(send())
+                wanted = {("nodes", known, 2, "advert"), ("nodes", blank, 0, None)}
+                wait_until(lambda: read_rows(database) == wanted, "the nodes and their values")
+                # Rows that are written before their result is told would not be counted.
+                wait_until(lambda: process.says("applied, 1 rows"), "the result")
+                assert counts(process.end(signal.SIGINT)) == (3, 2, 1, 0)
+            finally:
+                broker.kill()
+    with connect(database) as connection:
+        [row] = connection.execute(
+            f"SELECT name, role, lat, advert_count FROM nodes WHERE public_key = '{known}'"
+        )
+    assert row == ("näme", "repeater", 52.5, 2)
