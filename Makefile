@@ -12,6 +12,11 @@ PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
 demo: $(VENV)/installed
 	$(VENV)/bin/mbcap-watch demo
 
+# About seven minutes; one benchmark briefly: .venv/bin/python -m benchmarks latency --quick
+bench: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[bench]'
+	$(VENV)/bin/python -m benchmarks
+
 test: $(VENV)/tox
 	$(VENV)/bin/tox run -e 3.11,3.12,3.13 $(if $(PYENV),--discover $(PYENV))
 

@@ -1,27 +1,20 @@
-"""The bench itself: databases, snapshots, other processes, and a third connection that watches."""
+"""The bench itself: databases, snapshots, and a third connection that watches."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mbcap_watch import mesh
 from mbcap_watch.snapshot import SNAPSHOT_NAME, Entry, Snapshot, ensure_snapshot_dir
 from mbcap_watch.wire import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-ROOT: Final = Path(__file__).parent.parent
-OURS: Final = (sys.executable, "-m", "mbcap_watch", "run", "--json", "--log-level", "error")
 SEED: Final = 6
 LAST: Final = 2
 """The version that a burst ends with; 0 and 1 take turns."""
@@ -98,6 +91,7 @@ class Witness:
 
     def __init__(self, site: Site) -> None:
         self._connection = sqlite3.connect(f"file:{site.database}?mode=ro", uri=True)
+        self._database = site.database
         self._keys = site.moving[:900]
         keys = ", ".join("?" * len(self._keys))
         self._sql = " UNION ALL ".join(
@@ -111,7 +105,7 @@ class Witness:
         status, evidence = _STATES[version]
         parameters = [_SUP[status], evidence, *self._keys] * 2
         found = self._connection.execute(self._sql, parameters).fetchall()
-        return sum(count for (count,) in found) == len(self._keys)
+        return sum(int(count) for (count,) in found) == len(self._keys)
 
     def wait(self, version: int) -> int:
         """Return the monotonic time, in ns, at which that version was seen.
@@ -127,68 +121,4 @@ class Witness:
                 return time.monotonic_ns()
             known = now
             time.sleep(0.00005)
-        raise TimeoutError(f"version {version} did not arrive")
-
-
-class Helper:
-    """A process of `python -m benchmarks.MODULE` that answers one JSON line per JSON line."""
-
-    def __init__(self, module: str, *arguments: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def send(self, request: object = None) -> None:
-        """Send a request and do not wait."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-
-    def receive(self) -> Any:
-        """Wait for an answer."""
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def ask(self, request: object = None) -> Any:
-        """Send a request and wait for its answer."""
-        self.send(request)
-        return self.receive()
-
-    def __enter__(self) -> Helper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.communicate()
-
-
-@contextlib.contextmanager
-def running(command: Sequence[object], *, ready: bool = True) -> Iterator[subprocess.Popen[str]]:
-    """Run a program with a session of its own; wait for its first line if `ready`."""
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        if ready:
-            assert process.stdout is not None
-            if not process.stdout.readline():
-                raise ChildProcessError(f"{command} has ended")
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 15)
-        process.communicate()
-
-
-def ours(site: Site, *options: str) -> list[object]:
-    """Return the command of our daemon."""
-    return [*OURS, *options, "--database", site.database]
+        raise TimeoutError(f"version {version} did not arrive in {self._database}")

@@ -21,7 +21,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from benchmarks import plot
-from benchmarks.lab import ROOT, Helper, Site, Witness, ours, running
+from benchmarks.lab import Site, Witness
+from benchmarks.processes import ROOT, Helper, ours, running
 from benchmarks.report import Report, Row, at_most, percentile, spread
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def run(root: Path, *, quick: bool) -> Report:
                 if number >= 0:
                     samples[name].append(seconds)
                 time.sleep(PAUSE)
-    plot.write(ROOT / "benchmarks" / "latency.svg", samples)
+    if not quick:
+        plot.write(ROOT / "benchmarks" / "latency.svg", samples)
     return Report(_rows(samples), dict(samples))
 
 

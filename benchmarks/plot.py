@@ -22,6 +22,7 @@ _LABELS: Final = {
     "watchfiles": "watchfiles",
     "shell": "inotifywait + script",
 }
+_TITLE: Final = "From the rename until another connection sees the values: share of samples"
 _FIRST_DECADE, _LAST_DECADE = 0, 3
 
 
@@ -29,11 +30,10 @@ def write(path: Path, samples: Mapping[str, Sequence[float]]) -> None:
     """Draw the cumulative distributions of `samples` (seconds) over a logarithmic axis in ms."""
     bottom, right = _TOP + _HEIGHT, _LEFT + _WIDTH
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 20} {bottom + 56}"'
-        ' font-family="sans-serif" font-size="13">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right + 20} {bottom + 56}">',
+        "<style>text { font: 13px sans-serif }</style>",
         '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{_LEFT}" y="24" font-size="15">From the rename until another connection sees'
-        " the values: share of samples</text>",
+        f'<text x="{_LEFT}" y="24">{_TITLE}</text>',
     ]
     for share in (0, 50, 90, 99):
         y = _y(share / 100)

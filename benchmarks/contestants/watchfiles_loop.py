@@ -20,8 +20,9 @@ async def main(database: Path, *, poll: bool) -> None:
     directory = database.parent / "mbcap-snapshot"
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    options = {"force_polling": True, "poll_delay_ms": 1000} if poll else {}
-    async for changes in awatch(directory, **options):
+    # None and 300 are the defaults.
+    watch = awatch(directory, force_polling=poll or None, poll_delay_ms=1000 if poll else 300)
+    async for changes in watch:
         if any(Path(path).name == "snapshot.json" for _, path in changes):
             await asyncio.to_thread(apply, database)
 

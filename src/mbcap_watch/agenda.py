@@ -77,17 +77,20 @@ class Agenda:
             interval, late = self._interval(reason), now - self._ticks[reason]
             self._ticks[reason] += interval * max(1, math.ceil(late / interval))
 
-    def end(self, now: float, *, compared: bool, retry_in: float | None) -> None:
+    def end(self, now: float, *, idle: bool, compared: bool, retry_in: float | None) -> None:
         """Note that a look has ended.
 
         Args:
             now: the time.
+            idle: whether there was nothing to do. Such a look is no part of a burst: a rename
+                just after it is served at once.
             compared: whether the database was compared as a whole; `resync` counts from there.
             retry_in: seconds after which to look again by itself; None leaves a retry that is
                 put down alone, unless the comparison has made it needless.
 
         """
-        self._quiet_until = now + self._settings.debounce
+        if not idle:
+            self._quiet_until = now + self._settings.debounce
         if compared or self._resync <= now:
             self._resync = now + self._settings.resync
         if retry_in is not None:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 BUSY_TIMEOUT: Final = 0.1
 
 
+# Rows between two checkpoints: about the 1,000 pages after which SQLite does it by itself.
+CHECKPOINT_ROWS: Final = 10_000
+
+
 class Access(Protocol):
     """How the store reaches the rows: through a connection of its own, or the host's."""
 
@@ -76,6 +80,7 @@ class _Connection(sqlite3.Connection):
         self._ledger = ledger
         self._identity = _identity(database)
         self._tuned = False
+        self._unchecked = 0
         super().__init__(*args, **kwargs)
         try:
             self._require_same_file()
@@ -88,22 +93,36 @@ class _Connection(sqlite3.Connection):
         self._tune()
         cursor = self.cursor()
         try:
-            timed_transaction(cursor, sql, parameters, self._ledger, self._require_same_file)
+            rows = timed_transaction(cursor, sql, parameters, self._ledger, self._require_same_file)
         finally:
             # A cursor that somebody still refers to, be it the traceback of an error, would keep
             # the file open after the connection is closed.
             cursor.close()
+        self._checkpoint(rows)
         return cursor
+
+    def _checkpoint(self, rows: int) -> None:
+        """Move what was written into the database now and then, with the lock free.
+
+        SQLite's automatic checkpoint would do it inside COMMIT, every 1,000 pages, and make the
+        longest batches ten times as long. A passive one holds up neither readers nor writers
+        (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint).
+        """
+        self._unchecked += rows
+        if self._unchecked >= CHECKPOINT_ROWS:
+            self._unchecked = 0
+            self.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
 
     def _tune(self) -> None:
         """Do not flush to disk while holding the lock, where that is safe.
 
         In WAL mode `synchronous=NORMAL` cannot corrupt a database; a power cut may lose the last
         commits (https://www.sqlite.org/pragma.html#pragma_synchronous), and the look at the next
-        start repeats them. It is a property of this connection, not of the database.
+        start repeats them. These are properties of this connection, not of the database.
         """
         if not self._tuned and self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
             self.execute("PRAGMA synchronous = NORMAL")
+            self.execute("PRAGMA wal_autocheckpoint = 0")
         self._leave_wal_alone(alone=False)
         self._tuned = True
 

@@ -197,7 +197,8 @@ class _Bridge:
         result = await look(reason)
         self._note_look(result, missed=missed)
         compared = result is not None and result.outcome in ("applied", "unchanged")
-        self._agenda.end(now(), compared=compared, retry_in=self._retry_in(reason, result))
+        retry_in = self._retry_in(reason, result)
+        self._agenda.end(now(), idle=result is None, compared=compared, retry_in=retry_in)
         if result is not None and self._worth_telling(result, now()):
             await _call(self._hooks.on_result, result)
         if self._looker.timings is not None:
