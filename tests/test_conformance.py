@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mbcap_watch import PersistResult, Settings, persist_once, snapshot_dir, snapshot_path
+from mbcap_watch import (
+    PersistResult,
+    Settings,
+    Snapshot,
+    SnapshotMalformed,
+    persist_once,
+    snapshot_dir,
+    snapshot_path,
+    wire,
+)
 from support import TESTS, connect, make_database, read_rows
 
 if TYPE_CHECKING:
@@ -99,6 +108,26 @@ async def test_case(case: dict[str, Any], tmp_path: Path) -> None:
         case _:
             assert after == rows(case, "ours_after")
             assert result.outcome in ("applied", "unchanged")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_a_large_file_is_read_as_a_small_one(
+    case: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces, or at once: the same entries, or malformed in both ways."""
+    data = base64.b64decode(case["snapshot_b64"] or "")
+
+    def read() -> Snapshot | None:
+        try:
+            return wire.parse(data)
+        except SnapshotMalformed:
+            return None
+
+    whole = read()
+    monkeypatch.setattr(wire, "_PIECEWISE_FROM", 0)
+    monkeypatch.setattr(wire, "_PIECE_ENTRIES", size)
+    assert read() == whole
 
 
 def check_counts(case: dict[str, Any], result: PersistResult) -> None:
