@@ -14,8 +14,9 @@ import typer
 
 from mbcap_watch import __version__, config, inspection, logs, options, output
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.notify import Notifier
 from mbcap_watch.plan import Change
-from mbcap_watch.result import PersistResult
+from mbcap_watch.result import PersistResult, WatchState
 from mbcap_watch.service import persist_once, preview_once
 from mbcap_watch.service import run as run_bridge
 from mbcap_watch.signals import Stop
@@ -80,10 +81,17 @@ def run(
     """
     stop = Stop()  # before anything else: from here on a signal ends it cleanly
     settings = _configure(context).settings
-    log = logs.ResultLog()
+    notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
+    stop.on_stop(notifier.stopping)
+    log, state_log = logs.ResultLog(), logs.StateLog()
+
+    def on_state(state: WatchState) -> None:
+        state_log(state)
+        notifier.on_state(state)  # last: nothing that hangs may be taken for progress
 
     def on_result(result: PersistResult) -> None:
         log(result)
+        notifier.on_result(result)
         if json:
             output.print_line(result.to_json())
 
@@ -97,7 +105,7 @@ def run(
     async def main() -> None:
         with anyio.CancelScope() as scope:
             stop.cancel_on_signal(scope)
-            await run_bridge(settings, on_result=on_result, on_state=logs.StateLog())
+            await run_bridge(settings, on_result=on_result, on_state=on_state)
 
     anyio.run(main)
     logger.info("stopped")

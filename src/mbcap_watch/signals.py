@@ -31,8 +31,13 @@ class Stop:
     def __init__(self) -> None:
         self._cancel: Callable[[], object] | None = None
         self._signum: int | None = None
+        self._tell: Callable[[], None] | None = None
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._handle)
+
+    def on_stop(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called when a signal comes; it must not block."""
+        self._tell = tell
 
     def cancel_on_signal(self, scope: anyio.CancelScope) -> None:
         """Have a signal cancel `scope`, be it one that has come already."""
@@ -51,6 +56,8 @@ class Stop:
             return
         self._signum = signum
         logger.info("stopping on %s", signal.Signals(signum).name)
+        if self._tell is not None:
+            self._tell()
         last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
         last_resort.daemon = True
         last_resort.start()
