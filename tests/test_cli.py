@@ -24,6 +24,7 @@ from mbcap_watch import (
     read_snapshot,
     snapshot_path,
 )
+from mbcap_watch.config import CLI_ONLY
 from support import (
     DEADLINE,
     connect,
@@ -466,7 +467,7 @@ def test_config_shows_where_each_value_came_from(database: Path, tmp_path: Path)
     done = call("config", "--json", *arguments, env={"MBCAP_WATCH_DEBOUNCE": "20ms"})
     shown = json.loads(done.stdout)
 
-    assert set(shown) == {*Settings.__dataclass_fields__, "log_level", "log_format"}
+    assert set(shown) == {*Settings.__dataclass_fields__, *CLI_ONLY}
     assert shown["resync"] == {"value": 60.0, "origin": f"{config}: resync"}
     assert shown["mode"] == {"value": "inotify", "origin": "--mode"}
     assert shown["debounce"] == {"value": 0.02, "origin": "MBCAP_WATCH_DEBOUNCE"}
@@ -474,3 +475,35 @@ def test_config_shows_where_each_value_came_from(database: Path, tmp_path: Path)
     table = call("config", *arguments, env=PLAIN).stdout
     assert "--mode" in table
     assert str(database) in table
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_the_publisher_is_answered_on_request(database: Path, way: str) -> None:
+    answer = snapshot_path(database).with_name("result.json")
+    put(document(("aa11", "confirmed"), written_at="2026-01-02T03:04:05Z"), snapshot_path(database))
+    with pytest.MonkeyPatch.context() as patch:
+        # The daemon of these tests is started with none of our variables.
+        if way == "environment":
+            original = environment()
+            patch.setitem(globals(), "environment", lambda: original | {"MBCAP_WATCH_ACK": "yes"})
+        with daemon(database, *(["--ack"] if way == "option" else [])) as process:
+            wait_until(answer.exists)
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+    told = json.loads(answer.read_text())
+    assert (told["writtenAt"], told["persisted"]) == ("2026-01-02T03:04:05Z", True)
+    assert len([r for r in results(database) if r.reason == "rename"]) == 0
+
+
+def test_nobody_is_answered_unasked(database: Path) -> None:
+    with daemon(database) as process:
+        put(document(("aa11", "confirmed")), snapshot_path(database))
+        wait_until(lambda: "applied" in log(database))
+        process.terminate()
+        process.wait(DEADLINE)
+    assert [p.name for p in snapshot_path(database).parent.iterdir()] == ["snapshot.json"]
+
+
+def test_a_flag_that_is_none(database: Path) -> None:
+    done = call("run", "--database", database, env={"MBCAP_WATCH_ACK": "perhaps"})
+    assert (done.returncode, "MBCAP_WATCH_ACK" in done.stderr) == (2, True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mbcap_watch.config import load
+from mbcap_watch.config import CLI_ONLY, load
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.settings import SETTING_NAMES
 
@@ -27,11 +27,12 @@ VALUES: dict[str, list[tuple[str, object]]] = {
     "downgrade": [("never", "never"), ("allow", "allow"), ("never", "never")],
     "log_level": [("debug", "debug"), ("warning", "warning"), ("error", "error")],
     "log_format": [("json", "json"), ("text", "text"), ("json", "json")],
+    "ack": [("true", True), ("no", False), ("1", True)],
 }
 
 
 def test_every_setting_is_covered_here() -> None:
-    assert set(VALUES) == {*SETTING_NAMES, "log_level", "log_format"}
+    assert set(VALUES) == {*SETTING_NAMES, *CLI_ONLY}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def file(tmp_path: Path) -> Path:
 def value_of(name: str, options: dict[str, Any], environ: dict[str, str], file: Path | None) -> Any:
     """Load, and return what became of one name, and where from."""
     config = load(options, environ, file)
-    value = getattr(config if name.startswith("log_") else config.settings, name)
+    value = getattr(config if name in CLI_ONLY else config.settings, name)
     return value, config.origins[name]
 
 

@@ -92,7 +92,7 @@ def test_the_configuration_file_shows_every_setting_with_its_default(tmp_path: P
     settings = re.sub(r"^#(?=[a-z_]+ = )", "", text, flags=re.MULTILINE)
     shown = tomllib.loads(settings)
 
-    assert set(shown) == {*SETTING_NAMES, "log_level", "log_format"}
+    assert set(shown) == {*SETTING_NAMES, *config.CLI_ONLY}
     (tmp_path / "c.toml").write_text(settings)
     loaded = config.load({}, {}, tmp_path / "c.toml")
     default = config.load({"database": shown["database"]}, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,6 +14,7 @@ import anyio
 import typer
 
 from mbcap_watch import __version__, config, inspection, logs, options, output
+from mbcap_watch.ack import Ack
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
 from mbcap_watch.notify import Notifier
 from mbcap_watch.plan import Change
@@ -73,6 +75,7 @@ def run(
     busy_deadline: options.BusyDeadline = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
+    ack: options.Ack = None,
 ) -> None:
     """Watch and persist until SIGTERM or SIGINT (the daemon).
 
@@ -80,9 +83,11 @@ def run(
     with exit code 0 within 5 seconds of a signal.
     """
     stop = Stop()  # before anything else: from here on a signal ends it cleanly
-    settings = _configure(context).settings
+    loaded = _configure(context)
+    settings = loaded.settings
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
+    answers = Ack(settings) if loaded.ack else None
     log, state_log = logs.ResultLog(), logs.StateLog()
 
     def on_state(state: WatchState) -> None:
@@ -92,6 +97,8 @@ def run(
     def on_result(result: PersistResult) -> None:
         log(result)
         notifier.on_result(result)
+        if answers is not None:
+            answers.on_result(result)  # returns at once
         if json:
             output.print_line(result.to_json())
 
@@ -103,7 +110,7 @@ def run(
     )
 
     async def main() -> None:
-        with anyio.CancelScope() as scope:
+        with anyio.CancelScope() as scope, answers or contextlib.nullcontext():
             stop.cancel_on_signal(scope)
             await run_bridge(settings, on_result=on_result, on_state=on_state)
 

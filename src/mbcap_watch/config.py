@@ -23,8 +23,9 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
 
 # What only the command line knows, beside the settings of the library.
-_CLI_DEFAULTS: Final = {"log_level": "info", "log_format": "text"}
-_NAMES: Final = (*SETTING_NAMES, *_CLI_DEFAULTS)
+_CLI_DEFAULTS: Final = {"log_level": "info", "log_format": "text", "ack": False}
+CLI_ONLY: Final = tuple(_CLI_DEFAULTS)
+_NAMES: Final = (*SETTING_NAMES, *CLI_ONLY)
 
 # Kubernetes puts such variables into every container when a service is called "mbcap-watch".
 _KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?)")
@@ -38,6 +39,7 @@ class Config:
         settings: for the library.
         log_level: one of `LOG_LEVELS`.
         log_format: one of `LOG_FORMATS`.
+        ack: whether `run` answers the publisher with a `result.json`.
         origins: for every name, where its value came from.
 
     """
@@ -45,6 +47,7 @@ class Config:
     settings: Settings
     log_level: str
     log_format: str
+    ack: bool
     origins: Mapping[str, str]
 
 
@@ -81,12 +84,13 @@ def load(
         if options.get(name) is not None:
             take(name, options[name], "--" + name.replace("_", "-"))
 
-    log_level, log_format = values.pop("log_level"), values.pop("log_format")
+    log_level, log_format, ack = (values.pop(name) for name in _CLI_DEFAULTS)
     try:
         return Config(
             settings=Settings.from_mapping(values),
             log_level=_choice("log_level", log_level, LOG_LEVELS),
             log_format=_choice("log_format", log_format, LOG_FORMATS),
+            ack=_flag("ack", ack),
             origins=origins,
         )
     except SettingsError as exc:  # say it in the user's words: the option, the variable, the key
@@ -99,6 +103,16 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise SettingsError(name, f"expected one of {', '.join(choices)}, got {value!r}")
     return str(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    flag = _FLAGS.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
+        raise SettingsError(name, f"expected true or false, got {value!r}")
+    return flag
+
+
+_FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -36,11 +36,12 @@ def show_config(
     busy_deadline: options.BusyDeadline = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
+    ack: options.Ack = None,
 ) -> None:
     """Print the settings as they are in effect, and where each came from."""
     loaded = config.load(context.params, os.environ, context.params.get("config_file"))
     values: dict[str, Any] = dataclasses.asdict(loaded.settings)
-    values |= {"log_level": loaded.log_level, "log_format": loaded.log_format}
+    values |= {name: getattr(loaded, name) for name in config.CLI_ONLY}
     if json:
         fields = {
             name: {

@@ -90,3 +90,11 @@ Downgrade = Annotated[
     Text,
     _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
 ]
+Ack = Annotated[
+    bool | None,
+    typer.Option(
+        "--ack",
+        help="Answer the publisher: what became of its snapshot, in result.json beside it.",
+        show_default=False,
+    ),
+]
