@@ -11,7 +11,7 @@ from mbcap_watch import plan, store
 from mbcap_watch.database import as_database_errors, timed_transaction
 from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
 from mbcap_watch.ledger import Ledger
-from mbcap_watch.look import describe
+from mbcap_watch.report import describe
 from mbcap_watch.tasks import require_asyncio, uncancelled
 from mbcap_watch.worker import Worker
 
