@@ -454,6 +454,15 @@ async def test_a_preview_tells_all_and_touches_nothing(database: Path) -> None:
     assert database.read_bytes() == before
 
 
+async def test_no_file_is_left_beside_an_idle_database(database: Path) -> None:
+    """It would belong to us, and could lock out an ingestor that runs as somebody else."""
+    before = sorted(path.name for path in database.parent.iterdir())
+    for entries in ([("aa11", "confirmed")], [("aa11", "confirmed")], [("zz", "confirmed")]):
+        await apply(database, *entries)
+        await preview_once(Settings(database))
+        assert sorted(path.name for path in database.parent.iterdir()) == before
+
+
 # ------------------------------------------------------------------------------ odd databases
 
 

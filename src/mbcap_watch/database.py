@@ -81,10 +81,11 @@ class _Connection(sqlite3.Connection):
         self._identity = _identity(database)
         self._tuned = False
         self._unchecked = 0
+        leftover = _has_content(f"{os.fspath(database)}-wal")
         super().__init__(*args, **kwargs)
         try:
             self._require_same_file()
-            self._leave_wal_alone(alone=True)
+            self._leave_wal_alone(alone=leftover)
         except BaseException:
             self.close()
             raise
@@ -130,7 +131,9 @@ class _Connection(sqlite3.Connection):
         """Say whether closing the last connection may move the WAL into the database.
 
         Whoever only reads must not write, and that includes what a crashed process left behind.
-        Before Python 3.12 this cannot be said, and SQLite tidies up.
+        Where there was nothing, SQLite is to remove its empty -wal and -shm as usual: left here,
+        they would belong to us, and could lock out another user's ingestor. Before Python 3.12
+        this cannot be said, and SQLite always tidies up.
         """
         if sys.version_info >= (3, 12):
             self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, alone)
@@ -190,6 +193,13 @@ _ABOUT_ROWS: Final = frozenset(
         sqlite3.SQLITE_TOOBIG,
     }
 )
+
+
+def _has_content(path: str) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
 
 
 def _identity(database: Path) -> tuple[int, int]:
