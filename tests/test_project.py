@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -118,6 +119,7 @@ def test_the_readme_knows_every_setting_and_its_default() -> None:
         assert getattr(made, name) == getattr(defaults, name), name
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_no_path_of_a_developers_machine_is_in_the_project() -> None:
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False

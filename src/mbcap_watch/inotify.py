@@ -100,9 +100,14 @@ class InotifyWatch:
         """Return what is wrong with the watch, or None while it is sound.
 
         A watch can die in silence: the directory is moved, replaced or mounted over, a thread of
-        watchdog ends. So the threads are looked at, the path must still lead to the directory
-        that was armed, and the kernel must still list the watch.
+        watchdog ends. So the path must still lead to the directory that was armed, the threads
+        must live, and the kernel must still list the watch.
         """
+        try:
+            if _identity(self._directory) != self._identity:
+                return "the directory was replaced"
+        except OSError as exc:
+            return f"the directory cannot be reached ({exc.strerror})"
         threads: list[threading.Thread] = [
             self._observer,
             self._observer._inotify_fd,  # noqa: SLF001
@@ -110,11 +115,6 @@ class InotifyWatch:
         ]
         if not all(thread.is_alive() for thread in threads):
             return "a thread of the observer has ended"
-        try:
-            if _identity(self._directory) != self._identity:
-                return "the directory was replaced"
-        except OSError as exc:
-            return f"the directory cannot be reached ({exc.strerror})"
         try:
             if self._read_kernel_watches() != self._kernel_watches:
                 return "the kernel has dropped the watch"
