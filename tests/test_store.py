@@ -454,6 +454,17 @@ async def test_a_preview_tells_all_and_touches_nothing(database: Path) -> None:
     assert database.read_bytes() == before
 
 
+async def test_a_wal_that_nobody_else_checkpoints_does_not_grow_for_ever(database: Path) -> None:
+    """As when the ingestor is down and a reader keeps the WAL in place."""
+    with connect(database) as other:
+        other.execute("PRAGMA wal_autocheckpoint = 0")
+        other.execute("UPDATE nodes SET name = ?", ("x" * 1_500_000,))
+        assert wal_size(database) > 4 << 20
+        assert database.stat().st_size < 1 << 20
+        await apply(database, ("aa11", "confirmed"))
+        assert database.stat().st_size > 4 << 20, "the rows have been moved over"
+
+
 async def test_no_file_is_left_beside_an_idle_database(database: Path) -> None:
     """It would belong to us, and could lock out an ingestor that runs as somebody else."""
     before = sorted(path.name for path in database.parent.iterdir())

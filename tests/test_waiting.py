@@ -354,10 +354,10 @@ def test_a_running_daemon_is_short_of_descriptors(tmp_path: Path, spare: int) ->
             loop = asyncio.get_running_loop()
             while line := await loop.run_in_executor(None, sys.stdin.readline):
                 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-                open_now = max(map(int, os.listdir("/proc/self/fd")))
-                resource.setrlimit(resource.RLIMIT_NOFILE, (int(line) or hard, hard))
+                limit = hard
                 if int(line):
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + int(line), hard))
+                    limit = max(map(int, os.listdir("/proc/self/fd"))) + int(line)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 print("limit", flush=True)
             assert not task.done(), task
         asyncio.run(main())

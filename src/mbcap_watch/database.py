@@ -31,6 +31,9 @@ BUSY_TIMEOUT: Final = 0.1
 # Rows between two checkpoints: about the 1,000 pages after which SQLite does it by itself.
 CHECKPOINT_ROWS: Final = 10_000
 
+# A WAL of this size is due for one as well: perhaps nobody else does it.
+CHECKPOINT_BYTES: Final = 4 << 20
+
 
 class Access(Protocol):
     """How the store reaches the rows: through a connection of its own, or the host's."""
@@ -80,12 +83,12 @@ class _Connection(sqlite3.Connection):
         self._ledger = ledger
         self._identity = _identity(database)
         self._tuned = False
-        self._unchecked = 0
-        leftover = _has_content(f"{os.fspath(database)}-wal")
+        wal = _size(f"{os.fspath(database)}-wal")
+        self._unchecked = CHECKPOINT_ROWS if wal >= CHECKPOINT_BYTES else 0
         super().__init__(*args, **kwargs)
         try:
             self._require_same_file()
-            self._leave_wal_alone(alone=leftover)
+            self._leave_wal_alone(alone=wal > 0)
         except BaseException:
             self.close()
             raise
@@ -195,11 +198,11 @@ _ABOUT_ROWS: Final = frozenset(
 )
 
 
-def _has_content(path: str) -> bool:
+def _size(path: str) -> int:
     try:
-        return os.stat(path).st_size > 0
+        return os.stat(path).st_size
     except OSError:
-        return False
+        return 0
 
 
 def _identity(database: Path) -> tuple[int, int]:
