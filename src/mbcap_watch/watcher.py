@@ -73,8 +73,10 @@ class Watch:
         try:
             self._say(self._arm(directory))
         except OSError as exc:
-            self.awaits_directory = not os.path.exists(directory)
-            if self.awaits_directory:
+            missing = not os.path.exists(directory)
+            # It may have been made just now, between the two calls.
+            self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
+            if missing:
                 self._say(f"{directory} does not exist yet")
             else:
                 self._say(f"no inotify watch on {directory} for now: {exc.strerror}")
