@@ -234,8 +234,10 @@ def test_a_deadline_of_the_host_while_somebody_holds_the_lock(tmp_path: Path, se
 def test_ctrl_c_in_asyncio_run(tmp_path: Path, presses: int) -> None:
     database = make_database(tmp_path / "m.db", [("nodes", "aa", 0, None)])
     script = f"""if True:
-        import asyncio, sys
+        import asyncio, signal
         from mbcap_watch import Settings, run
+        # What was started in the background by a shell ignores it, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         settings = Settings({str(database)!r}, poll_interval=0.01)
         def started(_):
             print("started", flush=True)
