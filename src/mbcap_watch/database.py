@@ -74,8 +74,8 @@ class _Connection(sqlite3.Connection):
     """A connection whose `executemany` is one short transaction, in one call.
 
     aiosqlite hands each call to the connection's thread. With BEGIN, the rows and COMMIT as
-    calls of their own, the write lock would be held across the event loop: for as long as the
-    host stalls it, and for ever if a cancellation strikes in between.
+    calls of their own, the write lock would be held while two threads take turns, on a busy
+    machine for long, and whatever struck in between would leave it held.
     """
 
     def __init__(self, database: Path, ledger: Ledger, *args: Any, **kwargs: Any) -> None:
