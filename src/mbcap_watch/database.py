@@ -176,6 +176,7 @@ def timed_transaction(
         cursor.executemany(sql, rows)
         changed = cursor.rowcount
         connection.execute("COMMIT")
+        ledger.committed_at = time.time()
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")

@@ -21,6 +21,7 @@ class Ledger:
         failed: what refused a row, by table and key.
         waits: for the write lock, in seconds, one per transaction.
         holds: of the write lock, in seconds, one per transaction.
+        committed_at: when rows were last committed, in seconds since the epoch; None before.
         waiting: what a table that cannot be served yet lacks.
         on_progress: called for every page read and every batch written.
         stopped: whether whoever waits for this has gone; then the rest is left for another look.
@@ -33,6 +34,7 @@ class Ledger:
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     waits: list[float] = dataclasses.field(default_factory=list)
     holds: list[float] = dataclasses.field(default_factory=list)
+    committed_at: float | None = None
     waiting: str | None = None
     on_progress: Callable[[], None] = lambda: None
     stopped: bool = False

@@ -8,7 +8,6 @@ a transaction.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -39,18 +38,27 @@ T = TypeVar("T")
 # An event loop opens three, a database with its WAL three more.
 _DESCRIPTORS: Final = 6
 
+# What the last snapshot wanted is kept up to this size (4 MB), to write first what is new in the
+# next one: without, a rename of 2,400 entries takes twice as long to be seen.
+KEPT_ENTRIES: Final = 20_000
+
+# If more than one entry in so many is new, looking them up first saves nothing.
+NEWS_SHARE: Final = 4
+
 
 class Fingerprint(NamedTuple):
     """Tells one state of the files from another.
 
     Attributes:
-        snapshot: a digest of the snapshot's bytes, or what kept them from being read.
+        snapshot: of its bytes, or of what kept them from being read. 64 bits of SipHash with a key
+            of this process: it tells one state from the next, and nothing is stored. Measured on
+            12 MB: 2.5 ms, BLAKE2b 11 ms, SHA-256 9 ms.
         database: which file is at the database's path (device and inode); None if there is none.
             A backup that was moved into place wants the snapshot anew.
 
     """
 
-    snapshot: bytes
+    snapshot: int
     database: tuple[int, int] | None
 
 
@@ -88,6 +96,7 @@ class Looker:
         self._worker = worker
         self._seen: Fingerprint | None = None
         self._busy: _Attempt | None = None
+        self._applied: dict[str, plan.Value] | None = None
         self.error: SnapshotError | DatabaseError | None = None
         self.snapshot_changed = False
         self.timings: Timings | None = None
@@ -115,9 +124,7 @@ class Looker:
             Ledger(on_progress=self._worker.note_progress), time.perf_counter()
         )
         try:
-            reading, error = await self._worker.call(
-                _read_and_apply, self._settings, known, attempt.ledger
-            )
+            reading, error = await self._worker.call(self._read_and_apply, known, attempt.ledger)
         except asyncio.CancelledError:
             attempt.ledger.stop()
             raise
@@ -128,6 +135,8 @@ class Looker:
             return None
         if reading.targets is not None and error is None:
             self.timings = self._timings(reading, attempt.ledger)
+            values = reading.targets.values
+            self._applied = values if len(values) <= KEPT_ENTRIES else None
         self._seen, self.error = now, error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
         seconds = time.perf_counter() - attempt.started
@@ -135,8 +144,9 @@ class Looker:
 
     def _timings(self, reading: Reading, ledger: Ledger) -> Timings:
         lag = None
-        if self.snapshot_changed and reading.changed_at is not None and ledger.changed.total():
-            lag = time.time() - reading.changed_at
+        committed, changed = ledger.committed_at, ledger.changed.total()
+        if self.snapshot_changed and reading.changed_at and committed and changed:
+            lag = committed - reading.changed_at
         return Timings(
             lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
             waits=tuple(ledger.waits),
@@ -147,10 +157,67 @@ class Looker:
         """Return what a look would report and the changes it would make, and make none."""
         started = time.perf_counter()
         ledger = Ledger()
-        reading, error, changes = await self._worker.call(_read_and_preview, self._settings, ledger)
+        reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
         seconds = time.perf_counter() - started
         result = describe("once", reading.targets, reading.written_at, ledger, error, seconds)
         return result, changes
+
+    # In the thread from here on.
+
+    def _read_and_apply(
+        self, known: Fingerprint | None, ledger: Ledger
+    ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
+        settings = self._settings
+        reading = read(settings, known)
+        if reading.targets is None or ledger.stopped:
+            return reading, reading.error
+        values = reading.targets.values
+        news = None
+        if self._applied is not None:
+            news = plan.news(self._applied, values)
+            if len(news) * NEWS_SHARE > len(values):
+                news = None
+        _, error = self._in_loop(
+            lambda: store.apply(
+                settings.database,
+                values,
+                ledger,
+                news=news,
+                batch_rows=settings.batch_rows,
+                downgrade=settings.downgrade,
+            )
+        )
+        return reading, error
+
+    def _read_and_preview(
+        self, ledger: Ledger
+    ) -> tuple[Reading, SnapshotError | DatabaseError | None, list[tuple[str, plan.Change]]]:
+        settings = self._settings
+        reading = read(settings)
+        if reading.targets is None:
+            return reading, reading.error, []
+        values = reading.targets.values
+        changes, error = self._in_loop(
+            lambda: store.preview(settings.database, values, ledger, downgrade=settings.downgrade)
+        )
+        ledger.changed.update(table for table, _ in changes or [])
+        return reading, error, changes or []
+
+    def _in_loop(
+        self, work: Callable[[], Coroutine[Any, Any, T]]
+    ) -> tuple[T | None, DatabaseError | None]:
+        """Run the database's part; whatever the machine is short of is a failure like others."""
+        try:
+            require_descriptors(_DESCRIPTORS)
+            require_thread()
+            return self._worker.run(work()), None
+        except DatabaseError as exc:
+            error = exc
+        except (OSError, MemoryError) as exc:
+            error = DatabaseFailed(self._settings.database, f"cannot be opened now: {exc}")
+        # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
+        error.__cause__ = error.__context__ = None
+        return None, error.with_traceback(None)
 
 
 class _Attempt(NamedTuple):
@@ -158,9 +225,6 @@ class _Attempt(NamedTuple):
 
     ledger: Ledger
     started: float
-
-
-# ------------------------------------------------------------------------------ in the thread
 
 
 def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
@@ -176,9 +240,8 @@ def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
     try:
         data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:
-        state = f"{type(exc).__name__}: {exc}".encode(errors="replace")
-        return Reading(Fingerprint(state, database), error=exc)
-    fingerprint = Fingerprint(hashlib.blake2b(data, digest_size=16).digest(), database)
+        return Reading(Fingerprint(hash((type(exc), str(exc))), database), error=exc)
+    fingerprint = Fingerprint(hash(data), database)
     if fingerprint == known:
         return Reading(fingerprint)
     try:
@@ -197,59 +260,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None  # applying tells why
     return status.st_dev, status.st_ino
-
-
-def _read_and_apply(
-    settings: Settings, known: Fingerprint | None, ledger: Ledger
-) -> tuple[Reading, SnapshotError | DatabaseError | None]:
-    reading = read(settings, known)
-    if reading.targets is None or ledger.stopped:
-        return reading, reading.error
-    _, error = _in_own_loop(
-        settings.database,
-        lambda values: store.apply(
-            settings.database,
-            values,
-            ledger,
-            batch_rows=settings.batch_rows,
-            downgrade=settings.downgrade,
-        ),
-        reading.targets.values,
-    )
-    return reading, error
-
-
-def _read_and_preview(
-    settings: Settings, ledger: Ledger
-) -> tuple[Reading, SnapshotError | DatabaseError | None, list[tuple[str, plan.Change]]]:
-    reading = read(settings)
-    if reading.targets is None:
-        return reading, reading.error, []
-    changes, error = _in_own_loop(
-        settings.database,
-        lambda values: store.preview(
-            settings.database, values, ledger, downgrade=settings.downgrade
-        ),
-        reading.targets.values,
-    )
-    ledger.changed.update(table for table, _ in changes or [])
-    return reading, error, changes or []
-
-
-def _in_own_loop(
-    database: Path,
-    work: Callable[[dict[str, plan.Value]], Coroutine[Any, Any, T]],
-    values: dict[str, plan.Value],
-) -> tuple[T | None, DatabaseError | None]:
-    """Run the database's part; whatever the machine is short of is a failure like others."""
-    try:
-        require_descriptors(_DESCRIPTORS)
-        require_thread()
-        return asyncio.run(work(values)), None
-    except DatabaseError as exc:
-        error = exc
-    except (OSError, MemoryError) as exc:
-        error = DatabaseFailed(database, f"cannot be opened now: {exc}")
-    # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
-    error.__cause__ = error.__context__ = None
-    return None, error.with_traceback(None)

@@ -72,6 +72,11 @@ def targets(entries: Iterable[Entry]) -> Targets:
     return Targets(values, count, unknown, unrecognized)
 
 
+def news(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what `after` wants and `before` did not: if few, what a new snapshot has changed."""
+    return {key: value for key, value in after.items() if before.get(key) != value}
+
+
 def _lowers(before: object, after: int) -> bool:
     """Whether a known value would be lowered; SQLite stores text in INTEGER columns, too."""
     return isinstance(before, (int, float)) and after < before

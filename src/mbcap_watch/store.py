@@ -12,7 +12,7 @@ from mbcap_watch.database import open_database, refuses_rows
 from mbcap_watch.errors import SchemaMissing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.database import Access
@@ -49,7 +49,7 @@ MAX_HALVED: Final = 1_000
 _PROBE = " UNION ALL ".join(
     f"SELECT '{table}', name FROM pragma_table_info('{table}')" for table in TABLES
 )
-_SIZE = "SELECT max(rowid) FROM {table}"
+_SIZE = "(SELECT max(rowid) FROM {table})"
 _SCAN = (
     "SELECT rowid, public_key, multibyte_sup, multibyte_evidence FROM {table}"
     " WHERE rowid > ? ORDER BY rowid LIMIT ?"
@@ -75,6 +75,7 @@ async def apply(
     values: dict[str, plan.Value],
     ledger: Ledger,
     *,
+    news: dict[str, plan.Value] | None = None,
     batch_rows: int,
     downgrade: Downgrade,
 ) -> None:
@@ -82,7 +83,7 @@ async def apply(
 
     Compares first, without the write lock; then writes only the rows that differ, in batches
     that each hold the lock for as long as they take. What was committed when an error is raised
-    stays, and is right.
+    stays, and is right. See `reconcile` for the arguments.
 
     Raises:
         DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
@@ -90,7 +91,7 @@ async def apply(
     """
     async with open_database(database, ledger) as access:
         await reconcile(
-            access, database, values, ledger, batch_rows=batch_rows, downgrade=downgrade
+            access, database, values, ledger, news=news, batch_rows=batch_rows, downgrade=downgrade
         )
 
 
@@ -100,6 +101,7 @@ async def reconcile(
     values: dict[str, plan.Value],
     ledger: Ledger,
     *,
+    news: dict[str, plan.Value] | None = None,
     batch_rows: int,
     downgrade: Downgrade,
 ) -> None:
@@ -110,6 +112,8 @@ async def reconcile(
         database: what an error calls it.
         values: by public key.
         ledger: is written.
+        news: those of `values` that are likely to differ. Their rows are written before all the
+            others are compared, which they then are as well.
         batch_rows: rows per transaction.
         downgrade: whether a stored value may be lowered.
 
@@ -119,19 +123,34 @@ async def reconcile(
 
     """
     tables = await _served_tables(access, database, ledger)
+    if news:
+        await _pass(access, tables, news, ledger, batch_rows, downgrade)
     for _ in range(MAX_PASSES):
-        differences = _differences(access, tables, values, ledger, downgrade)
-        missed = 0
-        async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
-            async for table, changes in batches:
-                missed += await _write(access, table, changes, ledger, downgrade)
-                if ledger.stopped:
-                    return
-        if not missed:
+        missed = await _pass(access, tables, values, ledger, batch_rows, downgrade)
+        if not missed or ledger.stopped:
             return
     async for table, changes in _differences(access, tables, values, ledger, downgrade):
         for change in changes:
             ledger.failed[table, change.public_key] = "an UPDATE leaves it as it is"
+
+
+async def _pass(
+    access: Access,
+    tables: Mapping[str, int],
+    values: dict[str, plan.Value],
+    ledger: Ledger,
+    batch_rows: int,
+    downgrade: Downgrade,
+) -> int:
+    """Compare and write once; return how many rows had changed in between."""
+    missed = 0
+    differences = _differences(access, tables, values, ledger, downgrade)
+    async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
+        async for table, changes in batches:
+            if ledger.stopped:
+                break
+            missed += await _write(access, table, changes, ledger, downgrade)
+    return missed
 
 
 async def preview(
@@ -152,8 +171,12 @@ async def preview(
 # ------------------------------------------------------------------------------ reading
 
 
-async def _served_tables(access: Access, database: Path, ledger: Ledger) -> list[str]:
-    """Return the tables that have the columns; never cached, they may come and go."""
+async def _served_tables(access: Access, database: Path, ledger: Ledger) -> dict[str, int]:
+    """Return the tables that have the columns and rows, each with its largest rowid.
+
+    Never cached: tables may come and go. The largest rowid is found at once and counts deleted
+    rows, too; as the size of the table, an upper bound will do.
+    """
     columns: dict[str, set[str]] = {table: set() for table in TABLES}
     for table, column in await access.fetch(_PROBE):
         columns[table].add(column.lower())
@@ -164,7 +187,10 @@ async def _served_tables(access: Access, database: Path, ledger: Ledger) -> list
     ledger.waiting = "; ".join(lacking) or None
     if len(lacking) == len(TABLES):
         raise SchemaMissing(database, "; ".join(lacking))
-    return [table for table, found in columns.items() if found.issuperset(COLUMNS)]
+    served = [table for table, found in columns.items() if found.issuperset(COLUMNS)]
+    sizes = ", ".join(_SIZE.format(table=table) for table in served)
+    [largest] = await access.fetch(f"SELECT {sizes}")
+    return {table: size for table, size in zip(served, largest, strict=True) if size is not None}
 
 
 async def _is_served(access: Access, table: str) -> bool:
@@ -175,7 +201,7 @@ async def _is_served(access: Access, table: str) -> bool:
 
 async def _differences(
     access: Access,
-    tables: Sequence[str],
+    tables: Mapping[str, int],
     values: dict[str, plan.Value],
     ledger: Ledger,
     downgrade: Downgrade,
@@ -184,8 +210,8 @@ async def _differences(
     ledger.matched.clear()
     ledger.failed.clear()
     seen: set[str] = set()
-    for table in tables:
-        async with contextlib.aclosing(_pages(access, table, values)) as pages:
+    for table, size in tables.items():
+        async with contextlib.aclosing(_pages(access, table, size, values)) as pages:
             async for rows in pages:
                 matched, changes = plan.compare(values, rows, downgrade)
                 ledger.on_progress()
@@ -198,18 +224,14 @@ async def _differences(
 
 
 async def _pages(
-    access: Access, table: str, values: dict[str, plan.Value]
+    access: Access, table: str, size: int, values: dict[str, plan.Value]
 ) -> AsyncGenerator[list[plan.Row]]:
     """Yield the rows of the table that the snapshot may have a value for.
 
     The way is chosen by size: the whole table is read where the snapshot covers a good part of
     it, the snapshot's keys are looked up where the table is far larger.
     """
-    [(largest,)] = await access.fetch(_SIZE.format(table=table))
-    # The largest rowid is found at once and counts deleted rows too: an upper bound will do.
-    if largest is None:
-        return
-    if largest <= SCAN_ROWS_PER_KEY * len(values):
+    if size <= SCAN_ROWS_PER_KEY * len(values):
         after = _LEAST_ROWID
         while rows := await access.fetch(_SCAN.format(table=table), (after, PAGE_ROWS)):
             yield rows
