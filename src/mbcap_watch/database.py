@@ -31,8 +31,9 @@ BUSY_TIMEOUT: Final = 0.1
 # Rows between two checkpoints: about the 1,000 pages after which SQLite does it by itself.
 CHECKPOINT_ROWS: Final = 10_000
 
-# A WAL of this size is due for one as well: perhaps nobody else does it.
-CHECKPOINT_BYTES: Final = 4 << 20
+# A WAL of this size is due for one as well: perhaps nobody else does it. Where somebody does, it
+# stays at 1,000 pages of 4 KiB and one transaction.
+CHECKPOINT_BYTES: Final = 8 << 20
 
 
 class Access(Protocol):
@@ -83,8 +84,9 @@ class _Connection(sqlite3.Connection):
         self._ledger = ledger
         self._identity = _identity(database)
         self._tuned = False
-        wal = _size(f"{os.fspath(database)}-wal")
-        self._unchecked = CHECKPOINT_ROWS if wal >= CHECKPOINT_BYTES else 0
+        self._wal = f"{os.fspath(database)}-wal"
+        self._unchecked = 0
+        wal = _size(self._wal)
         super().__init__(*args, **kwargs)
         try:
             self._require_same_file()
@@ -102,20 +104,28 @@ class _Connection(sqlite3.Connection):
             # A cursor that somebody still refers to, be it the traceback of an error, would keep
             # the file open after the connection is closed.
             cursor.close()
-        self._checkpoint(rows)
+        self._unchecked += rows
+        if self._unchecked >= CHECKPOINT_ROWS:
+            self._checkpoint()
         return cursor
 
-    def _checkpoint(self, rows: int) -> None:
-        """Move what was written into the database now and then, with the lock free.
+    def close(self) -> None:
+        """Close, and leave no large WAL behind."""
+        try:
+            if self._unchecked and _size(self._wal) >= CHECKPOINT_BYTES:
+                self._checkpoint()
+        finally:
+            super().close()
+
+    def _checkpoint(self) -> None:
+        """Move what was written into the database, with the lock free.
 
         SQLite's automatic checkpoint would do it inside COMMIT, every 1,000 pages, and make the
         longest batches ten times as long. A passive one holds up neither readers nor writers
         (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint).
         """
-        self._unchecked += rows
-        if self._unchecked >= CHECKPOINT_ROWS:
-            self._unchecked = 0
-            self.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
+        self._unchecked = 0
+        self.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
 
     def _tune(self) -> None:
         """Do not flush to disk while holding the lock, where that is safe.

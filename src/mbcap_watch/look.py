@@ -21,7 +21,7 @@ from mbcap_watch.errors import (
     SnapshotMalformed,
 )
 from mbcap_watch.ledger import Ledger
-from mbcap_watch.limits import require_descriptors, require_thread
+from mbcap_watch.limits import require_descriptors
 from mbcap_watch.report import describe
 from mbcap_watch.result import PersistResult, Reason, Timings
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_file
@@ -209,7 +209,6 @@ class Looker:
         """Run the database's part; whatever the machine is short of is a failure like others."""
         try:
             require_descriptors(_DESCRIPTORS)
-            require_thread()
             return self._worker.run(work()), None
         except DatabaseError as exc:
             error = exc
