@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch import PersistResult, Settings, ack, run, timestamp
+from mbcap_watch import PersistResult, Settings, atomic, run, timestamp
 from mbcap_watch.ack import Ack
 from support import (
     QUIET,
@@ -156,7 +156,7 @@ def test_a_link_is_replaced_and_never_followed(
 def test_a_link_at_the_temporary_name_is_not_followed(
     answers: Ack, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mbcap_watch.ack.secrets.token_hex", lambda _: "guessed")
+    monkeypatch.setattr("mbcap_watch.atomic.secrets.token_hex", lambda _: "guessed")
     victim = tmp_path / "victim"
     (directory / "result.json.guessed.tmp").symlink_to(victim)
     answers.on_result(result())
@@ -234,14 +234,14 @@ def test_without_a_thread_it_is_logged(
 
 def test_a_write_that_hangs_holds_nobody_up(answers: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, begun = threading.Event(), threading.Event()
-    replace = ack.replace
+    replace = atomic.replace
 
-    def slow(directory: int, data: bytes) -> None:
+    def slow(directory: int, name: str, data: bytes, mode: int) -> None:
         begun.set()
         hangs.wait(60)
-        replace(directory, data)
+        replace(directory, name, data, mode)
 
-    monkeypatch.setattr(ack, "replace", slow)
+    monkeypatch.setattr(atomic, "replace", slow)
     started = time.monotonic()
     answers.on_result(result("busy", error="0"))
     assert begun.wait(10)
@@ -259,13 +259,13 @@ def test_a_write_that_hangs_holds_nobody_up(answers: Ack, monkeypatch: pytest.Mo
 
 
 def test_the_end_waits_for_the_last_answer(answers: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = ack.replace
+    replace = atomic.replace
 
-    def slow(directory: int, data: bytes) -> None:
+    def slow(directory: int, name: str, data: bytes, mode: int) -> None:
         time.sleep(0.2)
-        replace(directory, data)
+        replace(directory, name, data, mode)
 
-    monkeypatch.setattr(ack, "replace", slow)
+    monkeypatch.setattr(atomic, "replace", slow)
     with answers:
         answers.on_result(result())
     assert json.loads(answers.path.read_bytes())["writtenAt"] == T1

@@ -12,17 +12,14 @@ written anew at the next start.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
-import secrets
 import threading
-import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mbcap_watch import timestamp
+from mbcap_watch import atomic, timestamp
 from mbcap_watch.errors import printable
 
 if TYPE_CHECKING:
@@ -35,12 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mbcap_watch")
 
 RESULT_NAME: Final = "result.json"
-_MODE: Final = 0o644
+_MODE: Final = 0o644  # the publisher reads it
 
 # For how long an end waits for the last answer to be written.
 _END_SECONDS: Final = 1.0
-
-_LEFTOVER_SECONDS: Final = 3600.0
 
 
 class _News(NamedTuple):
@@ -133,9 +128,9 @@ class Ack:
         directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if not self._tidied:
-                _remove_leftovers(directory)
+                atomic.remove_leftovers(directory, RESULT_NAME)
                 self._tidied = True
-            replace(directory, data)
+            atomic.replace(directory, RESULT_NAME, data, _MODE)
         finally:
             os.close(directory)
 
@@ -164,37 +159,3 @@ def encode(result: PersistResult) -> bytes:
         **fields,
     }
     return json.dumps(answer, ensure_ascii=True).encode("ascii") + b"\n"
-
-
-def replace(directory: int, data: bytes) -> None:
-    """Put `data` in place of `result.json` in the open `directory`, as a whole.
-
-    A link at that name is replaced, never followed: rename(2) does not, and O_EXCL refuses one at
-    the temporary name (open(2)).
-    """
-    temporary = f"{RESULT_NAME}.{secrets.token_hex(8)}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, _MODE, dir_fd=directory)
-    try:
-        with open(descriptor, "wb") as file:  # closing it tells what an NFS server refused
-            if os.fstat(descriptor).st_mode & 0o777 != _MODE:  # the umask; the publisher reads it
-                os.fchmod(descriptor, _MODE)
-            file.write(data)
-        os.replace(temporary, RESULT_NAME, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory)
-        raise
-
-
-def _remove_leftovers(directory: int) -> None:
-    """Remove temporary files that a killed bridge left an hour ago or more."""
-    for name in os.listdir(directory):
-        if not (name.startswith(f"{RESULT_NAME}.") and name.endswith(".tmp")):
-            continue
-        try:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if time.time() - status.st_mtime > _LEFTOVER_SECONDS:
-                os.unlink(name, dir_fd=directory)
-        except OSError:
-            continue  # just renamed or removed by its owner, or not ours to remove

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -16,6 +17,8 @@ import typer
 from mbcap_watch import __version__, config, inspection, logs, options, output
 from mbcap_watch.ack import Ack
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.heartbeat import Heartbeat, Keeper
+from mbcap_watch.metrics import Metrics
 from mbcap_watch.notify import Notifier
 from mbcap_watch.plan import Change
 from mbcap_watch.result import PersistResult, WatchState
@@ -23,6 +26,7 @@ from mbcap_watch.service import persist_once, preview_once
 from mbcap_watch.service import run as run_bridge
 from mbcap_watch.signals import Stop
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse_entries, write_snapshot
+from mbcap_watch.statsfile import StatsFile
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -89,13 +93,18 @@ def run(
     stop.on_stop(notifier.stopping)
     answers = Ack(settings) if loaded.ack else None
     log, state_log = logs.ResultLog(), logs.StateLog()
+    metrics = Metrics(settings, version=__version__, pid=os.getpid())
+    keepers: list[Keeper] = [StatsFile(settings, os.environ)]
+    heartbeat = Heartbeat(keepers, lambda: metrics.snapshot(time.time()))
 
     def on_state(state: WatchState) -> None:
         state_log(state)
+        metrics.on_state(state)
         notifier.on_state(state)  # last: nothing that hangs may be taken for progress
 
     def on_result(result: PersistResult) -> None:
         log(result)
+        metrics.on_result(result)
         notifier.on_result(result)
         if answers is not None:
             answers.on_result(result)  # returns at once
@@ -110,9 +119,14 @@ def run(
     )
 
     async def main() -> None:
-        with anyio.CancelScope() as scope, answers or contextlib.nullcontext():
+        with anyio.CancelScope() as scope, heartbeat, answers or contextlib.nullcontext():
             stop.cancel_on_signal(scope)
-            await run_bridge(settings, on_result=on_result, on_state=on_state)
+            await run_bridge(
+                settings,
+                on_result=on_result,
+                on_state=on_state,
+                on_timings=metrics.on_timings,
+            )
 
     anyio.run(main)
     logger.info("stopped")

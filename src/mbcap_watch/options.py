@@ -90,6 +90,15 @@ Downgrade = Annotated[
     Text,
     _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
 ]
+MaxAge = Annotated[
+    Text,
+    _option(
+        "--max-age",
+        metavar="DURATION",
+        help="Unhealthy if the database was last compared longer ago; give it more than the resync."
+        " Default: three times the resync and 5m.",
+    ),
+]
 Ack = Annotated[
     bool | None,
     typer.Option(

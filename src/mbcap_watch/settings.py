@@ -98,13 +98,13 @@ class Settings:
             "database": path,
             "snapshot_dir": beside if snapshot_dir is None else _path("snapshot_dir", snapshot_dir),
             "mode": _choice("mode", mode, get_args(Mode)),
-            "poll_interval": _duration("poll_interval", poll_interval, 0.01),
-            "sweep_interval": _duration("sweep_interval", sweep_interval, 0.01),
-            "resync": _duration("resync", resync, 0.1),
-            "debounce": _duration("debounce", debounce, 0.0),
-            "max_wait": _duration("max_wait", max_wait, 0.0),
+            "poll_interval": duration("poll_interval", poll_interval, 0.01),
+            "sweep_interval": duration("sweep_interval", sweep_interval, 0.01),
+            "resync": duration("resync", resync, 0.1),
+            "debounce": duration("debounce", debounce, 0.0),
+            "max_wait": duration("max_wait", max_wait, 0.0),
             "batch_rows": _whole("batch_rows", batch_rows, 1, _MAX_BATCH_ROWS),
-            "busy_deadline": _duration("busy_deadline", busy_deadline, 0.0),
+            "busy_deadline": duration("busy_deadline", busy_deadline, 0.0),
             "max_bytes": _size("max_bytes", max_bytes),
             "downgrade": _choice("downgrade", downgrade, get_args(Downgrade)),
         }
@@ -147,7 +147,13 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return str(value)
 
 
-def _duration(name: str, value: object, least: float) -> float:
+def duration(name: str, value: object, least: float) -> float:
+    """Return a duration in seconds; `least` is the shortest that is right.
+
+    Raises:
+        SettingsError: it is none, or out of range; names `name`.
+
+    """
     seconds = _number(name, value, _DURATION_UNITS, "seconds or text such as '250ms', '5s', '10m'")
     if not least <= seconds <= _MAX_SECONDS:
         raise SettingsError(
