@@ -266,8 +266,11 @@ class Keeper:
 
     path = "/a/file"
 
-    def __init__(self, write: Callable[[int], object], *, every: float = 0.0) -> None:
-        self.every, self.count, self.removed = every, 0, False
+    def __init__(
+        self, write: Callable[[int], object], *, every: float = 0.0, blocks: bool = False
+    ) -> None:
+        self.blocks, self.every = blocks, every
+        self.count, self.removed = 0, False
         self._write = write
 
     def write(self, _: Stats) -> None:
@@ -287,24 +290,27 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.anyio
 @pytest.mark.usefixtures("fast", "no_leaks")
 async def test_the_heart_beats_and_takes_the_file_with_it(root: Path) -> None:
-    file, seldom = StatsFile(SETTINGS, {}, root), Keeper(lambda _: None, every=60.0)
+    file, seldom = StatsFile(SETTINGS, {}, root), Keeper(lambda _: None, every=60.0, blocks=True)
     ticks = iter(range(10**9))
     with Heartbeat([file, seldom], lambda: sample(pid=next(ticks))):
         await until(lambda: pids(find(SETTINGS, {}, root).found) > [5])
     assert not find(SETTINGS, {}, root).found
     assert (seldom.count, seldom.removed) == (1, True)
-    assert "mbcap-watch stats" not in thread_names()
+    assert "mbcap-watch keeper" not in thread_names()
 
 
 @pytest.mark.anyio
 @pytest.mark.usefixtures("fast", "no_leaks")
-async def test_what_cannot_be_written_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("blocks", [True, False])
+async def test_what_cannot_be_written_is_logged_once(
+    caplog: pytest.LogCaptureFixture, blocks: bool
+) -> None:
     def write(count: int) -> None:
         if count < 5:
             raise OSError(28, "No space left on device")
 
     caplog.set_level("INFO", "mbcap_watch")
-    keeper = Keeper(write)
+    keeper = Keeper(write, blocks=blocks)
     with Heartbeat([keeper], sample):
         await until(lambda: keeper.count > 6)
     assert [record.getMessage() for record in caplog.records] == [
@@ -320,7 +326,7 @@ async def test_a_disk_that_does_not_answer_holds_up_nobody(
 ) -> None:
     monkeypatch.setattr(heartbeat, "_END_SECONDS", 0.1)
     answer = threading.Event()
-    stuck, well = Keeper(lambda _: answer.wait()), Keeper(lambda _: None)
+    stuck, well = Keeper(lambda _: answer.wait(), blocks=True), Keeper(lambda _: None)
     with Heartbeat([stuck, well], sample):
         await until(lambda: well.count > 5)
     assert (stuck.count, stuck.removed, well.removed) == (1, False, True)

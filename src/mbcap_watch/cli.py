@@ -80,6 +80,8 @@ def run(
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
     ack: options.Ack = None,
+    openmetrics_file: options.OpenMetricsFile = None,
+    http: options.Http = None,
 ) -> None:
     """Watch and persist until SIGTERM or SIGINT (the daemon).
 
@@ -94,8 +96,7 @@ def run(
     answers = Ack(settings) if loaded.ack else None
     log, state_log = logs.ResultLog(), logs.StateLog()
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
-    keepers: list[Keeper] = [StatsFile(settings, os.environ)]
-    heartbeat = Heartbeat(keepers, lambda: metrics.snapshot(time.time()))
+    heartbeat = Heartbeat(_keepers(loaded), lambda: metrics.snapshot(time.time()))
 
     def on_state(state: WatchState) -> None:
         state_log(state)
@@ -131,6 +132,27 @@ def run(
     anyio.run(main)
     logger.info("stopped")
     stop.ignore_more()
+
+
+def _keepers(loaded: config.Config) -> list[Keeper]:
+    """Return who keeps what the bridge tells of itself; prometheus-client only if it is needed."""
+    keepers: list[Keeper] = [StatsFile(loaded.settings, os.environ)]
+    wanted = next((name for name in ("openmetrics_file", "http") if getattr(loaded, name)), None)
+    if wanted is None:
+        return keepers
+    try:
+        from mbcap_watch import endpoint, exposition  # noqa: PLC0415 - they take 10 MB
+
+        if loaded.openmetrics_file:
+            keepers.append(exposition.PrometheusFile(loaded.openmetrics_file))
+        if loaded.http:
+            keepers.append(endpoint.Endpoint(*loaded.http))
+    except ModuleNotFoundError as exc:
+        problem = f"needs {exc.name}: pip install 'mbcap-watch[metrics]'"
+        raise config.in_users_words(SettingsError(wanted, problem), loaded.origins) from exc
+    except SettingsError as exc:
+        raise config.in_users_words(exc, loaded.origins) from exc
+    return keepers
 
 
 @app.command()

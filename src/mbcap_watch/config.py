@@ -6,7 +6,7 @@ import dataclasses
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.settings import SETTING_NAMES, Settings
@@ -23,12 +23,28 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
 
 # What only the command line knows, beside the settings of the library.
-_CLI_DEFAULTS: Final = {"log_level": "info", "log_format": "text", "ack": False}
+_CLI_DEFAULTS: Final = {
+    "log_level": "info",
+    "log_format": "text",
+    "ack": False,
+    "openmetrics_file": "",
+    "http": "",
+}
 CLI_ONLY: Final = tuple(_CLI_DEFAULTS)
 _NAMES: Final = (*SETTING_NAMES, *CLI_ONLY)
 
 # Kubernetes puts such variables into every container when a service is called "mbcap-watch".
 _KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?)")
+
+
+class Address(NamedTuple):
+    """Where to listen; as text, an IPv6 address is in brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +56,8 @@ class Config:
         log_level: one of `LOG_LEVELS`.
         log_format: one of `LOG_FORMATS`.
         ack: whether `run` answers the publisher with a `result.json`.
+        openmetrics_file: where `run` keeps its figures for node_exporter; None: nowhere.
+        http: where `run` serves its figures: an address and a port; None: nowhere.
         origins: for every name, where its value came from.
 
     """
@@ -48,6 +66,8 @@ class Config:
     log_level: str
     log_format: str
     ack: bool
+    openmetrics_file: Path | None
+    http: Address | None
     origins: Mapping[str, str]
 
 
@@ -84,19 +104,25 @@ def load(
         if options.get(name) is not None:
             take(name, options[name], "--" + name.replace("_", "-"))
 
-    log_level, log_format, ack = (values.pop(name) for name in _CLI_DEFAULTS)
+    ours = {name: values.pop(name) for name in _CLI_DEFAULTS}
     try:
         return Config(
             settings=Settings.from_mapping(values),
-            log_level=_choice("log_level", log_level, LOG_LEVELS),
-            log_format=_choice("log_format", log_format, LOG_FORMATS),
-            ack=_flag("ack", ack),
+            log_level=_choice("log_level", ours["log_level"], LOG_LEVELS),
+            log_format=_choice("log_format", ours["log_format"], LOG_FORMATS),
+            ack=_flag("ack", ours["ack"]),
+            openmetrics_file=_prom_file("openmetrics_file", ours["openmetrics_file"]),
+            http=_address("http", ours["http"]),
             origins=origins,
         )
-    except SettingsError as exc:  # say it in the user's words: the option, the variable, the key
-        origin = origins[exc.setting]
-        name = exc.setting if origin == "default" else origin
-        raise SettingsError(name, exc.problem) from exc
+    except SettingsError as exc:
+        raise in_users_words(exc, origins) from exc
+
+
+def in_users_words(error: SettingsError, origins: Mapping[str, str]) -> SettingsError:
+    """Return `error` with the option, the variable or the key that the user gave."""
+    origin = origins[error.setting]
+    return SettingsError(error.setting if origin == "default" else origin, error.problem)
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -112,6 +138,27 @@ def _flag(name: str, value: Any) -> bool:
     return flag
 
 
+def _prom_file(name: str, value: Any) -> Path | None:
+    if value == "":
+        return None
+    # node_exporter reads no other files.
+    if not isinstance(value, (str, Path)) or Path(value).suffix != ".prom" or "\0" in str(value):
+        raise SettingsError(name, f"expected a file called NAME.prom, got {value!r}")
+    return Path(value).absolute()
+
+
+def _address(name: str, value: Any) -> Address | None:
+    if value == "":
+        return None
+    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match[3]) > _LAST_PORT:
+        problem = f"expected ADDRESS:PORT, such as 127.0.0.1:9464 or [::1]:9464, got {value!r}"
+        raise SettingsError(name, problem)
+    return Address(match[1] or match[2], int(match[3]))
+
+
+_ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^][:\/\s]+)):([0-9]{1,5})", re.ASCII)
+_LAST_PORT: Final = 65535
 _FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 

@@ -37,6 +37,8 @@ def show_config(
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
     ack: options.Ack = None,
+    openmetrics_file: options.OpenMetricsFile = None,
+    http: options.Http = None,
 ) -> None:
     """Print the settings as they are in effect, and where each came from."""
     loaded = config.load(context.params, os.environ, context.params.get("config_file"))
@@ -45,7 +47,7 @@ def show_config(
     if json:
         fields = {
             name: {
-                "value": str(value) if isinstance(value, os.PathLike) else value,
+                "value": str(value) if isinstance(value, os.PathLike | config.Address) else value,
                 "origin": loaded.origins[name],
             }
             for name, value in values.items()

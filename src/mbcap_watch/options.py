@@ -90,6 +90,24 @@ Downgrade = Annotated[
     Text,
     _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
 ]
+OpenMetricsFile = Annotated[
+    Text,
+    _option(
+        "--openmetrics-file",
+        metavar="FILE.prom",
+        help="Keep the figures in this file, for node_exporter's textfile collector. Needs the"
+        " extra `metrics`.",
+    ),
+]
+Http = Annotated[
+    Text,
+    _option(
+        "--http",
+        metavar="ADDRESS:PORT",
+        help="Serve /metrics and /healthz here, as 127.0.0.1:9464. No port is opened without it."
+        " Needs the extra `metrics`.",
+    ),
+]
 MaxAge = Annotated[
     Text,
     _option(

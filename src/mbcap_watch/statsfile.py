@@ -72,7 +72,7 @@ NAME: Final = re.compile(r"[^/]*-[0-9a-f]{16}-[0-9]+\.json")
 
 
 class StatsFile:
-    """The stats file of this process. Blocks: keep it off the event loop.
+    """A `heartbeat.Keeper`: the stats file of this process.
 
     Args:
         settings: of the bridge.
@@ -81,6 +81,7 @@ class StatsFile:
 
     """
 
+    blocks: Final = False  # it is in memory
     every: Final = 0.0
 
     def __init__(
