@@ -41,6 +41,14 @@ def libuv_has_its_descriptors() -> None:
     uvloop.run(asyncio.sleep(0))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Daemons that tests kill leave their stats files there, and not in that of the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNTIME_DIRECTORY", str(tmp_path_factory.mktemp("runtime")))
+        yield
+
+
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
     """A database as the ingestor makes it, with a few rows, and a directory for snapshots."""

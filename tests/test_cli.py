@@ -345,7 +345,7 @@ def test_the_demo_fails_when_a_row_is_wrong(
     assert "wrong" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "apply", "publish", "demo", "config"])
+@pytest.mark.parametrize("command", ["run", "apply", "publish", "demo", "config", "status"])
 def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help", env=PLAIN)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mbcap_watch import Settings, WatchState, output, signals
+from mbcap_watch import Settings, WatchState, output, runtime, signals
 from mbcap_watch.notify import Notifier
 from mbcap_watch.settings import DEFAULT_MAX_BYTES
 from support import TESTS
@@ -100,7 +100,9 @@ def test_little_is_exposed(unit: Path) -> None:
 def test_the_template_differs_by_its_instance_alone() -> None:
     plain, template = directives(PLAIN), directives(TEMPLATE)
     differ = {name for name in {*plain, *template} if plain.get(name) != template.get(name)}
-    assert differ == {"Description", "ExecStart", "SyslogIdentifier", "ReadWritePaths"}
+    assert differ == {
+        *("Description", "ExecStart", "RuntimeDirectory", "SyslogIdentifier", "ReadWritePaths"),
+    }
     assert template["ExecStart"] == [f"{DROPPED} run --config /etc/mbcap-watch/%i.toml"]
     assert all("%i" in template[name][0] for name in differ)
 
@@ -131,6 +133,13 @@ def test_the_default_sweep_leaves_the_watchdog_as_it_is(
     told = Notifier(environ, Settings("x"))
     told.on_state(WatchState(last_look=1.0))
     assert [line.partition("=")[0] for line in sent] == ["READY", "STATUS"]
+
+
+@UNITS
+def test_status_finds_the_stats_file_of_the_service(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "run" / only(name, "RuntimeDirectory").replace("%i", "north")
+    directory.mkdir(parents=True)
+    assert runtime.places({}, tmp_path) == [directory]
 
 
 @UNITS
