@@ -16,6 +16,7 @@ import pytest
 
 from mbcap_watch import Settings, heartbeat
 from mbcap_watch.discover import Found, find
+from mbcap_watch.health import judge_search
 from mbcap_watch.heartbeat import Heartbeat
 from mbcap_watch.metrics import Metrics
 from mbcap_watch.runtime import Unfit
@@ -108,6 +109,14 @@ def test_the_freshest_comes_first_and_one_from_before_the_boot_last(root: Path) 
     for pid, age in ((1, 100.0), (2, -1e9), (3, 1.0)):
         write(root / "run/mbcap-watch", pid, age=age)
     assert pids(find(SETTINGS, {}, root).found) == [3, 1, 2]
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_is_set_makes_nothing_stale(root: Path, jump: float) -> None:
+    metrics = Metrics(SETTINGS, version="1", pid=42)
+    StatsFile(SETTINGS, {}, root).write(metrics.snapshot(time.time() - jump))
+    health = judge_search(find(SETTINGS, {}, root), SETTINGS)
+    assert (health.state, health.healthy) == ("running", True)
 
 
 def test_what_killed_processes_left_goes_at_the_next_start(root: Path) -> None:
