@@ -12,8 +12,8 @@ import pytest
 
 from mbcap_watch import Settings, run
 from mbcap_watch.metrics import Metrics
-from mbcap_watch.result import Outcome, PersistResult, Timings, WatchState
-from mbcap_watch.stats import RECENT, WINDOW, Stats, seconds_of
+from mbcap_watch.result import Outcome, PersistResult, Reason, Timings, WatchState
+from mbcap_watch.stats import RECENT, WINDOW, Recent, Stats, seconds_of
 from support import QUIET, document, put, until
 
 NOW = 1_800_000_000.0
@@ -102,17 +102,54 @@ def test_the_lock_as_corescope_shows_it() -> None:
     assert (lock.waits.count, lock.holds.count, lock.holds.max) == (3, 2, 501.0)
 
 
-def test_recent_looks_are_kept_for_a_plot() -> None:
+def test_the_latest_results_are_kept_with_their_timings() -> None:
     clock = Clock()
     metrics = make(clock)
-    metrics.on_timings(Timings(lag=None))  # a resync that wrote nothing
     for number in range(RECENT + 1):
         clock.now += 1
+        metrics.on_result(result("applied", changed_active=2, changed_inactive=1))
         metrics.on_timings(Timings(lag=number / 1000, holds=(0.001, 0.003, 0.002)))
     recent = metrics.snapshot(NOW).recent
     assert len(recent) == RECENT
-    assert (recent[-1].at, recent[-1].lag_ms, recent[-1].hold_ms) == (NOW, RECENT, 3.0)
+    assert recent[-1] == Recent(
+        at=NOW, reason="rename", outcome="applied", changed=3, lag_ms=RECENT, hold_ms=3.0
+    )
     assert recent[0].at == NOW - RECENT + 1
+
+
+def test_results_alike_that_changed_nothing_take_one_place() -> None:
+    clock = Clock()
+    metrics = make(clock)
+
+    def tell(outcome: Outcome, reason: Reason, changed: int = 0) -> None:
+        clock.now += 5
+        metrics.on_result(result(outcome, reason=reason, changed_active=changed))
+        if outcome in ("applied", "unchanged"):
+            metrics.on_timings(Timings(lag=None))
+
+    tell("malformed", "rename")
+    for _ in range(3):
+        tell("malformed", "retry")
+    for _ in range(2):
+        tell("unchanged", "resync")
+    for _ in range(2):
+        tell("applied", "resync", changed=1)
+    recent = metrics.snapshot(NOW).recent
+    assert [(each.outcome, each.reason, each.times, NOW - each.at) for each in recent] == [
+        ("malformed", "rename", 1, 35),
+        ("malformed", "retry", 3, 20),
+        ("unchanged", "resync", 2, 10),
+        ("applied", "resync", 1, 5),
+        ("applied", "resync", 1, 0),
+    ]
+
+
+def test_times_of_results_follow_a_clock_that_is_set() -> None:
+    metrics = make()
+    metrics.on_result(result("applied"))
+    first = metrics.snapshot(5.0).recent
+    assert metrics.snapshot(5.01).recent is first  # an idle daemon makes nothing anew
+    assert metrics.snapshot(NOW).recent[0].at == NOW
 
 
 def test_ages_survive_a_clock_that_is_set() -> None:
@@ -196,10 +233,11 @@ def test_the_time_of_a_snapshot(written_at: str | None, seconds: float | None) -
 def test_memory_is_bounded() -> None:
     metrics = make()
     text, digits = "x" * 100_000, "1" * 100_000
+    long: dict[str, Any] = {"written_at": f"2026-01-01T00:00:00.{digits}Z"}
 
     def work(times: int) -> None:
         for _ in range(times):
-            metrics.on_result(result("failed", text, written_at=f"2026-01-01T00:00:00.{digits}Z"))
+            metrics.on_result(result("failed", text, changed_active=1, **long))
             metrics.on_state(WatchState(why=text, last_problem=text))
             metrics.on_timings(Timings(lag=0.1, waits=(0.1,) * 100, holds=(0.1,) * 100))
 
@@ -253,4 +291,5 @@ async def test_the_hooks_of_a_real_bridge(database: Path) -> None:
     assert (stats.trouble.outcome, stats.trouble.persists) == ("malformed", True)
     assert stats.snapshot_written_at == "2026-07-18T08:47:37Z"
     assert (stats.changed_active, stats.changed_inactive, stats.mbcap_persist.count) == (1, 0, 1)
-    assert stats.lag_ms.count == len(stats.recent) == 1
+    assert stats.lag_ms.count == 1
+    assert [each.outcome for each in stats.recent if each.lag_ms is not None] == ["applied"]

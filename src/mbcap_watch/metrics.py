@@ -26,7 +26,7 @@ from mbcap_watch.stats import (
     SLOW_HOLD_SECONDS,
     WINDOW,
     Lock,
-    Point,
+    Recent,
     Spread,
     Stats,
     Trouble,
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 # Characters of an error that are kept. It holds a path (4,096 at most) and a sentence.
 _ERROR_LENGTH: Final = 5_000
+
+# Times in `Stats.recent` are not made anew for a clock that wanders by less than this (seconds).
+_WANDERING: Final = 0.05
 
 
 class Metrics:
@@ -75,7 +78,8 @@ class Metrics:
         self._active = self._inactive = self._failed = 0
         self._lags, self._waits, self._holds = _Series(), _Series(), _Series()
         self._contended = self._slow = 0
-        self._recent: deque[Point] = deque(maxlen=RECENT)
+        self._recent: deque[Recent] = deque(maxlen=RECENT)
+        self._told: tuple[tuple[Recent, ...], float] | None = None  # as of which offset
 
     def on_result(self, result: PersistResult) -> None:
         """Count a result."""
@@ -93,6 +97,18 @@ class Metrics:
         if compared or result.written_at is not None or result.outcome == "no_snapshot":
             self._written_at = result.written_at
         self._note_trouble(result, now)
+        self._note_recent(result, now)
+
+    def _note_recent(self, result: PersistResult, now: float) -> None:
+        entry = Recent(at=now, reason=result.reason, outcome=result.outcome, changed=result.changed)
+        if self._recent:
+            # A retry every five seconds would push out in minutes what people look for.
+            before = self._recent[-1]
+            if msgspec.structs.replace(before, at=now, times=1) == entry and not entry.changed:
+                self._recent.pop()
+                entry = msgspec.structs.replace(entry, times=before.times + 1)
+        self._recent.append(entry)
+        self._told = None
 
     def _note_trouble(self, result: PersistResult, now: float) -> None:
         before = self._trouble
@@ -122,20 +138,20 @@ class Metrics:
                 self._trouble = msgspec.structs.replace(self._trouble, unreadable=True)
 
     def on_timings(self, timings: Timings) -> None:
-        """Count how long a look kept others and us waiting."""
+        """Count how long a look kept others and us waiting; its result was told before."""
         self._waits.extend(timings.waits)
         self._holds.extend(timings.holds)
         self._contended += sum(wait > CONTENDED_SECONDS for wait in timings.waits)
         self._slow += sum(hold > SLOW_HOLD_SECONDS for hold in timings.holds)
         if timings.lag is not None:
             self._lags.extend([timings.lag])
-        if timings.lag is not None or timings.holds:
-            point = Point(
-                at=self._clock(),
+        if self._recent:
+            self._recent[-1] = msgspec.structs.replace(
+                self._recent[-1],
                 lag_ms=None if timings.lag is None else _ms(timings.lag),
                 hold_ms=_ms(max(timings.holds)) if timings.holds else None,
             )
-            self._recent.append(point)
+            self._told = None
 
     def snapshot(self, now: float) -> Stats:
         """Return all of it, as of `now` (seconds since the epoch)."""
@@ -185,8 +201,18 @@ class Metrics:
             trouble=trouble,
             lag_ms=self._lags.spread(),
             mbcap_persist=self._lock(),
-            recent=tuple(msgspec.structs.replace(p, at=wall(p.at)) for p in self._recent),
+            recent=self._recent_as_of(offset),
         )
+
+    def _recent_as_of(self, offset: float) -> tuple[Recent, ...]:
+        """Return `Stats.recent`; when nothing has come since, what was returned the last time."""
+        if self._told is None or abs(offset - self._told[1]) > _WANDERING:
+            entries = (
+                msgspec.structs.replace(entry, at=round(entry.at + offset, 3))
+                for entry in self._recent
+            )
+            self._told = tuple(entries), offset
+        return self._told[0]
 
     def _lock(self) -> Lock:
         waits, holds = self._waits.spread(), self._holds.spread()
@@ -209,17 +235,23 @@ class _Series:
     def __init__(self) -> None:
         self._count, self._total = 0, 0.0
         self._latest: deque[float] = deque(maxlen=WINDOW)
+        self._spread: Spread | None = Spread()
 
     def extend(self, values: Iterable[float]) -> None:
         for value in values:
             self._count += 1
             self._total += value
             self._latest.append(value)
+            self._spread = None
 
     def spread(self) -> Spread:
+        """Return it; values are sorted only after there was a new one."""
+        if self._spread is None:
+            self._spread = self._sorted()
+        return self._spread
+
+    def _sorted(self) -> Spread:
         ordered = sorted(self._latest)
-        if not ordered:
-            return Spread()
 
         def percentile(part: float) -> float:
             return _ms(ordered[math.ceil(part * len(ordered)) - 1])

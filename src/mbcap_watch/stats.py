@@ -18,7 +18,7 @@ SLOW_HOLD_SECONDS: Final = 0.5
 # Percentiles are of so many of the latest values; 8 bytes each.
 WINDOW: Final = 1_000
 
-# Points kept for a plot: of one snapshot a minute, four hours.
+# Results kept for `top` and for a plot: of one snapshot a minute, four hours.
 RECENT: Final = 240
 
 PARTS_OF_SPREAD: Final = ("total", "p50", "p95", "p99", "max")
@@ -81,12 +81,25 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
         return Spread(count=count, **fields)
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """A look that wrote: when (seconds since the epoch), its lag and longest hold (ms)."""
+class Recent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A result that was told, or several alike in a row that changed nothing.
+
+    Attributes:
+        at: when; of several, the last. Seconds since the epoch.
+        changed: rows that were written.
+        lag_ms: from the rename to the last committed row; None as in `Timings`.
+        hold_ms: the longest hold of the write lock; None if it was not taken.
+        times: how many results.
+
+    """
 
     at: float
-    lag_ms: float | None
-    hold_ms: float | None
+    reason: Reason
+    outcome: Outcome
+    changed: int = 0
+    lag_ms: float | None = None
+    hold_ms: float | None = None
+    times: int = 1
 
 
 class Trouble(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +133,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         snapshot_written_at: `writtenAt` of the snapshot that was read last; `snapshot_time` the
             same in seconds. None if there is none, or if it has none but Go's zero time.
         failed_rows: rows refused, counted at every try.
-        recent: the last `RECENT` looks that wrote, the oldest first.
+        recent: the last `RECENT` results, the oldest first.
 
     """
 
@@ -148,7 +161,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     trouble: Trouble | None
     lag_ms: Spread
     mbcap_persist: Lock
-    recent: tuple[Point, ...]
+    recent: tuple[Recent, ...]
     rival_pid: int | None = None
 
     @property
