@@ -9,13 +9,16 @@ from typing import Any
 import typer
 
 from mbcap_watch import config, discover, health, options, output, status
-from mbcap_watch.settings import duration
+from mbcap_watch.settings import Settings, duration
+from mbcap_watch.stats import Stats
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command(name="config")(show_config)
     app.command(name="status")(show_status)
+    app.command(name="top")(show_top)
+    app.command(name="plot")(show_plot)
 
 
 def show_config(
@@ -78,9 +81,7 @@ def show_status(
     """
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
     most = None if max_age is None else duration("--max-age", max_age, 0.1)
-    search = discover.find(settings, os.environ)
-    stats = search.found[0].stats if search.found else None
-    found = health.judge_search(search, settings, most)
+    stats, found = _look(settings, most)
     if json:
         output.print_json(status.as_json(stats, found))
     else:
@@ -88,3 +89,54 @@ def show_status(
 
         status.render(stats, found, Console())
     raise typer.Exit(0 if found.healthy else 1)
+
+
+def show_top(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+) -> None:
+    """Show live how the running bridge is: what status tells, the latest results, the lags.
+
+    q or Ctrl-C quits. When nothing runs, it says so and looks on. Without a terminal on standard
+    input and output, it prints what there is once.
+    """
+    from mbcap_watch import top  # noqa: PLC0415 - rich, as above
+
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    top.show(lambda: _look(settings))
+
+
+def show_plot(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    out: options.Out = None,
+) -> None:
+    """Draw lag and lock holds of the running bridge's latest results, as an SVG.
+
+    Exit codes: 0 drawn; 1 nothing runs, or the file cannot be written; 2 usage or configuration.
+    """
+    from mbcap_watch import plot  # noqa: PLC0415 - its html is 0.3 MB that `run` can do without
+
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    stats, found = _look(settings)
+    if stats is None:
+        output.fail(found.problems[0].text, 1)
+    drawing = plot.svg(stats)
+    if out is None:
+        output.print_line(drawing.rstrip())
+        return
+    try:
+        out.write_text(drawing, encoding="utf-8")
+    except OSError as exc:
+        output.fail(f"{out}: cannot be written: {exc.strerror}", 1)
+
+
+def _look(settings: Settings, max_age: float | None = None) -> tuple[Stats | None, health.Health]:
+    """Return what the bridge with these settings tells of itself, and the verdict."""
+    search = discover.find(settings, os.environ)
+    stats = search.found[0].stats if search.found else None
+    return stats, health.judge_search(search, settings, max_age)

@@ -125,3 +125,7 @@ Ack = Annotated[
         show_default=False,
     ),
 ]
+Out = Annotated[
+    Path | None,
+    _option("-o", "--out", metavar="FILE.svg", help="Where to. Default: standard output."),
+]

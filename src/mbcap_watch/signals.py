@@ -26,13 +26,17 @@ class Stop:
     """SIGTERM and SIGINT end the daemon cleanly, at any moment and however often they come.
 
     The handlers stay until the process has ended: asyncio's own would be gone while it closes.
+
+    Args:
+        also: other signals that end it.
+
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *also: signal.Signals) -> None:
         self._cancel: Callable[[], object] | None = None
         self._signum: int | None = None
         self._tell: Callable[[], None] | None = None
-        for signum in (signal.SIGTERM, signal.SIGINT):
+        for signum in (signal.SIGTERM, signal.SIGINT, *also):
             signal.signal(signum, self._handle)
 
     def on_stop(self, tell: Callable[[], None]) -> None:

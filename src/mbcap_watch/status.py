@@ -57,19 +57,20 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     console.print(Text(f"{health.state}, {word}", style=f"bold {style}"))
     for mark, style, findings in (("✗", "red", health.problems), ("!", "yellow", health.warnings)):
         for finding in findings:
-            console.print(Text(f"{mark} {_visible(finding.text)}", style=style), soft_wrap=True)
-            console.print(Text(f"  → {_visible(finding.remedy)}"), soft_wrap=True)
+            console.print(Text(f"{mark} {visible(finding.text)}", style=style), soft_wrap=True)
+            console.print(Text(f"  → {visible(finding.remedy)}"), soft_wrap=True)
     if stats is None:
         return
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(stats):
-        table.add_row(name, Text(_visible(value)))
+    for name, value in rows(stats):
+        table.add_row(name, Text(visible(value)))
     console.print(table)
 
 
-def _rows(stats: Stats) -> Iterator[tuple[str, str]]:
+def rows(stats: Stats) -> Iterator[tuple[str, str]]:
+    """Yield the figures, each with its name."""
     watch, lock, trouble, now = stats.watch, stats.mbcap_persist, stats.trouble, stats.sampled
 
     def since(moment: float | None) -> str:
@@ -88,8 +89,8 @@ def _rows(stats: Stats) -> Iterator[tuple[str, str]]:
     yield "last apply", since(stats.last_apply) + outcome
     yield "results", _counts(stats.outcomes)
     yield "because of", _counts(stats.reasons)
-    rows = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
-    yield "rows changed", f"{rows}, {stats.failed_rows} refused"
+    changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
+    yield "rows changed", f"{changed}, {stats.failed_rows} refused"
     yield "lag", _spread(stats.lag_ms)
     yield "mbcap_persist", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _spread(lock.waits)
@@ -116,6 +117,6 @@ def _spread(spread: Spread) -> str:
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Return `text` without what a terminal obeys: names of files and keys may hold anything."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", printable(text))
