@@ -8,7 +8,6 @@ as it is on a Raspberry Pi some minutes after each start.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections import Counter, deque
 from datetime import UTC, datetime
@@ -19,22 +18,21 @@ import msgspec
 from mbcap_watch import timestamp
 from mbcap_watch.errors import printable
 from mbcap_watch.result import Outcome, PersistResult, Reason, Timings, WatchState
+from mbcap_watch.series import Series, milliseconds
 from mbcap_watch.stats import (
     CONTENDED_SECONDS,
     PARTS_OF_SPREAD,
     RECENT,
     SLOW_HOLD_SECONDS,
-    WINDOW,
     Lock,
     Recent,
-    Spread,
     Stats,
     Trouble,
     seconds_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from mbcap_watch.settings import Settings
 
@@ -76,7 +74,7 @@ class Metrics:
         self._outcomes: Counter[Outcome] = Counter()
         self._reasons: Counter[Reason] = Counter()
         self._active = self._inactive = self._failed = 0
-        self._lags, self._waits, self._holds = _Series(), _Series(), _Series()
+        self._lags, self._waits, self._holds = Series(), Series(), Series()
         self._contended = self._slow = 0
         self._recent: deque[Recent] = deque(maxlen=RECENT)
         self._told: tuple[tuple[Recent, ...], float] | None = None  # as of which offset
@@ -148,8 +146,8 @@ class Metrics:
         if self._recent:
             self._recent[-1] = msgspec.structs.replace(
                 self._recent[-1],
-                lag_ms=None if timings.lag is None else _ms(timings.lag),
-                hold_ms=_ms(max(timings.holds)) if timings.holds else None,
+                lag_ms=None if timings.lag is None else milliseconds(timings.lag),
+                hold_ms=milliseconds(max(timings.holds)) if timings.holds else None,
             )
             self._told = None
 
@@ -227,47 +225,6 @@ class Metrics:
 
 
 _TIMES_OF_STATE: Final = ("armed_since", "last_look", "stuck_since")
-
-
-class _Series:
-    """Values in seconds: how many, how much, and the latest."""
-
-    def __init__(self) -> None:
-        self._count, self._total = 0, 0.0
-        self._latest: deque[float] = deque(maxlen=WINDOW)
-        self._spread: Spread | None = Spread()
-
-    def extend(self, values: Iterable[float]) -> None:
-        for value in values:
-            self._count += 1
-            self._total += value
-            self._latest.append(value)
-            self._spread = None
-
-    def spread(self) -> Spread:
-        """Return it; values are sorted only after there was a new one."""
-        if self._spread is None:
-            self._spread = self._sorted()
-        return self._spread
-
-    def _sorted(self) -> Spread:
-        ordered = sorted(self._latest)
-
-        def percentile(part: float) -> float:
-            return _ms(ordered[math.ceil(part * len(ordered)) - 1])
-
-        return Spread(
-            count=self._count,
-            total=_ms(self._total),
-            p50=percentile(0.50),
-            p95=percentile(0.95),
-            p99=percentile(0.99),
-            max=_ms(ordered[-1]),
-        )
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
 
 
 def _cut(text: str) -> str:
