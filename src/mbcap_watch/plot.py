@@ -43,7 +43,7 @@ _STEPS: Final = (
     *(3600, 7200, 10800, 21600, 43200, 86400),
 )
 _MOST_TICKS: Final = 8
-_LEAST_SPAN: Final = 60.0
+_LEAST_SPAN: Final = 10.0
 
 # Decades of the other axis that leave room for ticks at 2 and 5 as well.
 _FEW_DECADES: Final = 3
