@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Load: TypeAlias = "Callable[[], tuple[Stats | None, Health]]"
 
-# Between two looks at the stats file, which is replaced every two seconds.
+# Between two looks at the stats file, which is replaced every few seconds.
 _EVERY: Final = 1.0
 
 # The figures that are left in a window too small for all, and the results that it is to show.
