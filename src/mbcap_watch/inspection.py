@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Annotated, Any
 
+import anyio
 import typer
 
 from mbcap_watch import config, discover, health, options, output, status
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command(name="config")(show_config)
     app.command(name="status")(show_status)
+    app.command(name="check")(check)
     app.command(name="top")(show_top)
     app.command(name="plot")(show_plot)
 
@@ -89,6 +91,35 @@ def show_status(
 
         status.render(stats, found, Console())
     raise typer.Exit(0 if found.healthy else 1)
+
+
+def check(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    mode: options.Mode = None,
+    max_bytes: options.MaxBytes = None,
+    downgrade: options.Downgrade = None,
+) -> None:
+    """Examine the installation, and say what is wrong and what to do about it. Changes nothing.
+
+    Run it as the user that runs the service. Exit codes: 0 no problem, warnings perhaps; 1 at
+    least one problem; 2 usage or configuration.
+    """
+    from mbcap_watch import check as doctor  # noqa: PLC0415 - `run` can do without
+
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    findings = anyio.run(doctor.examine, settings, os.environ)
+    code = doctor.exit_code(findings)
+    if json:
+        output.print_json({"ok": not code, "findings": [dataclasses.asdict(f) for f in findings]})
+    else:
+        from rich.console import Console  # noqa: PLC0415 - as above
+
+        doctor.render(findings, Console())
+    raise typer.Exit(code)
 
 
 def show_top(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 # Local filesystems, where every change passes through this kernel. On everything else, network
@@ -57,16 +59,22 @@ def mount_of(directory: Path) -> Mount:
         mount_id = _mount_id(descriptor)
     finally:
         os.close(descriptor)
-    try:
+    for fields in _mountinfo():
+        if fields[0] == mount_id:
+            return _parse_mount(fields)
+    return UNKNOWN  # as without /proc: the careful answer is to poll
+
+
+def mount_table() -> list[Mount]:
+    """Return all mounts, later ones above earlier ones, without touching any of them."""
+    return [_parse_mount(fields) for fields in _mountinfo()]
+
+
+def _mountinfo() -> Iterator[list[str]]:
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as lines:
         # Only a newline ends a line and only a space a field; names may hold everything else.
-        with open("/proc/self/mountinfo", "rb") as lines:
-            for line in lines:
-                fields = os.fsdecode(line.rstrip(b"\n")).split(" ")
-                if fields[0] == mount_id:
-                    return _parse_mount(fields)
-    except OSError:
-        return UNKNOWN  # no /proc: the careful answer is to poll
-    return UNKNOWN
+        for line in lines:
+            yield os.fsdecode(line.rstrip(b"\n")).split(" ")
 
 
 def _mount_id(descriptor: int) -> str | None:
