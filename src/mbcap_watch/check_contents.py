@@ -178,7 +178,7 @@ _RESTORE: Final = (
 _REMEDIES: Final = {
     sqlite3.SQLITE_NOTADB: "set the path of CoreScope's database, or restore it from a backup",
     sqlite3.SQLITE_CORRUPT: _RESTORE,
-    sqlite3.SQLITE_READONLY: "a transaction was left half-way: CoreScope rolls it back at its start",
+    sqlite3.SQLITE_READONLY: "a transaction was left half-way: start CoreScope, to roll it back",
     sqlite3.SQLITE_IOERR: "look for a failing disk (dmesg), or a filesystem that is not local",
     sqlite3.SQLITE_INTERRUPT: "it takes too long: look for a busy or failing disk; check again",
 }

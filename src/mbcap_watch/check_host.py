@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import itertools
 import os
+import shlex
 import time
 import tomllib
 from pathlib import Path
@@ -67,9 +68,9 @@ def examine(database: Path) -> list[Finding]:
     newest = max((status.st_mtime for status in statuses if status), default=0.0)
     return [
         *judge_holders(census),
-        judge_daemons(census.daemons, os.geteuid()),
-        judge_inotify("instances", census.instances, _limit("instances")),
-        judge_inotify("watches", census.watches, _limit("watches")),
+        judge_daemons(census.daemons, database, os.geteuid()),
+        judge_inotify("instances", census.instances, *_limit("instances")),
+        judge_inotify("watches", census.watches, *_limit("watches")),
         *judge_clock(newest, time.time()),
     ]
 
@@ -158,7 +159,7 @@ def judge_holders(census: Census) -> Iterator[Finding]:
     yield ok("open by", ", ".join(sorted(census.holders)) or nobody)
 
 
-def judge_daemons(daemons: list[Daemon], uid: int) -> Finding:
+def judge_daemons(daemons: list[Daemon], database: Path, uid: int) -> Finding:
     """Judge how many of ours run, and as whom."""
     here = [each for each in daemons if each.same is not False]
     who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in here)
@@ -168,28 +169,30 @@ def judge_daemons(daemons: list[Daemon], uid: int) -> Finding:
         remedy += " each other's locks, and settings of one are undone by the other"
         return warning("daemons", f"{len(here)} {sure} this database: {who}", remedy)
     if here and here[0].uid != uid:
-        remedy = f"to see what that user may do: sudo -u '#{here[0].uid}' mbcap-watch check …"
+        remedy = f"to see what that user may do: sudo -u '#{here[0].uid}' mbcap-watch check"
+        remedy += f" --database {shlex.quote(str(database))}"
         return warning("daemons", f"it runs as another user than this check: {who}", remedy)
     others = [f"pid {each.pid} for {each.database}" for each in daemons if each not in here]
     return ok("daemons", ", ".join([who or "none runs for this database", *others]))
 
 
-def _limit(name: str) -> int:
-    """Return a limit: the user's, or a container's if that is lower (namespaces(7))."""
-    limits = []
+def _limit(name: str) -> tuple[int, str]:
+    """Return a limit and its name: the user's, or a container's if lower (namespaces(7))."""
+    limits = [(1 << 31, "none")]
     for path in (f"fs/inotify/max_user_{name}", f"user/max_inotify_{name}"):
         with contextlib.suppress(OSError):
-            limits.append(int(Path("/proc/sys", path).read_text(encoding="ascii")))
-    return min(limits, default=1 << 31)
+            limit = int(Path("/proc/sys", path).read_text(encoding="ascii"))
+            limits.append((limit, path.replace("/", ".")))
+    return min(limits)
 
 
-def judge_inotify(name: str, used: int, limit: int) -> Finding:
+def judge_inotify(name: str, used: int, limit: int, sysctl: str) -> Finding:
     """Judge one of the kernel's limits for inotify, which are per user (inotify(7))."""
     text = f"user {os.geteuid()} has {used:,} of {limit:,} {name}"
     if used < limit * _SCARCE_SHARE:
         return ok("inotify", text)
-    remedy = f"as root, on the host: sysctl -w fs.inotify.max_user_{name}={max(2 * limit, 512)},"
-    remedy += " and in /etc/sysctl.d; without a watch mbcap-watch polls"
+    remedy = f"as root: sysctl -w {sysctl}={max(2 * limit, 512)}, and in /etc/sysctl.d; without a"
+    remedy += " watch mbcap-watch polls"
     return warning("inotify", text, remedy)
 
 

@@ -48,10 +48,11 @@ def examine(settings: Settings) -> tuple[list[Finding], dict[str, plan.Value]]:
 
     """
     directory = settings.snapshot_dir
-    finding = closed_way("snapshot dir", directory / SNAPSHOT_NAME) or _judge_directory(settings)
-    if not place(directory).directory:
-        return [finding], {}
     path = directory / SNAPSHOT_NAME
+    closed = closed_way("snapshot dir", path)
+    finding = closed or _judge_directory(settings)
+    if closed or not place(directory).directory:
+        return [finding], {}
     try:
         file = read_file(path, settings.max_bytes)
         snapshot = parse(file.data, source=str(path))
@@ -162,9 +163,10 @@ def judge_watch(settings: Settings, state: WatchState, mount: Mount) -> Finding:
     if state.mode == "inotify" and not mount.delivers_inotify:
         text += f", but on {mount.type} ({mount.mount_point}) it tells nothing of what others do"
         return problem("watch", text, "set mode to auto or poll")
-    if state.mode == "poll" and settings.mode != "poll" and mount.delivers_inotify:
-        remedy = "if not for permission (see snapshot dir), raise the limit: see inotify; or"
-        return warning("watch", text, f"{remedy} LimitNOFILE in the unit, ulimit -n in a shell")
+    allowed = place(settings.snapshot_dir).readable  # else it was said
+    if allowed and state.mode == "poll" != settings.mode and mount.delivers_inotify:
+        remedy = "raise the limit that was reached: see inotify; or LimitNOFILE= in the unit"
+        return warning("watch", text, f"{remedy} (ulimit -n in a shell)")
     return ok("watch", text)
 
 
