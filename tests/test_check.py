@@ -171,49 +171,6 @@ def everything_in(directory: Path) -> dict[str, object]:
 # ------------------------------------------------------------------------------ one thing wrong
 
 
-def remove(database: Path) -> None:
-    database.unlink()
-
-
-def directory_instead(database: Path) -> None:
-    database.unlink()
-    database.mkdir()
-
-
-def fifo_instead(database: Path) -> None:
-    database.unlink()
-    os.mkfifo(database)
-
-
-def link_to_nothing(database: Path) -> None:
-    database.unlink()
-    database.symlink_to("gone.db")
-
-
-def link_to_itself(database: Path) -> None:
-    database.unlink()
-    database.symlink_to(database.name)
-
-
-def emptied(database: Path) -> None:
-    os.truncate(database, 0)
-
-
-def text_instead(database: Path) -> None:
-    database.write_bytes(b"not a database, but a text of some length. " * 100)
-
-
-def half_a_copy(database: Path) -> None:
-    os.truncate(database, os.path.getsize(database) // 2)
-
-
-def another_program(database: Path) -> None:
-    database.unlink()
-    with connect(database) as connection:
-        connection.execute("PRAGMA journal_mode = wal")
-        connection.execute("CREATE TABLE recipes (name)")
-
-
 def sql(*statements: str) -> Callable[[Path], None]:
     def run(database: Path) -> None:
         with connect(database) as connection:
@@ -234,68 +191,39 @@ def written(data: bytes) -> Callable[[Path], None]:
     return lambda database: put(data, snapshot_of(database))
 
 
-def no_snapshot(database: Path) -> None:
-    snapshot_of(database).unlink()
-
-
-def no_directory(database: Path) -> None:
-    shutil.rmtree(snapshot_of(database).parent)
-
-
-def file_for_directory(database: Path) -> None:
-    no_directory(database)
-    snapshot_of(database).parent.touch()
-
-
-def snapshot_is_a_fifo(database: Path) -> None:
-    no_snapshot(database)
-    os.mkfifo(snapshot_of(database))
-
-
 def touched(days: float) -> Callable[[Path], None]:
     return lambda database: os.utime(database, (0, time.time() + days * 86_400))
 
 
-def lone_wal(database: Path) -> None:
-    Path(f"{database}-wal").write_bytes(b"x" * 2048)
-
-
+ONE_LACKS = sql(DROP.format("inactive_nodes"))
+BOTH_LACK = sql(DROP.format("nodes"), DROP.format("inactive_nodes"))
+ANOTHER = sql("ALTER TABLE nodes RENAME TO recipes", "DROP TABLE inactive_nodes")
 STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
 
 
 @pytest.mark.parametrize(
     "breaks, subject, level, words",
     [
-        (remove, "database", "problem", ["does not exist", "there is", "other.db"]),
-        (directory_instead, "database", "problem", ["is a directory", "bind mount", "rmdir"]),
-        (fifo_instead, "database", "problem", ["no regular file"]),
-        (link_to_nothing, "database", "problem", ["a link on the way leads to", "gone.db"]),
-        (link_to_itself, "database", "problem", ["symbolic links"]),
-        (emptied, "database", "problem", ["is empty", "by mistake"]),
-        (text_instead, "tables", "problem", ["is not an SQLite database", "set the path"]),
-        (half_a_copy, "tables", "problem", ["is corrupt", "restore a backup"]),
-        (another_program, "tables", "problem", ["there is recipes", "set the path"]),
-        (
-            sql(*map(DROP.format, ("nodes", "inactive_nodes"))),
-            "tables",
-            "problem",
-            ["nodes lacks multibyte_evidence; inactive_nodes lacks", "upgrade CoreScope"],
-        ),
-        (
-            sql(DROP.format("inactive_nodes")),
-            "tables",
-            "warning",
-            ["inactive_nodes lacks multibyte_evidence", "upgrade CoreScope"],
-        ),
+        ("rm meshcore.db", "database", "problem", ["does not exist", "there is", "other.db"]),
+        ("rm meshcore.db; mkdir meshcore.db", "database", "problem", ["bind mount", "rmdir"]),
+        ("rm meshcore.db; mkfifo meshcore.db", "database", "problem", ["no regular file"]),
+        ("ln -sf gone.db meshcore.db", "database", "problem", ["a link on the way", "gone.db"]),
+        ("rm m*.db; ln -s meshcore.db meshcore.db", "database", "problem", ["symbolic links"]),
+        ("truncate -s 0 meshcore.db", "database", "problem", ["is empty", "by mistake"]),
+        ("seq 1000 > meshcore.db", "tables", "problem", ["is not an SQLite", "set the path"]),
+        ("truncate -s 8192 meshcore.db", "tables", "problem", ["is corrupt", "restore a backup"]),
+        (ANOTHER, "tables", "problem", ["there is recipes", "set the path"]),
+        (BOTH_LACK, "tables", "problem", ["nodes lacks multibyte_evidence; inactive_", "upgrade"]),
+        (ONE_LACKS, "tables", "warning", ["inactive_nodes lacks multibyte_evidence", "upgrade"]),
         (sql("PRAGMA journal_mode = delete"), "journal mode", "warning", ["delete, not WAL"]),
         (sql("DELETE FROM nodes", "DELETE FROM inactive_nodes"), "preview", "warning", ["no rows"]),
         (touched(-5), "activity", "warning", ["5 days", "old copy"]),
         (touched(+1), "clock", "warning", ["24 h later", "timedatectl"]),
-        (lone_wal, "wal", "warning", ["2 KiB", "left by a crash", "never delete it"]),
-        (no_snapshot, "snapshot", "warning", ["does not exist", "CoreScope's server"]),
-        (no_directory, "snapshot dir", "warning", ["does not exist", "the publisher creates it"]),
-        (file_for_directory, "snapshot dir", "problem", ["not a directory", "set snapshot_dir"]),
-        (snapshot_is_a_fifo, "snapshot", "problem", ["is a FIFO", "remove what is there"]),
+        ("seq 400 > meshcore.db-wal", "wal", "warning", ["left by a crash", "never delete"]),
+        ("rm mbcap-snapshot/*", "snapshot", "warning", ["does not exist", "CoreScope's server"]),
+        ("rm -r mbcap-snapshot", "snapshot dir", "warning", ["the publisher creates it"]),
+        ("rm -r mbcap*; touch mbcap-snapshot", "snapshot dir", "problem", ["not a directory"]),
+        ("cd mbcap*; rm *; mkfifo snapshot.json", "snapshot", "problem", ["is a FIFO", "remove"]),
         (written(b""), "snapshot", "problem", ["malformed", "is empty", "rename it over"]),
         (written(b'{"entries": ['), "snapshot", "problem", ["malformed", "truncated"]),
         (written(b"x" * 2_000_000), "snapshot", "problem", ["refused", "raise max_bytes"]),
@@ -309,13 +237,16 @@ STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
 )
 async def test_one_thing_wrong(
     installation: Path,
-    breaks: Callable[[Path], None],
+    breaks: str | Callable[[Path], None],
     subject: str,
     level: str,
     words: list[str],
 ) -> None:
     make_database(installation.with_name("other.db"))
-    breaks(installation)
+    if isinstance(breaks, str):
+        subprocess.run(["sh", "-ec", breaks], cwd=installation.parent, check=True)
+    else:
+        breaks(installation)
     before = everything_in(installation.parent)
     report = await report_on(installation, max_bytes=1_000_000)
     said = report(subject, level)

@@ -28,12 +28,12 @@ _SCARCE_SHARE: Final = 0.9
 
 
 class Daemon(NamedTuple):
-    """A running `mbcap-watch run`; `same` is None where its database cannot be told."""
+    """A running `mbcap-watch run`, and whether its database is the same as ours."""
 
     pid: int
     uid: int
     database: str
-    same: bool | None
+    same: bool
 
 
 @dataclasses.dataclass(slots=True)
@@ -63,7 +63,7 @@ def examine(database: Path) -> list[Finding]:
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
-                _count(census, int(name), file)
+                _count(census, int(name), file, database)
     statuses = [place(Path(f"{real}{side}")).status for side in ("", *SIDES)]
     newest = max((status.st_mtime for status in statuses if status), default=0.0)
     return [
@@ -87,10 +87,10 @@ def _arguments(pid: int) -> list[str]:
     return [os.fsdecode(part) for part in data.rstrip(b"\0").split(b"\0")]
 
 
-def _count(census: Census, pid: int, file: Place) -> None:
+def _count(census: Census, pid: int, file: Place, database: Path) -> None:
     arguments, uid = _arguments(pid), os.stat(f"/proc/{pid}").st_uid
     if is_daemon(arguments):
-        census.daemons.append(_daemon(pid, uid, arguments, file))
+        census.daemons.append(_daemon(pid, uid, arguments, file, database))
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # it was closed just now
             link = os.readlink(f"/proc/{pid}/fd/{number}")
@@ -117,7 +117,7 @@ def is_daemon(arguments: list[str]) -> bool:
     return ("mbcap-watch", "run") in itertools.pairwise(names)
 
 
-def _daemon(pid: int, uid: int, arguments: list[str], file: Place) -> Daemon:
+def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -> Daemon:
     try:
         variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
         environ = dict(variable.partition("=")[::2] for variable in variables)
@@ -129,11 +129,12 @@ def _daemon(pid: int, uid: int, arguments: list[str], file: Place) -> Daemon:
             told = told or tomllib.loads(text).get("database")
         path = os.path.normpath(os.path.join(here, told or DEFAULT_DATABASE))
     except (OSError, ValueError):
-        return Daemon(pid, uid, "a database that only root may know", None)
+        told = option(arguments, "--database")  # which everybody may know
+        return Daemon(pid, uid, told or "a database that only root may know", told == str(ours))
     inside = place(Path(root + path)).status  # as that process sees it, be it in a container
     if inside and file.status:
         return Daemon(pid, uid, path, os.path.samestat(inside, file.status))
-    return Daemon(pid, uid, path, path == str(file.path))
+    return Daemon(pid, uid, path, path == str(ours))
 
 
 def option(arguments: list[str], name: str) -> str | None:
@@ -161,13 +162,12 @@ def judge_holders(census: Census) -> Iterator[Finding]:
 
 def judge_daemons(daemons: list[Daemon], database: Path, uid: int) -> Finding:
     """Judge how many of ours run, and as whom."""
-    here = [each for each in daemons if each.same is not False]
+    here = [each for each in daemons if each.same]
     who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in here)
     if len(here) > 1:
-        sure = "serve" if all(each.same for each in here) else "may serve"
         remedy = f"stop all but one (systemctl stop UNIT, or kill {here[-1].pid}): they wait for"
         remedy += " each other's locks, and settings of one are undone by the other"
-        return warning("daemons", f"{len(here)} {sure} this database: {who}", remedy)
+        return warning("daemons", f"{len(here)} serve this database: {who}", remedy)
     if here and here[0].uid != uid:
         remedy = f"to see what that user may do: sudo -u '#{here[0].uid}' mbcap-watch check"
         remedy += f" --database {shlex.quote(str(database))}"
