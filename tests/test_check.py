@@ -367,33 +367,26 @@ def shared() -> Iterator[Path]:
         yield database
 
 
-CHECK = "import sys; from mbcap_watch.cli import main; sys.argv[0] = 'mbcap-watch'; main()"
+# Becomes the other user when all is imported: the interpreter may be out of that user's reach.
+CHECK = """if True:
+    import anyio._backends._asyncio, dataclasses, encodings.ascii, json, os, sys
+    from mbcap_watch import Settings, check
+    uid = int(sys.argv[2])
+    if uid:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+    findings = anyio.run(check.examine, Settings(sys.argv[1]), {})
+    print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
+"""
 
 
 def check_as(database: Path, uid: int = 0, *, inside: Sequence[str] = ()) -> Report:
-    """Run the command as another user, or inside of other namespaces."""
-    # Become that user only when everything is imported: the interpreter may be out of its reach.
-    become = f"import os, mbcap_watch.check; os.setgroups([]); os.setgid({uid}); os.setuid({uid}); "
-    done = subprocess.run(
-        [
-            *inside,
-            sys.executable,
-            "-c",
-            (become if uid else "") + CHECK,
-            "check",
-            "--json",
-            "--database",
-            str(database),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=40,
-    )
-    assert done.stdout, done.stderr
-    body = json.loads(done.stdout)
-    assert body["ok"] is (done.returncode == 0)
-    return Report(Finding(**finding) for finding in body["findings"])
+    """Check as another user, or inside of other namespaces."""
+    command = [*inside, sys.executable, "-c", CHECK, str(database), str(uid)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=40)
+    assert done.returncode == 0, done.stderr
+    return Report(Finding(**finding) for finding in json.loads(done.stdout))
 
 
 def test_what_belongs_to_somebody_else(shared: Path) -> None:
