@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mbcap_watch.errors import printable
+from mbcap_watch.repeats import REMINDER, WINDOW, Repeats
 from mbcap_watch.result import WatchState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mbcap_watch.result import PersistResult
 
 logger = logging.getLogger("mbcap_watch")
@@ -57,20 +60,32 @@ def configure(level: str, style: str) -> None:
 
 
 class ResultLog:
-    """A hook for results: one line per applied snapshot, one per change of state."""
+    """A hook for results: one line per applied snapshot, one per change of state.
 
-    def __init__(self) -> None:
-        self._trouble: tuple[str, str | None] | None = None
+    Lines on applied snapshots are the record, and are never held back; all others are when they
+    repeat (`repeats`).
+
+    Args:
+        clock: seconds that never go back.
+
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._trouble = Repeats(calm=None, remind_after=REMINDER)
 
     def __call__(self, result: PersistResult) -> None:
         """Log `result` if it is news."""
+        now = self._clock()
+        _count_held_back(self._trouble, now)
         data = {"data": dataclasses.asdict(result)}
         # Rows that are refused are named once; which and how many they are may change each time.
         text = "rows" if result.failed_rows else result.error
         trouble = (result.outcome, text) if _is_trouble(result) else None
+        news = self._trouble.is_news(trouble, result.outcome if trouble else "recovered", now)
         if result.outcome == "applied":
             logger.info("%s", summary(result), extra=data)
-        if trouble == self._trouble:
+        if not news:
             logger.debug("%s: %s", result.reason, result.outcome, extra=data)
         elif trouble is None:
             if result.outcome != "applied":  # that line says it already
@@ -79,7 +94,14 @@ class ResultLog:
             logger.info("waiting for a snapshot%s", _because(result), extra=data)
         else:
             logger.warning("%s%s", result.outcome, _because(result), extra=data)
-        self._trouble = trouble
+
+
+def _count_held_back(repeats: Repeats, now: float) -> None:
+    """Say how many lines were not logged, so that nobody takes quiet for health."""
+    for kind, count in repeats.held_back(now).items():
+        data = {"kind": kind, "held_back": count, "seconds": WINDOW}
+        minutes = WINDOW / 60
+        logger.warning("%s: %d more in the last %d min", kind, count, minutes, extra={"data": data})
 
 
 def _is_trouble(result: PersistResult) -> bool:
@@ -103,21 +125,37 @@ def summary(result: PersistResult) -> str:
 
 
 class StateLog:
-    """A hook for the way of watching: one line per change of state, none per look."""
+    """A hook for the way of watching: one line per change of state, none per look.
 
-    def __init__(self) -> None:
-        self._before = WatchState()
+    Args:
+        clock: seconds that never go back.
+
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        start = WatchState()
+        self._said_rearms = start.rearms
+        self._watching = Repeats((start.mode, start.why, start.rearms))
+        self._sweeps = Repeats(start.sweep_hits)
+        self._stuck = Repeats(calm=False, remind_after=REMINDER)
 
     def __call__(self, state: WatchState) -> None:
         """Log what is new in `state`."""
-        before, self._before = self._before, state
+        now = self._clock()
+        for repeats in (self._watching, self._sweeps, self._stuck):
+            _count_held_back(repeats, now)
         data = {"data": dataclasses.asdict(state)}
-        if (state.mode, state.why, state.rearms) != (before.mode, before.why, before.rearms):
-            again = f" (armed anew: {state.last_problem})" if state.rearms > before.rearms else ""
+        if self._watching.is_news((state.mode, state.why, state.rearms), "watching", now):
+            rearmed = state.rearms > self._said_rearms
+            self._said_rearms = state.rearms
+            again = f" (armed anew: {state.last_problem})" if rearmed else ""
             logger.info("watching by %s: %s%s", state.mode, state.why, again, extra=data)
-        if state.sweep_hits > before.sweep_hits:
+        if self._sweeps.is_news(state.sweep_hits, "sweep", now):
             logger.info("the sweep found a change that no event told of", extra=data)
-        if state.stuck_since is not None and before.stuck_since is None:
-            logger.warning("the filesystem does not answer; waiting for it", extra=data)
-        elif state.stuck_since is None and before.stuck_since is not None:
-            logger.info("the filesystem answers again", extra=data)
+        stuck = state.stuck_since is not None
+        if self._stuck.is_news(stuck, "stuck", now):
+            if stuck:
+                logger.warning("the filesystem does not answer; waiting for it", extra=data)
+            else:
+                logger.info("the filesystem answers again", extra=data)

@@ -42,7 +42,7 @@ class Worker:
 
     Args:
         on_stuck: called with the time (seconds since the epoch) since when a call shows no
-            progress, once that lasts for `STUCK_SECONDS`, and with None when it goes on.
+            progress, every `STUCK_SECONDS` while that lasts, and with None when it goes on.
 
     """
 
@@ -112,8 +112,9 @@ class Worker:
             if idle < STUCK_SECONDS:
                 await asyncio.wait([future], timeout=STUCK_SECONDS - idle)
                 continue
-            await on_stuck(time.time() - idle)
+            since = time.time() - idle
             while not future.done() and time.monotonic() - self._progress >= STUCK_SECONDS:
+                await on_stuck(since)
                 await asyncio.wait([future], timeout=STUCK_SECONDS)
             await on_stuck(None)
 
