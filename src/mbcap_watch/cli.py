@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
 import anyio
 import typer
 
-from mbcap_watch import __version__, config, inspection, logs, options, output
+from mbcap_watch import __version__, config, inspection, logs, options, output, progress
 from mbcap_watch.ack import Ack
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
 from mbcap_watch.heartbeat import Heartbeat, Keeper
@@ -189,7 +190,8 @@ def apply(
         result, changes = anyio.run(preview_once, settings)
         _print_preview(result, changes, as_json=json)
     else:
-        result = anyio.run(persist_once, settings)
+        with progress.shown(wanted=not json) as on_progress:
+            result = anyio.run(partial(persist_once, settings, on_progress=on_progress))
         if json:
             output.print_line(result.to_json())
         elif result.outcome in ("applied", "unchanged"):

@@ -15,6 +15,7 @@ class Ledger:
     """What happened to the rows while one snapshot was applied, over all attempts.
 
     Attributes:
+        wanted: keys that the snapshot has a value for.
         matched: rows that the snapshot has a value for, by table.
         changed: rows written, by table.
         unmatched: keys in neither table.
@@ -28,6 +29,7 @@ class Ledger:
 
     """
 
+    wanted: int = 0
     matched: Counter[str] = dataclasses.field(default_factory=Counter)
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     unmatched: int = 0

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from mbcap_watch import plan, store
 from mbcap_watch.errors import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mbcap_watch.settings import Settings
     from mbcap_watch.worker import Worker
 
+OnProgress: TypeAlias = "Callable[[int, int], object]"
 T = TypeVar("T")
 
 # An event loop opens three, a database with its WAL three more.
@@ -91,9 +93,12 @@ class Looker:
 
     """
 
-    def __init__(self, settings: Settings, worker: Worker) -> None:
+    def __init__(
+        self, settings: Settings, worker: Worker, on_progress: OnProgress | None = None
+    ) -> None:
         self._settings = settings
         self._worker = worker
+        self._on_progress = on_progress
         self._seen: Fingerprint | None = None
         self._busy: _Attempt | None = None
         self._applied: dict[str, plan.Value] | None = None
@@ -120,9 +125,8 @@ class Looker:
         return await self.look("once"), None
 
     async def _look(self, reason: Reason, known: Fingerprint | None) -> PersistResult | None:
-        attempt = self._busy or _Attempt(
-            Ledger(on_progress=self._worker.note_progress), time.perf_counter()
-        )
+        attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
+        attempt.ledger.on_progress = partial(self._note_progress, attempt.ledger)
         try:
             reading, error = await self._worker.call(self._read_and_apply, known, attempt.ledger)
         except asyncio.CancelledError:
@@ -164,6 +168,11 @@ class Looker:
 
     # In the thread from here on.
 
+    def _note_progress(self, ledger: Ledger) -> None:
+        self._worker.note_progress()
+        if self._on_progress is not None:
+            self._on_progress(min(ledger.matched.total(), ledger.wanted), ledger.wanted)
+
     def _read_and_apply(
         self, known: Fingerprint | None, ledger: Ledger
     ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
@@ -172,6 +181,7 @@ class Looker:
         if reading.targets is None or ledger.stopped:
             return reading, reading.error
         values = reading.targets.values
+        ledger.wanted = len(values)
         news = None
         if self._applied is not None:
             news = plan.news(self._applied, values)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
 
+    from mbcap_watch.look import OnProgress
     from mbcap_watch.plan import Change
     from mbcap_watch.result import PersistResult, Reason, Timings, WatchState
     from mbcap_watch.settings import Settings
@@ -44,16 +45,23 @@ _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 
 
-async def persist_once(settings: Settings) -> PersistResult:
+async def persist_once(
+    settings: Settings, *, on_progress: OnProgress | None = None
+) -> PersistResult:
     """Look once: read the snapshot and apply it. Tries a busy database until `busy_deadline`.
 
     Never raises for the state of the files: the result's `outcome` and `error` tell.
+
+    Args:
+        settings: what to look at, and how.
+        on_progress: called from another thread after every few thousand rows, with how many of
+            the snapshot's keys were found and seen to, and how many there are.
 
     Raises:
         EventLoopError: not running on asyncio.
 
     """
-    result, _ = await _until_not_busy(settings, Looker.persist)
+    result, _ = await _until_not_busy(settings, Looker.persist, on_progress)
     return result
 
 
@@ -68,12 +76,14 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
 
 
 async def _until_not_busy(
-    settings: Settings, look: Callable[[Looker], Awaitable[tuple[PersistResult, T]]]
+    settings: Settings,
+    look: Callable[[Looker], Awaitable[tuple[PersistResult, T]]],
+    on_progress: OnProgress | None = None,
 ) -> tuple[PersistResult, T]:
     loop = require_asyncio()
     deadline = loop.time() + settings.busy_deadline
     async with Worker() as worker:
-        looker = Looker(settings, worker)
+        looker = Looker(settings, worker, on_progress)
         attempt = 0
         while True:
             answer = await look(looker)
