@@ -345,14 +345,6 @@ def test_the_demo_fails_when_a_row_is_wrong(
     assert "wrong" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "apply", "publish", "demo", "config", "status"])
-def test_every_command_has_help(command: str) -> None:
-    done = call(command, "--help", env=PLAIN)
-
-    assert done.returncode == 0
-    assert "Usage" in done.stdout
-
-
 def test_every_setting_is_an_option_of_run() -> None:
     text = call("run", "--help", env=PLAIN).stdout
     options = set(re.findall(r"--([a-z-]+)", text))

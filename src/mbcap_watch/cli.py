@@ -15,7 +15,7 @@ from typing import Annotated, Final
 import anyio
 import typer
 
-from mbcap_watch import __version__, config, inspection, logs, options, output, progress
+from mbcap_watch import __version__, config, inspection, logs, manual, options, output, progress
 from mbcap_watch.ack import Ack
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
 from mbcap_watch.heartbeat import Heartbeat, Keeper
@@ -36,10 +36,9 @@ _NOTHING_TO_DO: Final = "there is no snapshot yet: nothing to do"
 app = typer.Typer(
     name="mbcap-watch",
     help="Persist CoreScope's multi-byte capability snapshots the moment they are published.",
-    epilog="Every setting is also an environment variable (MBCAP_WATCH_POLL_INTERVAL=2s) and a key"
-    " of the TOML file (poll_interval = '2s'). An option beats the environment, the environment"
-    " beats the file. Durations: 250ms, 5s, 10m. Sizes: 64MiB.",
+    epilog=manual.MAIN,
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain text: nothing of it is cut off at 80 columns, or in a pager
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -61,7 +60,7 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(epilog=manual.RUN)
 def run(
     context: typer.Context,
     database: options.Database = None,
@@ -156,7 +155,7 @@ def _keepers(loaded: config.Config) -> list[Keeper]:
     return keepers
 
 
-@app.command()
+@app.command(epilog=manual.APPLY)
 def apply(
     context: typer.Context,
     database: options.Database = None,
@@ -181,9 +180,7 @@ def apply(
 ) -> None:
     """Look once: apply the snapshot, then exit.
 
-    Exit codes: 0 applied, unchanged or no snapshot; 2 usage or configuration; 3 snapshot
-    malformed or refused; 4 database or schema missing; 5 still busy at the deadline; 1 anything
-    else.
+    On a terminal, a large snapshot shows a progress bar.
     """
     settings = _configure(context).settings
     if dry_run:
@@ -224,7 +221,7 @@ def _print_preview(
         output.print_line(_NOTHING_TO_DO)
 
 
-@app.command()
+@app.command(epilog=manual.PUBLISH)
 def publish(
     context: typer.Context,
     file: Annotated[
@@ -237,9 +234,9 @@ def publish(
     log_level: options.LogLevel = None,
     log_format: options.LogFormat = None,
 ) -> None:
-    """Validate a snapshot and publish it atomically. The database is not opened.
+    """Validate a snapshot and publish it atomically.
 
-    Exit codes: 0 published; 2 usage or configuration; 3 malformed; 1 anything else.
+    The database is not opened; its path only tells where the snapshot directory is.
     """
     settings = _configure(context).settings
     source = "standard input" if file == "-" else file
@@ -271,7 +268,7 @@ def publish(
         )
 
 
-@app.command(name="demo")
+@app.command(name="demo", epilog=manual.DEMO)
 def demo_command(
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the synthetic mesh.")] = 2400,
     snapshots: Annotated[int, typer.Option(min=1, help="Snapshots to publish.")] = 12,
@@ -280,10 +277,10 @@ def demo_command(
         str, typer.Option(metavar="DURATION", help="Between two looks when polling.")
     ] = "1s",
 ) -> None:
-    """Show the whole chain at work on generated data, in a temporary directory.
+    """Show the whole chain at work on generated data.
 
-    Another process publishes a series of changing snapshots; each is timed from its rename to its
-    committed rows. Exit code 0 only if every row is right.
+    In a temporary directory, another process publishes a series of changing snapshots; each is
+    timed from its rename to its committed rows.
     """
     from mbcap_watch import demo  # noqa: PLC0415 - its libraries take 2 MB that `run` can do without
 

@@ -9,18 +9,18 @@ from typing import Annotated, Any
 import anyio
 import typer
 
-from mbcap_watch import config, discover, health, options, output, status
+from mbcap_watch import config, discover, health, manual, options, output, status
 from mbcap_watch.settings import Settings, duration
 from mbcap_watch.stats import Stats
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command(name="config")(show_config)
-    app.command(name="status")(show_status)
-    app.command(name="check")(check)
-    app.command(name="top")(show_top)
-    app.command(name="plot")(show_plot)
+    app.command(name="config", epilog=manual.CONFIG)(show_config)
+    app.command(name="status", epilog=manual.STATUS)(show_status)
+    app.command(name="check", epilog=manual.CHECK)(check)
+    app.command(name="top", epilog=manual.TOP)(show_top)
+    app.command(name="plot", epilog=manual.PLOT)(show_plot)
 
 
 def show_config(
@@ -45,7 +45,7 @@ def show_config(
     openmetrics_file: options.OpenMetricsFile = None,
     http: options.Http = None,
 ) -> None:
-    """Print the settings as they are in effect, and where each came from."""
+    """Print the settings in effect, and where each came from."""
     loaded = config.load(context.params, os.environ, context.params.get("config_file"))
     values: dict[str, Any] = dataclasses.asdict(loaded.settings)
     values |= {name: getattr(loaded, name) for name in config.CLI_ONLY}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,23 @@ from mbcap_watch import config
 
 
 def _option(*names: str, metavar: str, help: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
+    complete = _completer(metavar.split("|")) if "|" in metavar else None
+    return typer.Option(
+        *names, metavar=metavar, help=help, show_default=False, autocompletion=complete
+    )
 
 
 def _setting(metavar: str, help: str) -> Any:
-    return typer.Option(metavar=metavar, help=help, show_default=False, rich_help_panel="Settings")
+    return _option(metavar=metavar, help=help)
+
+
+def _completer(values: list[str]) -> Callable[[str], list[str]]:
+    """Return what tells a shell of the values of an option."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
 
 
 Text = str | None
