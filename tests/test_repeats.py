@@ -101,6 +101,14 @@ def test_the_count_is_there_for_machines(caplog: pytest.LogCaptureFixture) -> No
     assert fields.items() >= {"kind": "malformed", "held_back": 15, "seconds": 300.0}.items()
 
 
+def test_the_end_leaves_no_count_unsaid(caplog: pytest.LogCaptureFixture) -> None:
+    log = ResultLog(lambda: 0.0)
+    for number in range(8):
+        log(torn(number))
+    log.end()
+    assert caplog.records[-1].getMessage() == "malformed: 3 more in the last 5 min"
+
+
 # ------------------------------------------------------------------------------ the watch
 
 

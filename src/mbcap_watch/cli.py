@@ -130,6 +130,8 @@ def run(
             )
 
     anyio.run(main)
+    log.end()
+    state_log.end()
     logger.info("stopped")
     stop.ignore_more()
 

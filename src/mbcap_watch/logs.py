@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -95,6 +96,10 @@ class ResultLog:
         else:
             logger.warning("%s%s", result.outcome, _because(result), extra=data)
 
+    def end(self) -> None:
+        """Say what is left to say of lines that were not logged."""
+        _count_held_back(self._trouble, math.inf)
+
 
 def _count_held_back(repeats: Repeats, now: float) -> None:
     """Say how many lines were not logged, so that nobody takes quiet for health."""
@@ -159,3 +164,8 @@ class StateLog:
                 logger.warning("the filesystem does not answer; waiting for it", extra=data)
             else:
                 logger.info("the filesystem answers again", extra=data)
+
+    def end(self) -> None:
+        """As that of the other log."""
+        for repeats in (self._watching, self._sweeps, self._stuck):
+            _count_held_back(repeats, math.inf)
