@@ -22,6 +22,10 @@ COMMANDS = {
     "publish": manual.PUBLISH,
     "demo": manual.DEMO,
     "config": manual.CONFIG,
+    "status": manual.STATUS,
+    "check": manual.CHECK,
+    "top": manual.TOP,
+    "plot": manual.PLOT,
 }
 PROGRAMS = os.path.dirname(sys.executable)
 

@@ -78,8 +78,7 @@ def show_status(
 ) -> None:
     """Tell how the running bridge is, and what to do if it is not well.
 
-    Finds it by its settings, however it was started. Exit codes: 0 healthy; 1 not, or not running;
-    2 usage or configuration. As a container's HEALTHCHECK: `mbcap-watch status --json`.
+    Finds it by its settings, however it was started. Fit for a container's HEALTHCHECK.
     """
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
     most = None if max_age is None else duration("--max-age", max_age, 0.1)
@@ -103,10 +102,10 @@ def check(
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
 ) -> None:
-    """Examine the installation, and say what is wrong and what to do about it. Changes nothing.
+    """Examine the installation; say what is wrong and what to do.
 
-    Run it as the user that runs the service. Exit codes: 0 no problem, warnings perhaps; 1 at
-    least one problem; 2 usage or configuration.
+    Changes nothing.
+    Run it as the user that runs the service.
     """
     from mbcap_watch import check as doctor  # noqa: PLC0415 - `run` can do without
 
@@ -128,7 +127,7 @@ def show_top(
     snapshot_dir: options.SnapshotDir = None,
     config_file: options.ConfigFile = None,
 ) -> None:
-    """Show live how the running bridge is: what status tells, the latest results, the lags.
+    """Show live how the running bridge is.
 
     q or Ctrl-C quits. When nothing runs, it says so and looks on. Without a terminal on standard
     input and output, it prints what there is once.
@@ -146,10 +145,7 @@ def show_plot(
     config_file: options.ConfigFile = None,
     out: options.Out = None,
 ) -> None:
-    """Draw lag and lock holds of the running bridge's latest results, as an SVG.
-
-    Exit codes: 0 drawn; 1 nothing runs, or the file cannot be written; 2 usage or configuration.
-    """
+    """Draw lag and lock holds of the latest results, as an SVG."""
     from mbcap_watch import plot  # noqa: PLC0415 - its html is 0.3 MB that `run` can do without
 
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings

@@ -125,3 +125,60 @@ Exit codes:
   2  usage or configuration
 """,
 )
+
+STATUS: Final = page(
+    """
+Examples:
+  mbcap-watch status
+  mbcap-watch status --json --max-age 15m
+  docker exec CONTAINER mbcap-watch status
+  sudo -u corescope mbcap-watch status --config /etc/mbcap-watch/mbcap-watch.toml
+""",
+    """
+Exit codes:
+  0  healthy; there may be warnings
+  1  not healthy, not running, or another user's
+  2  usage or configuration
+""",
+)
+
+CHECK: Final = page(
+    """
+Examples:
+  mbcap-watch check --database /app/data/meshcore.db
+  sudo -u corescope mbcap-watch check --config /etc/mbcap-watch/mbcap-watch.toml
+""",
+    """
+Exit codes:
+  0  no problem; there may be warnings
+  1  at least one problem
+  2  usage or configuration
+""",
+)
+
+TOP: Final = page(
+    """
+Examples:
+  mbcap-watch top
+  ssh -t HOST mbcap-watch top --database /app/data/meshcore.db
+""",
+    """
+Exit codes:
+  0  ended by q or Ctrl-C; or printed once, without a terminal
+  2  usage or configuration
+""",
+)
+
+PLOT: Final = page(
+    """
+Examples:
+  mbcap-watch plot -o lags.svg
+  mbcap-watch plot --database /app/data/meshcore.db >lags.svg
+""",
+    """
+Exit codes:
+  0  drawn
+  1  nothing runs, or the file cannot be written
+  2  usage or configuration
+""",
+)
