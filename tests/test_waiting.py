@@ -411,6 +411,8 @@ def test_a_long_apply_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch)
             await thread.call(time.sleep, 0.5)
 
     asyncio.run(main())
-    assert len(told) == 2
-    assert told[0] is not None
-    assert told[1] is None
+    *while_stuck, at_last = told
+    assert len(while_stuck) >= 1
+    assert len(set(while_stuck)) == 1, "it is the same call all the time"
+    assert while_stuck[0] is not None
+    assert at_last is None

@@ -132,7 +132,7 @@ Examples:
   mbcap-watch status
   mbcap-watch status --json --max-age 15m
   docker exec CONTAINER mbcap-watch status
-  sudo -u corescope mbcap-watch status --config /etc/mbcap-watch/mbcap-watch.toml
+  sudo -u corescope mbcap-watch status --database /app/data/meshcore.db
 """,
     """
 Exit codes:
@@ -146,7 +146,7 @@ CHECK: Final = page(
     """
 Examples:
   mbcap-watch check --database /app/data/meshcore.db
-  sudo -u corescope mbcap-watch check --config /etc/mbcap-watch/mbcap-watch.toml
+  sudo -u corescope mbcap-watch check --database /app/data/meshcore.db
 """,
     """
 Exit codes:
