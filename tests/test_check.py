@@ -324,9 +324,9 @@ async def test_a_database_replaced_under_the_ingestor(installation: Path, tmp_pa
 
 
 @contextlib.contextmanager
-def daemon(*arguments: object, **variables: str) -> Iterator[int]:
+def daemon(*arguments: object, inside: Sequence[str] = (), **variables: str) -> Iterator[int]:
     """Run a bridge until the end of the block."""
-    command = [sys.executable, "-m", "mbcap_watch", "run", *map(str, arguments)]
+    command = [*inside, sys.executable, "-m", "mbcap_watch", "run", *map(str, arguments)]
     environ = {**os.environ, **variables}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as process:
         try:
@@ -426,14 +426,18 @@ def test_a_daemon_of_another_user(shared: Path) -> None:
 # ------------------------------------------------------------------------------ filesystems
 
 
-def check_with(database: Path, script: str, *options: str) -> Report:
-    """Change the machine in namespaces of its own, which end with the process; check there."""
+def namespaces(script: str, *options: str) -> list[str]:
+    """Return what runs a command on a changed machine: in namespaces that end with it."""
     unshare = ["unshare", *(options or ("-m",))]
     if not ROOT or shutil.which("unshare") is None:
         pytest.skip("mounting takes root and unshare(1)")
     if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no namespaces here")
-    return check_as(database, inside=[*unshare, "sh", "-ec", f'{script}; exec "$@"', "sh"])
+    return [*unshare, "sh", "-ec", f'{script}; exec "$@"', "sh"]
+
+
+def check_with(database: Path, script: str, *options: str) -> Report:
+    return check_as(database, inside=namespaces(script, *options))
 
 
 def test_a_full_disk(installation: Path) -> None:
@@ -452,6 +456,23 @@ def test_a_read_only_volume(installation: Path) -> None:
         installation, f"mount --bind {path} {path}; mount -o remount,ro,bind {path}"
     )
     assert f"ReadWritePaths={path}" in report("permissions", "problem")
+
+
+@pytest.mark.parametrize(
+    "mounts, words",
+    [
+        ("mount --bind {0} {0}; mount -o remount,ro,bind {0}", "may only read"),
+        ("mount -t tmpfs none {0}", "does not see"),
+    ],
+)
+async def test_a_daemon_whose_unit_keeps_it_away(
+    installation: Path, mounts: str, words: str
+) -> None:
+    inside = namespaces(mounts.format(installation.parent))
+    with daemon("--database", installation, inside=inside):
+        said = (await report_on(installation))("daemons", "problem")
+    assert f"{words} the database where it runs" in said
+    assert f"ReadWritePaths={installation.parent}" in said
 
 
 def test_a_volume_that_is_a_single_file(installation: Path) -> None:

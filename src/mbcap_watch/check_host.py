@@ -28,12 +28,20 @@ _SCARCE_SHARE: Final = 0.9
 
 
 class Daemon(NamedTuple):
-    """A running `mbcap-watch run`, and whether its database is the same as ours."""
+    """A running `mbcap-watch run`.
+
+    Attributes:
+        database: what it serves, as it calls it.
+        same: whether that is the database in question.
+        hindered: what its own mounts, those of a unit or a container, do to that.
+
+    """
 
     pid: int
     uid: int
     database: str
     same: bool
+    hindered: str = ""
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,8 +141,10 @@ def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -
         return Daemon(pid, uid, told or "a database that only root may know", told == str(ours))
     inside = place(Path(root + path)).status  # as that process sees it, be it in a container
     if inside and file.status:
-        return Daemon(pid, uid, path, os.path.samestat(inside, file.status))
-    return Daemon(pid, uid, path, path == str(ours))
+        read_only = os.statvfs(root + os.path.dirname(path)).f_flag & os.ST_RDONLY
+        same = os.path.samestat(inside, file.status)
+        return Daemon(pid, uid, path, same, "may only read" if read_only else "")
+    return Daemon(pid, uid, path, path == str(ours), "does not see" if file.status else "")
 
 
 def option(arguments: list[str], name: str) -> str | None:
@@ -168,6 +178,13 @@ def judge_daemons(daemons: list[Daemon], database: Path, uid: int) -> Finding:
         remedy = f"stop all but one (systemctl stop UNIT, or kill {here[-1].pid}): they wait for"
         remedy += " each other's locks, and settings of one are undone by the other"
         return warning("daemons", f"{len(here)} serve this database: {who}", remedy)
+    if here and here[0].hindered:
+        remedy = (
+            f"systemctl edit its unit, and restart it: ReadWritePaths={database.parent}, and no"
+        )
+        remedy += " ProtectHome= or PrivateTmp= that hides it; in a container, mount the directory"
+        text = f"{who} {here[0].hindered} the database where it runs, although it is there"
+        return problem("daemons", text, remedy)
     if here and here[0].uid != uid:
         remedy = f"to see what that user may do: sudo -u '#{here[0].uid}' mbcap-watch check"
         remedy += f" --database {shlex.quote(str(database))}"
