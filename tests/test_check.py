@@ -692,6 +692,12 @@ def test_the_command(installation: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().startswith(f"ok      database      {installation}, ")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "/no.db"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
     done = subprocess.run([*command, "/no/such.db", "--json"], capture_output=True, check=False)
     assert done.returncode == 1
     body = json.loads(done.stdout)

@@ -202,6 +202,8 @@ def judge_preview(changes: int, unmatched: int, wanted: int, nodes: int) -> Find
 
 def _judge_lock(real: Path, shm: Path, *, wal: bool) -> Finding:
     locks = {real: _DATABASE_LOCKS} | ({shm: _WAL_WRITER} if wal else {})
+    if hidden := [str(path) for path in locks if path.exists() and not place(path).readable]:
+        return ok("lock", f"not known: {', '.join(hidden)} may not be read")
     pid = _holder(locks, fcntl.F_RDLCK)  # only what is locked for writing is in its way
     if pid is None:
         return ok("lock", "the write lock is free")

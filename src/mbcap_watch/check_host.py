@@ -179,10 +179,8 @@ def judge_daemons(daemons: list[Daemon], database: Path, uid: int) -> Finding:
         remedy += " each other's locks, and settings of one are undone by the other"
         return warning("daemons", f"{len(here)} serve this database: {who}", remedy)
     if here and here[0].hindered:
-        remedy = (
-            f"systemctl edit its unit, and restart it: ReadWritePaths={database.parent}, and no"
-        )
-        remedy += " ProtectHome= or PrivateTmp= that hides it; in a container, mount the directory"
+        remedy = f"systemctl edit its unit, then restart it: ReadWritePaths={database.parent}, and"
+        remedy += " no ProtectHome= or PrivateTmp= that hides it; in a container, mount it (not ro)"
         text = f"{who} {here[0].hindered} the database where it runs, although it is there"
         return problem("daemons", text, remedy)
     if here and here[0].uid != uid:

@@ -117,7 +117,10 @@ def check(
     else:
         from rich.console import Console  # noqa: PLC0415 - as above
 
-        doctor.render(findings, Console())
+        try:
+            doctor.render(findings, Console())
+        except OSError as exc:  # its disk is full, say, which is when this command is needed
+            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
     raise typer.Exit(code)
 
 
