@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from mbcap_watch import ensure_snapshot_dir
-from support import Row, make_database, open_descriptors, thread_names, wait_until
+from support import Row, at_rest, make_database, open_descriptors, thread_names, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ def database(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """No thread and no descriptor is gained, whatever the test did."""
-    threads, descriptors = thread_names(), open_descriptors()
+    threads, descriptors = at_rest(), open_descriptors()
     yield
     wait_until(lambda: thread_names() == threads, f"an end of all threads but {threads}")
     wait_until(

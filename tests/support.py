@@ -173,6 +173,12 @@ def thread_names() -> list[str]:
     return sorted(thread.name for thread in threading.enumerate())
 
 
+def at_rest() -> list[str]:
+    """Return the names of the threads once no connection of an earlier test is left."""
+    wait_until(lambda: not any("_connection_worker_thread" in name for name in thread_names()))
+    return thread_names()
+
+
 class Results:
     """Hooks that keep every result and every state, and wait for one."""
 

@@ -21,6 +21,7 @@ import pytest
 
 from mbcap_watch import PersistResult, Settings, persist_once, run, snapshot_path
 from support import (
+    at_rest,
     connect,
     document,
     locked,
@@ -142,7 +143,7 @@ def test_persist_once_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind) -> 
     put(document(*versions[0]), snapshot_path(database))
     turns = strike(lambda: persist_once(settings), native, -1)
     assert turns > 5
-    threads, descriptors = thread_names(), len(open_descriptors())
+    threads, descriptors = at_rest(), len(open_descriptors())
     for at in range(1, turns + 5):
         put(document(*versions[at % 2]), snapshot_path(database))
         strike(lambda: persist_once(settings), kind, at)
@@ -158,7 +159,7 @@ def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> 
     settings = Settings(database=database, batch_rows=1)
     versions = [document(*((k, s, e) for k in KEYS)) for s, e in VALUES]
     moment = random.Random(7)
-    threads, descriptors = thread_names(), len(open_descriptors())
+    threads, descriptors = at_rest(), len(open_descriptors())
     partly = 0
     for number in range(100):
         put(versions[number % 2], snapshot_path(database))
@@ -187,7 +188,7 @@ def test_run_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind, mode: str) -
     versions = [
         document(*((k, s, e) for k in KEYS)) for s, e in (("confirmed", "a"), ("suspected", "b"))
     ]
-    threads, descriptors = thread_names(), len(open_descriptors())
+    threads, descriptors = at_rest(), len(open_descriptors())
     for at in range(1, 40, 3 if mode == "inotify" else 1):
         put(versions[at % 2], snapshot_path(database))
 
@@ -209,7 +210,7 @@ def test_a_deadline_of_the_host_while_somebody_holds_the_lock(tmp_path: Path, se
     put(document(*((key, "confirmed", "a") for key in KEYS)), snapshot_path(database))
     settings = Settings(database=database)
     patience = random.Random(seed).uniform(0.01, 0.3)
-    threads, descriptors = thread_names(), len(open_descriptors())
+    threads, descriptors = at_rest(), len(open_descriptors())
 
     async def native_timeout() -> None:
         async with asyncio.timeout(patience):

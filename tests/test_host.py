@@ -32,6 +32,7 @@ from mbcap_watch import (
 )
 from support import (
     QUIET,
+    at_rest,
     bridge,
     connect,
     document,
@@ -203,7 +204,7 @@ async def test_ten_bridges_start_and_stop_again_and_again(tmp_path: Path) -> Non
         path = make_database(tmp_path / str(number) / "m.db", [("nodes", "aa11", 0, None)])
         snapshot_path(path).parent.mkdir()
         databases.append(path)
-    threads, descriptors = thread_names(), len(open_descriptors())
+    threads, descriptors = at_rest(), len(open_descriptors())
     for turn in range(3):
         async with contextlib.AsyncExitStack() as stack:
             for database in databases:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from mbcap_watch import snapshot_path
 from support import (
+    at_rest,
     bridge,
     document,
     make_database,
@@ -164,7 +165,7 @@ def test_no_sequence_of_mishaps_hides_the_next_snapshot(
                 await until(lambda: results.state.mode == "inotify", "the watch")
             return waited
 
-    threads, descriptors = thread_names(), len(open_descriptors())
+    threads, descriptors = at_rest(), len(open_descriptors())
     with tempfile.TemporaryDirectory() as base, contextlib.chdir("/"):
         waited = anyio.run(go, Path(base))
     # The sweep is the bound; what comes on top is the machine's.
