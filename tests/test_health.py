@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 import pytest
@@ -14,8 +14,10 @@ from rich.console import Console
 
 from mbcap_watch import Settings
 from mbcap_watch.discover import Found, Search
+from mbcap_watch.errors import Cause
 from mbcap_watch.health import Health, duration, judge, judge_search
 from mbcap_watch.metrics import Metrics
+from mbcap_watch.remedies import REMEDIES
 from mbcap_watch.result import Outcome, PersistResult, Timings, WatchState
 from mbcap_watch.runtime import Unfit
 from mbcap_watch.statsfile import Record
@@ -165,8 +167,9 @@ def test_a_call_that_does_not_come_back() -> None:
     bridge.metrics.on_state(replace(bridge.stats.watch, stuck_since=5.0))
     health = bridge.later(65, looks=False).health()
     assert (health.state, codes(health)[0]) == ("stuck", ["stuck"])
-    assert "has not come back for 1 min 5 s" in text(health)
-    assert "mounts" in text(health)
+    assert "does not come back; the last look was 1 min" in text(health)
+    # `ls` would hang as well; the doctor does not.
+    assert "mbcap-watch check --database /data/meshcore.db" in text(health)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +177,8 @@ def test_a_call_that_does_not_come_back() -> None:
     [
         ("database_missing", "database_missing", "DB_PATH"),
         ("schema_missing", "schema_missing", "ingestor"),
-        ("busy", "busy", "fuser"),
-        ("failed", "failed", "df -h"),
+        ("busy", "busy", "mbcap-watch check --database /data/meshcore.db"),
+        ("failed", "failed", "mbcap-watch check --database /data/meshcore.db"),
         ("malformed", "malformed", "renamed"),
         ("refused", "refused", "--max-bytes"),
         ("no_snapshot", "snapshot_misplaced", "stands in the way"),
@@ -201,6 +204,42 @@ def test_a_snapshot_that_may_not_be_read() -> None:
     health = bridge.look(replace(INOTIFY, read_errors=1)).health()
     assert codes(health)[0] == ["snapshot_unreadable"]
     assert "namei" in text(health)
+
+
+@pytest.mark.parametrize(
+    "cause, remedy",
+    [
+        ("disk_full", "df -h /data"),
+        ("read_only", "findmnt -T /data"),
+        ("not_permitted", "stat /data/meshcore.db"),
+        ("not_a_file", "rmdir"),
+        ("not_a_database", "--database"),
+        ("corrupt", "restore a backup"),
+        ("disk_error", "dmesg"),
+        ("limit", "LimitNOFILE"),
+    ],
+)
+def test_each_cause_of_a_failure_has_its_own_remedy(cause: Cause, remedy: str) -> None:
+    health = well().result("failed", "the cause", cause=cause).health()
+    assert codes(health)[0] == [cause]
+    assert remedy in health.problems[0].remedy
+
+
+def test_every_cause_is_known_to_the_remedies() -> None:
+    assert set(get_args(Cause)) <= REMEDIES.keys()
+
+
+def test_paths_in_remedies_are_quoted() -> None:
+    settings = Settings(Path("/my data/{x}.db"))
+    health = Bridge(settings).result("failed", "full", cause="disk_full").health()
+    assert "df -h '/my data'" in health.problems[0].remedy
+
+
+def test_a_snapshot_of_another_mesh() -> None:
+    bridge = well().result("unchanged", entries=3, unmatched=3)
+    assert codes(bridge.health()) == ([], ["no_match"])
+    bridge = well().result("unchanged", entries=3, unmatched=2, matched_inactive=1)
+    assert codes(bridge.health()) == ([], [])
 
 
 @pytest.mark.parametrize("outcome", ["applied", "unchanged", "failed"])

@@ -154,9 +154,28 @@ async def test_a_full_disk(tmp_path: Path) -> None:
                 put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
                 failed = await results.next("failed")
                 assert "disk is full" in str(failed.error)
+                assert failed.cause == "disk_full"
                 await results.count("failed", 3)
                 filler.unlink()
                 await landed(database)
+
+
+async def test_a_disk_too_full_for_the_index_of_the_wal(tmp_path: Path) -> None:
+    """SQLite calls that an I/O error (SQLITE_IOERR_SHMSIZE)."""
+    disk = tmp_path / "disk"
+    with small_disk(disk):
+        database = make_database(disk / "m.db", [("nodes", "aa11", 0, None)])
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
+        async with bridge(database, snapshot_dir=tmp_path / "snapshots", **SWEEP) as results:
+            failed = await results.next("failed")
+            assert "disk is full" in str(failed.error)
+            assert failed.cause == "disk_full"
+            filler.unlink()
+            await landed(database)
 
 
 async def test_a_read_only_filesystem(tmp_path: Path) -> None:
@@ -167,7 +186,8 @@ async def test_a_read_only_filesystem(tmp_path: Path) -> None:
         async with bridge(database, snapshot_dir=tmp_path / "snapshots", **SWEEP) as results:
             put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
             failed = await results.next("failed")
-            assert "read-only" in str(failed.error) or "out of reach" in str(failed.error)
+            assert "mounted read-only" in str(failed.error)
+            assert failed.cause == "read_only"
             subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
             await landed(database)
 
@@ -189,7 +209,8 @@ async def test_no_permission_on_the_wal(database: Path) -> None:
             path.chmod(0)
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 1, done
-            assert "-wal" in done.stdout
+            assert f"may not write {path} (user" in done.stdout
+            assert '"cause":"not_permitted"' in done.stdout
             path.chmod(0o644)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, '"outcome":"applied"' in done.stdout) == (0, True), done

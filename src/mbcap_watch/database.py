@@ -16,12 +16,14 @@ from urllib.parse import quote
 
 import aiosqlite
 
+from mbcap_watch import diagnosis
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
+    from mbcap_watch.errors import Cause
     from mbcap_watch.ledger import Ledger
 
 # A wait inside SQLite cannot be cancelled, so it is short; patience is the caller's.
@@ -222,9 +224,10 @@ def _identity(database: Path) -> tuple[int, int]:
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise DatabaseMissing(database, "does not exist") from exc
     except OSError as exc:
-        raise DatabaseFailed(database, f"cannot be reached: {exc.strerror}") from exc
+        cause: Cause = "not_permitted" if isinstance(exc, PermissionError) else "disk_error"
+        raise DatabaseFailed(database, f"cannot be reached: {exc.strerror}", cause) from exc
     if not stat.S_ISREG(status.st_mode):
-        raise DatabaseFailed(database, "is not a regular file")
+        raise DatabaseFailed(database, "is not a regular file", "not_a_file")
     return status.st_dev, status.st_ino
 
 
@@ -254,7 +257,7 @@ async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[OwnConn
         try:
             await connection
         except RuntimeError as exc:
-            raise DatabaseFailed(database, f"no thread for its connection: {exc}") from exc
+            raise DatabaseFailed(database, f"no thread for its connection: {exc}", "limit") from exc
         except BaseException:
             # aiosqlite does not wait for the thread of a connection that failed, which would
             # then speak to a loop that may be closed.
@@ -277,17 +280,5 @@ def as_database_errors(database: Path) -> Iterator[None]:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise DatabaseBusy(database, "is locked by another connection") from exc
         name = getattr(exc, "sqlite_errorname", type(exc).__name__)
-        raise DatabaseFailed(
-            database, f"{_PROBLEMS.get(code, 'SQLite failed')} ({name}: {exc})"
-        ) from exc
-
-
-_PROBLEMS: Final = {
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; is it, or a -wal or -shm file, out of reach?",
-    sqlite3.SQLITE_CORRUPT: "is corrupt",
-    sqlite3.SQLITE_FULL: "cannot grow, the disk is full",
-    sqlite3.SQLITE_IOERR: "cannot be read or written, the disk reports an error",
-    sqlite3.SQLITE_NOTADB: "is not an SQLite database",
-    sqlite3.SQLITE_PERM: "may not be accessed",
-    sqlite3.SQLITE_READONLY: "may not be written; is it, its directory, or its -wal read-only?",
-}
+        problem, cause = diagnosis.explain(database, code)
+        raise DatabaseFailed(database, f"{problem} ({name}: {exc})", cause) from exc

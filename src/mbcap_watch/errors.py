@@ -23,7 +23,19 @@ package decides by the text of a message.
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Cause = Literal[
+    "disk_full",
+    "read_only",
+    "not_permitted",
+    "not_a_file",
+    "not_a_database",
+    "corrupt",
+    "disk_error",
+    "limit",
+]
+"""What is behind a `DatabaseFailed`, as far as it can be told, for programs."""
 
 
 def printable(text: str) -> str:
@@ -151,6 +163,17 @@ class DatabaseBusy(DatabaseError):
 
 
 class DatabaseFailed(DatabaseError):
-    """SQLite or the disk refused: corrupt, read-only, full, out of reach, or replaced."""
+    """SQLite or the disk refused: corrupt, read-only, full, out of reach, or replaced.
+
+    Attributes:
+        cause: what is behind it; None if that cannot be told.
+
+    """
 
     hint = "the snapshot stays pending and is tried again"
+
+    def __init__(
+        self, path: str | os.PathLike[str], problem: str, cause: Cause | None = None
+    ) -> None:
+        super().__init__(path, problem)
+        self.cause = cause

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from mbcap_watch.remedies import REMEDIES
+from mbcap_watch.remedies import remedy
 from mbcap_watch.snapshot import SNAPSHOT_NAME
 from mbcap_watch.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
 from mbcap_watch.statsfile import STALE_SECONDS
@@ -136,9 +136,8 @@ def _stuck(stats: Stats) -> Iterator[Finding]:
     idle = now - (watch.last_look or stats.started_at)
     last = f"the last look was {ago(now - watch.last_look) if watch.last_look else 'never'}"
     if watch.stuck_since is not None:
-        lasts = duration(now - watch.stuck_since)
-        text = f"alive but stuck: a read or write has not come back for {lasts}; {last}"
-        yield _finding("stuck", text)
+        text = f"alive but stuck: a read or write does not come back; {last}"
+        yield _finding("stuck", text, stats)
     elif idle > _LOOK_INTERVALS * stats.sweep_interval + _LOOK_SECONDS:
         text = f"alive but stuck: {last}, and one is due every {duration(stats.sweep_interval)}"
         yield _finding("no_look", text)
@@ -159,7 +158,9 @@ def _trouble(stats: Stats) -> Iterator[Finding]:
         code = "snapshot_unreadable"
     elif code == "no_snapshot":
         code = "snapshot_misplaced"
-    yield _finding(code, f"for {duration(stats.sampled - trouble.since)}: {trouble.error}")
+    elif trouble.cause is not None:
+        code = trouble.cause
+    yield _finding(code, f"for {duration(stats.sampled - trouble.since)}: {trouble.error}", stats)
 
 
 def _overdue(stats: Stats, max_age: float | None) -> Iterator[Finding]:
@@ -185,14 +186,10 @@ def _warn(stats: Stats) -> Iterator[Finding]:
         yield _finding("no_snapshot", f"there is no snapshot at {_snapshot(stats)} yet")
     if trouble is not None and trouble.persists and not tuple(_trouble(stats)):
         text = f"not every table can be served: {trouble.error}"
-        yield Finding("table_waits", text, REMEDIES["schema_missing"])
-    if stats.snapshot_time is not None:
-        age = stats.sampled - stats.snapshot_time
-        if age > _OLD_SNAPSHOT_SECONDS:
-            text = f"the publisher is stale: it wrote the snapshot {ago(age)}"
-            yield _finding("old_snapshot", text)
-        elif age < -_CLOCK_SECONDS:
-            yield _finding("clocks", f"the snapshot was written {duration(-age)} in the future")
+        yield Finding("table_waits", text, remedy("schema_missing"))
+    if _matches_nothing(stats):
+        yield _finding("no_match", "not one key of the snapshot is in the database")
+    yield from _warn_of_age(stats)
     if stats.watch.sweep_hits:
         text = f"{stats.watch.sweep_hits} changes came without an event; the sweep found them"
         yield _finding("sweep_hits", text)
@@ -201,7 +198,17 @@ def _warn(stats: Stats) -> Iterator[Finding]:
         yield _finding("slow_holds", f"{text} {SLOW_HOLD_SECONDS * 1000:g} ms")
     if lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
         text = f"5 % of the waits for the write lock take over {lock.wait_ms_p95:g} ms"
-        yield _finding("contention", text)
+        yield _finding("contention", text, stats)
+
+
+def _warn_of_age(stats: Stats) -> Iterator[Finding]:
+    if stats.snapshot_time is not None:
+        age = stats.sampled - stats.snapshot_time
+        if age > _OLD_SNAPSHOT_SECONDS:
+            text = f"the publisher is stale: it wrote the snapshot {ago(age)}"
+            yield _finding("old_snapshot", text)
+        elif age < -_CLOCK_SECONDS:
+            yield _finding("clocks", f"the snapshot was written {duration(-age)} in the future")
 
 
 def _waits_for_snapshot(stats: Stats) -> bool:
@@ -209,12 +216,20 @@ def _waits_for_snapshot(stats: Stats) -> bool:
     return result is not None and result.outcome == "no_snapshot" and result.error is None
 
 
+def _matches_nothing(stats: Stats) -> bool:
+    result = stats.last_result
+    compared = result is not None and result.outcome == "unchanged" and result.unmatched > 0
+    return compared and result is not None and not result.matched_active + result.matched_inactive
+
+
 def _snapshot(stats: Stats) -> str:
     return f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
 
 
-def _finding(code: str, text: str) -> Finding:
-    return Finding(code, text, REMEDIES[code])
+def _finding(code: str, text: str, stats: Stats | None = None) -> Finding:
+    if stats is None:
+        return Finding(code, text, remedy(code))
+    return Finding(code, text, remedy(code, stats.database, stats.snapshot_dir))
 
 
 def duration(seconds: float) -> str:

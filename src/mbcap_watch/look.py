@@ -223,7 +223,8 @@ class Looker:
         except DatabaseError as exc:
             error = exc
         except (OSError, MemoryError) as exc:
-            error = DatabaseFailed(self._settings.database, f"cannot be opened now: {exc}")
+            text = f"cannot be opened now: {getattr(exc, 'strerror', None) or exc}"
+            error = DatabaseFailed(self._settings.database, text, "limit")
         # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
         error.__cause__ = error.__context__ = None
         return None, error.with_traceback(None)

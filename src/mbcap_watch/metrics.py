@@ -121,6 +121,7 @@ class Metrics:
             since=before.since if goes_on and before is not None else now,
             at=now,
             persists=True,
+            cause=result.cause,
         )
 
     def on_state(self, state: WatchState) -> None:

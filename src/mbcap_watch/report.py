@@ -46,6 +46,7 @@ def describe(
         failed_rows=len(ledger.failed),
         written_at=written_at,
         error=_error_text(ledger, error),
+        cause=getattr(error, "cause", None),
         seconds=seconds,
         lock_seconds=max(ledger.holds, default=0.0),
     )

@@ -7,6 +7,8 @@ from typing import Literal
 
 import msgspec
 
+from mbcap_watch.errors import Cause  # noqa: TC001 - msgspec wants to know it
+
 Outcome = Literal[
     "applied",
     "unchanged",
@@ -48,6 +50,7 @@ class PersistResult:
         error: what went wrong, for people; None if nothing did.
         seconds: how long all of it took.
         lock_seconds: the longest single hold of the write lock; 0.0 if it was never taken.
+        cause: what is behind a database that `failed`, for programs; None if that cannot be told.
 
     """
 
@@ -66,6 +69,7 @@ class PersistResult:
     error: str | None = None
     seconds: float = 0.0
     lock_seconds: float = 0.0
+    cause: Cause | None = None
 
     @property
     def changed(self) -> int:

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from mbcap_watch import timestamp
+from mbcap_watch.errors import Cause
 from mbcap_watch.result import Outcome, PersistResult, Reason, WatchState
 
 # Seconds beyond which a wait for the write lock counts as contended, and a hold of it as slow.
@@ -111,6 +112,7 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True):
         since: when it was first met, with no other outcome in between. Seconds since the epoch.
         at: when it was last met.
         persists: whether no look has gone well since.
+        cause: as in the result.
         unreadable: whether it was the snapshot that the operating system refused to read.
 
     """
@@ -120,6 +122,7 @@ class Trouble(msgspec.Struct, frozen=True, kw_only=True):
     since: float
     at: float
     persists: bool
+    cause: Cause | None = None
     unreadable: bool = False
 
 

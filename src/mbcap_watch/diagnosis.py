@@ -1,0 +1,101 @@
+"""`explain`: what is behind an error of SQLite, which names the call that failed, not the cause.
+
+A full disk may show as SQLITE_IOERR_SHMSIZE, a read-only mount as SQLITE_CANTOPEN. So the disk, the
+owners and the modes are looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mbcap_watch.errors import Cause
+
+# What is beside a database, and has to be writable as well.
+SIDES: Final = ("-wal", "-shm", "-journal")
+
+# The least that a -shm grows by (sqlite.org/walformat.html): less room is none.
+_LEAST_ROOM: Final = 32 << 10
+
+
+def explain(database: Path, code: int) -> tuple[str, Cause | None]:
+    """Return what is wrong, for people and for programs. Blocks.
+
+    Args:
+        database: its path.
+        code: SQLite's primary error code.
+
+    """
+    problem, guess, cause = _PROBLEMS.get(code, ("SQLite failed", "", None))
+    try:
+        found = _obstacle(os.path.realpath(database), code)
+    except OSError:
+        found = None  # what is there is out of reach
+    if found is None:
+        return problem + guess, cause
+    return f"{problem}: {found[0]}", found[1]
+
+
+# By SQLite's primary code: the problem, what may be behind it, and what certainly is.
+_PROBLEMS: Final[dict[int, tuple[str, str, Cause | None]]] = {
+    sqlite3.SQLITE_CANTOPEN: (
+        "cannot be opened",
+        "; is it, or a -wal or -shm file, out of reach?",
+        None,
+    ),
+    sqlite3.SQLITE_CORRUPT: ("is corrupt", "", "corrupt"),
+    sqlite3.SQLITE_FULL: ("cannot grow", ", the disk is full", "disk_full"),
+    sqlite3.SQLITE_IOERR: (
+        "cannot be read or written",
+        ", the disk reports an error",
+        "disk_error",
+    ),
+    sqlite3.SQLITE_NOTADB: ("is not an SQLite database", "", "not_a_database"),
+    sqlite3.SQLITE_PERM: ("may not be accessed", "", "not_permitted"),
+    sqlite3.SQLITE_READONLY: (
+        "may not be written",
+        "; is it, its directory, or its -wal read-only?",
+        None,
+    ),
+}
+
+_ABOUT_ROOM: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_ABOUT_RIGHTS: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
+
+
+def _obstacle(real: str, code: int) -> tuple[str, Cause] | None:
+    """Return what stands in the way; None if it is not to be seen."""
+    if code not in {*_ABOUT_ROOM, *_ABOUT_RIGHTS} or not os.path.exists(real):
+        return None
+    directory = os.path.dirname(real)
+    space = os.statvfs(directory)
+    if space.f_flag & os.ST_RDONLY:
+        return f"{directory} is on a filesystem that is mounted read-only", "read_only"
+    if code in _ABOUT_RIGHTS and (refused := _refused(real, directory)):
+        return f"user {os.geteuid()} {refused}", "not_permitted"
+    # Some filesystems do not say how much room they have.
+    room = space.f_bavail * space.f_frsize
+    if code in _ABOUT_ROOM and space.f_blocks and room < _LEAST_ROOM:
+        return f"the disk is full, there is no room left in {directory}", "disk_full"
+    if code in _ABOUT_ROOM and space.f_files and not space.f_favail:
+        return f"the disk is full, there is no inode left in {directory} (df -i)", "disk_full"
+    return None
+
+
+def _refused(real: str, directory: str) -> str | None:
+    for path in (real, *(real + side for side in SIDES)):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+            return f"may not write {_shown(path)}"
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        return f"may not create -wal and -shm in {_shown(directory)}"
+    return None
+
+
+def _shown(path: str) -> str:
+    status = os.stat(path)
+    return f"{path} (user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o})"
