@@ -15,7 +15,8 @@ from rich.console import Console
 from mbcap_watch import Settings
 from mbcap_watch.discover import Found, Search
 from mbcap_watch.errors import Cause
-from mbcap_watch.health import Health, duration, judge, judge_search
+from mbcap_watch.finding import duration
+from mbcap_watch.health import Health, judge, judge_search
 from mbcap_watch.metrics import Metrics
 from mbcap_watch.remedies import REMEDIES
 from mbcap_watch.result import Outcome, PersistResult, Timings, WatchState
@@ -355,6 +356,7 @@ def test_json_has_everything() -> None:
     "seconds, shown_as",
     [
         (-3, "0 s"),
+        (0.00029, "0 s"),
         (0.25, "0.25 s"),
         (59.4, "59 s"),
         (60, "1 min"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.check_database import SIDES, place
 from mbcap_watch.config import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
-from mbcap_watch.finding import Finding, ok, problem, span, warning
+from mbcap_watch.finding import Finding, duration, ok, problem, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,11 +222,13 @@ def judge_clock(newest: float, now: float) -> Iterator[Finding]:
     day = dt.datetime.fromtimestamp(now, dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     remedy = "as root: timedatectl set-ntp true; see timedatectl timesync-status"
     if newest > now + CLOCK_SECONDS:
-        text = f"it is {day}, but the database was written {span(newest - now)} later: it jumped"
+        text = (
+            f"it is {day}, but the database was written {duration(newest - now)} later: it jumped"
+        )
         yield warning("clock", text, remedy)
     else:
         yield ok("clock", day)
     if newest and now - newest > _SILENT_SECONDS:
-        text = f"nothing has been written to the database for {span(now - newest)}"
+        text = f"nothing has been written to the database for {duration(now - newest)}"
         remedy = "is CoreScope's ingestor running, and is this its database, not an old copy?"
         yield warning("activity", text, remedy)

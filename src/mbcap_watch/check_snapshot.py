@@ -17,7 +17,7 @@ from mbcap_watch.errors import (
     SnapshotNotFound,
     SnapshotUnreadable,
 )
-from mbcap_watch.finding import Finding, ok, problem, size, span, warning
+from mbcap_watch.finding import Finding, ago, duration, ok, problem, size, warning
 from mbcap_watch.mounts import Mount, mount_of
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_file
@@ -142,7 +142,7 @@ def judge_age(written_at: str | None, changed_at: float, now: float) -> Finding:
 
 
 def _ago(seconds: float) -> str:
-    return f"{span(seconds)} ago" if seconds >= 0 else f"{span(-seconds)} in the future"
+    return ago(seconds) if seconds >= 0 else f"{duration(-seconds)} in the future"
 
 
 # ------------------------------------------------------------------------------ the watch

@@ -42,9 +42,22 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def span(seconds: float) -> str:
-    """Return a duration for people."""
-    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if abs(seconds) < limit:
-            return f"{seconds / divisor:.0f} {unit}"
-    return f"{seconds / 86_400:.0f} days"
+def duration(seconds: float) -> str:
+    """Return a duration for people: `0.3 s`, `3 s`, `2 min 5 s`, `4 h 10 min`, `3 d 2 h`."""
+    if seconds < 1:
+        return f"{round(max(0.0, seconds), 2):g} s"
+    whole = round(seconds)
+    for length, unit, smaller, name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= length:
+            rest = whole % length // smaller
+            return f"{whole // length} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{whole} s"
+
+
+def ago(seconds: float) -> str:
+    """Return how long ago something was, for people."""
+    return f"{duration(seconds)} ago"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
+from mbcap_watch.finding import ago, duration
 from mbcap_watch.remedies import remedy
 from mbcap_watch.snapshot import SNAPSHOT_NAME
 from mbcap_watch.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
@@ -230,24 +231,3 @@ def _finding(code: str, text: str, stats: Stats | None = None) -> Finding:
     if stats is None:
         return Finding(code, text, remedy(code))
     return Finding(code, text, remedy(code, stats.database, stats.snapshot_dir))
-
-
-def duration(seconds: float) -> str:
-    """Return a duration for people: `0.3 s`, `3 s`, `2 min 5 s`, `4 h 10 min`, `3 d 2 h`."""
-    if seconds < 1:
-        return f"{max(0.0, seconds):.2g} s"
-    whole = round(seconds)
-    for size, unit, smaller, name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {unit}" + (f" {rest} {name}" if rest else "")
-    return f"{whole} s"
-
-
-def ago(seconds: float) -> str:
-    """Return how long ago something was, for people."""
-    return f"{duration(seconds)} ago"

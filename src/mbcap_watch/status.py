@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from mbcap_watch.errors import printable
-from mbcap_watch.health import ago, duration
+from mbcap_watch.finding import ago, duration
 from mbcap_watch.snapshot import SNAPSHOT_NAME
 
 if TYPE_CHECKING:
