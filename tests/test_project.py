@@ -123,6 +123,8 @@ def test_the_readme_knows_every_setting_and_its_default() -> None:
 OTHERS = {
     *("Input data was truncated", "Permission denied", "inotify instance limit reached"),
     "watching by poll",
+    # The problem, and a guess at what is behind it, are put together.
+    "cannot be read or written, the disk reports an error",
 }
 
 
