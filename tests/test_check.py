@@ -25,6 +25,7 @@ from mbcap_watch import (
     check_contents,
     check_database,
     check_host,
+    check_locks,
     check_snapshot,
     timestamp,
 )
@@ -68,7 +69,8 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_contents, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(check_locks, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(check_contents, "BUSY_SECONDS", 0.3)
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
         ("ln -sf gone.db meshcore.db", "database", "problem", ["a link on the way", "gone.db"]),
         ("rm m*.db; ln -s meshcore.db meshcore.db", "database", "problem", ["symbolic links"]),
         ("truncate -s 0 meshcore.db", "database", "problem", ["is empty", "by mistake"]),
-        ("seq 1000 > meshcore.db", "tables", "problem", ["is not an SQLite", "set the path"]),
+        ("seq 1000 > meshcore.db", "tables", "problem", ["is not an SQLite", "set --database"]),
         ("truncate -s 8192 meshcore.db", "tables", "problem", ["is corrupt", "restore a backup"]),
         (ANOTHER, "tables", "problem", ["there is recipes", "set the path"]),
         (BOTH_LACK, "tables", "problem", ["nodes lacks multibyte_evidence; inactive_", "upgrade"]),
@@ -346,10 +348,61 @@ async def test_two_daemons(installation: Path, tmp_path: Path) -> None:
         assert f"pid {first} (user" in report("daemons", "ok")
         assert f"for {tmp_path}/no.db" in report("daemons", "ok")
         with daemon("--config", config) as second, daemon(DB_PATH=str(installation)) as third:
-            said = (await report_on(installation))("daemons", "warning")
+            said = (await report_on(installation))("daemons", "problem")
     assert said.startswith("3 serve this database")
     assert all(str(pid) in said for pid in (first, second, third))
     assert "stop all but one" in said
+
+
+async def test_a_daemon_that_is_paused(installation: Path) -> None:
+    with daemon("--database", installation) as pid:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            said = (await report_on(installation))("daemons", "problem")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert "it is paused" in said
+    assert f"kill -CONT {pid}" in said
+
+
+async def test_a_daemon_that_was_killed(installation: Path) -> None:
+    with daemon("--database", installation) as pid:
+        await service(installation, "running, healthy", "ok")
+        os.kill(pid, signal.SIGKILL)
+    said = await service(installation, "is there no more", "problem")
+    assert "start it again" in said
+
+
+async def service(database: Path, words: str, level: str, **settings: Any) -> str:
+    """Check until the line about the service has these words."""
+    deadline = time.monotonic() + 10
+    while True:
+        made = Settings.from_mapping({"database": database, **settings})
+        report = await check.examine(made, os.environ)
+        said = [each for each in report if each.subject == "service" and words in each.text]
+        if said:
+            assert said[0].level == level
+            return f"{said[0].text} -> {said[0].remedy}"
+        assert time.monotonic() < deadline, shown(report)
+
+
+async def test_what_only_the_daemon_knows(installation: Path) -> None:
+    """Rows that a trigger refuses: nothing shows it until somebody writes."""
+    with connect(installation) as connection:
+        connection.execute("CREATE TRIGGER aa BEFORE UPDATE ON nodes BEGIN"
+                           " SELECT RAISE(ABORT, 'no thanks'); END")  # fmt: skip
+        connection.execute("CREATE TRIGGER bb AFTER INSERT ON nodes BEGIN"
+                           " UPDATE nodes SET name = 1; END")  # fmt: skip
+    with daemon("--database", installation):
+        said = await service(installation, "no thanks", "problem")
+        assert "sqlite3 -readonly" in said
+        said = (await report_on(installation))("triggers", "warning")
+        assert "the trigger aa runs at each update of nodes" in said
+        assert "bb" not in said
+        # With other settings there is none, but there is one that may be meant.
+        elsewhere = installation.parent / "elsewhere"
+        said = await service(installation, "from another", "warning", snapshot_dir=elsewhere)
+        assert str(snapshot_of(installation).parent) in said
 
 
 # ------------------------------------------------------------------------------ another user
@@ -405,6 +458,19 @@ def test_what_belongs_to_somebody_else(shared: Path) -> None:
     report = check_as(shared, NOBODY)
     assert f"may not enter {shared.parent}" in report("database", "problem")
     assert report.worse == {("database", "problem"), ("snapshot dir", "problem")}
+
+
+def test_an_owner_who_may_not_write_the_directory(shared: Path) -> None:
+    """To run as the owner is no remedy: that is what it does."""
+    os.chown(shared, NOBODY, NOBODY)
+    os.chmod(shared.parent, 0o755)
+    said = check_as(shared, NOBODY)("permissions", "problem")
+    assert said.endswith(f"-> as root: chown {NOBODY} {shared.parent}")
+    os.chown(shared.parent, NOBODY, NOBODY)
+    os.chmod(shared.parent, 0o555)
+    os.chmod(shared, 0o444)
+    said = check_as(shared, NOBODY)("permissions", "problem")
+    assert said.endswith(f"chmod u+rw {shared}; chmod u+rwx {shared.parent}")
 
 
 def test_files_that_lock_the_ingestor_out(shared: Path) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 import pytest
@@ -80,6 +80,15 @@ def text(health: Health) -> str:
 
 def well(settings: Settings = SETTINGS, pid: int = 42) -> Bridge:
     return Bridge(settings, pid).result("applied", written_at="2027-01-15T07:59:00Z")
+
+
+@pytest.mark.parametrize("fate, words", [("gone", "is there no more"), ("paused", "kill -CONT 42")])
+def test_what_became_of_the_process(fate: Literal["gone", "paused"], words: str) -> None:
+    health = judge_search(search(well().found(age=60)._replace(fate=fate)), SETTINGS)
+    assert (health.state, codes(health)[0]) == ("stale", [fate])
+    assert words in text(health)
+    # While it gives signs of life, it is not asked what the process table says.
+    assert judge_search(search(well().found()._replace(fate=fate)), SETTINGS).healthy
 
 
 def search(*found: Found, others: tuple[Found, ...] = (), hidden: tuple[Unfit, ...] = ()) -> Search:

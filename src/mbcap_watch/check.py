@@ -6,13 +6,20 @@ Nothing is changed, nothing is raised, and what does not answer is left behind a
 from __future__ import annotations
 
 import asyncio
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
 from rich.text import Text
 
-from mbcap_watch import check_contents, check_database, check_host, check_snapshot
+from mbcap_watch import (
+    check_contents,
+    check_database,
+    check_host,
+    check_service,
+    check_snapshot,
+)
 from mbcap_watch.errors import printable
 from mbcap_watch.finding import Finding, problem
 from mbcap_watch.mounts import mount_table
@@ -33,6 +40,9 @@ T = TypeVar("T")
 FILE_SECONDS: Final = 5.0
 DATA_SECONDS: Final = 15.0
 
+# Where the stats files are, for the line about a filesystem that does not answer.
+RUNTIME: Final = Path("/dev/shm")  # noqa: S108 - only a name
+
 
 async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
     """Examine an installation: the database, the snapshot, the watch, and who else is there.
@@ -43,9 +53,10 @@ async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Findin
 
     """
     database, directory = settings.database, settings.snapshot_dir
-    outside, snapshot = await asyncio.gather(
+    outside, snapshot, service = await asyncio.gather(
         _ask(database, FILE_SECONDS, _in_thread(check_database.examine, database, environ)),
         _ask(directory, DATA_SECONDS, _in_thread(check_snapshot.examine, settings)),
+        _ask(RUNTIME, FILE_SECONDS, _in_thread(check_service.examine, settings, environ)),
     )
     parts = [outside]
     values: dict[str, Value] = {}
@@ -59,6 +70,7 @@ async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Findin
             _ask(database, DATA_SECONDS, _in_thread(check_contents.examine, settings, values)),
             _ask(database, FILE_SECONDS, _in_thread(check_host.examine, database)),
         )
+    parts.append(service)
     return [each for part in parts for each in ([part] if isinstance(part, Finding) else part)]
 
 
@@ -85,11 +97,12 @@ async def _ask(path: Path, seconds: float, examination: Awaitable[T]) -> T | Fin
         above = [mount for mount in mount_table() if path.is_relative_to(mount.mount_point)]
         mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=None)
         where = f"{mount.type}, mounted on {mount.mount_point}" if mount else "unknown filesystem"
-        remedy = "bring the server of that filesystem back, or unmount it (umount -f -l); if it is"
+        point = f" {shlex.quote(mount.mount_point)}" if mount else ""
+        remedy = f"bring the server of that filesystem back, or unmount it (umount -f -l{point});"
         return problem(
             "filesystem",
             f"{path} ({where}) did not answer within {seconds:g} s",
-            f"{remedy} a local disk: dmesg, for it may be failing",
+            f"{remedy} if it is a local disk: dmesg, for it may be failing",
         )
     except Exception as exc:  # noqa: BLE001 - a doctor does not faint
         text = f"examining {path} failed: {type(exc).__name__}: {exc}"

@@ -1,31 +1,30 @@
-"""`check`, the database from inside: its tables, what the snapshot would change, its locks.
+"""`check`, the database from inside: its tables, and what the snapshot would change.
 
 Nothing is written and no lock is taken: `_glimpse` opens the database so that no -wal and -shm are
-left behind, and the kernel is asked who holds SQLite's locks (F_GETLK, fcntl(2)). The few queries
-here are the doctor's own; the comparison is the store's.
+left behind. The few queries here are the doctor's own; the comparison is the store's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
+import re
+import shlex
 import sqlite3
-import struct
 import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from mbcap_watch import store
+from mbcap_watch import check_locks, store
 from mbcap_watch.check_database import place
-from mbcap_watch.check_host import command_of
 from mbcap_watch.database import as_database_errors
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, SchemaMissing
-from mbcap_watch.finding import Finding, ok, problem, size, warning
+from mbcap_watch.finding import Finding, ok, problem, warning
 from mbcap_watch.ledger import Ledger
+from mbcap_watch.remedies import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,21 +32,14 @@ if TYPE_CHECKING:
     from mbcap_watch.plan import Value
     from mbcap_watch.settings import Settings
 
-# How long SQLite may read, and for how long a lock is watched.
+# How long SQLite may read.
 SQL_SECONDS: Final = 8.0
-LOCK_SECONDS: Final = 2.0
 
-_LARGE_WAL: Final = 64 << 20
+# How long it may wait for a lock that keeps readers out.
+BUSY_SECONDS: Final = 2.0
 
 _MAGIC: Final = b"SQLite format 3\0"
 _WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 (sqlite.org/fileformat2.html#file_format_ver)
-
-# The bytes that stand for a lock: in -shm the writer's and the readers' (sqlite.org/
-# walformat.html, "WAL Locks"); in the database PENDING, RESERVED and SHARED (SQLite's os.h).
-_WAL_WRITER: Final = (120, 1)
-_WAL_READERS: Final = (123, 5)
-_DATABASE_LOCKS: Final = (0x40000000, 512)
-_FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 
 
 def examine(settings: Settings, values: Mapping[str, Value]) -> list[Finding]:
@@ -69,7 +61,7 @@ def examine(settings: Settings, values: Mapping[str, Value]) -> list[Finding]:
     found = list(_read(settings, dict(values), wal=wal, shared=shared))
     if shared != _shared(real):  # somebody opened it meanwhile: what was read may be torn
         found = list(_read(settings, dict(values), wal=wal, shared=not shared))
-    return [*found, _judge_lock(real, Path(f"{real}-shm"), wal=wal), *_judge_wal(real)]
+    return [*found, check_locks.judge_lock(real, wal=wal), *check_locks.judge_wal(real)]
 
 
 def _shared(real: Path) -> bool:
@@ -95,7 +87,7 @@ def _glimpse(database: Path, *, immutable: bool) -> Iterator[sqlite3.Connection]
     deadline = time.monotonic() + SQL_SECONDS
     with (
         as_database_errors(database),
-        contextlib.closing(sqlite3.connect(uri, uri=True, timeout=LOCK_SECONDS)) as connection,
+        contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as connection,
     ):
         connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
         connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
@@ -130,13 +122,15 @@ def _read(
                 yield ok("journal mode", "WAL")
             else:
                 text = f"{fetch('PRAGMA journal_mode')[0]}, not WAL: readers and writers block each"
-                remedy = "let CoreScope's ingestor open it once, which sets WAL; is it CoreScope's?"
-                yield warning("journal mode", f"{text} other", remedy)
+                advice = "let CoreScope's ingestor open it once, which sets WAL; is it CoreScope's?"
+                yield warning("journal mode", f"{text} other", advice)
             counts = {}
             for table in sorted(set(store.TABLES).intersection(names)):
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
-                    yield problem("tables", f"{table} is damaged: {verdict}", _RESTORE)
+                    what = remedy("corrupt", str(database))
+                    yield problem("tables", f"{table} is damaged: {verdict}", what)
+            yield from _judge_triggers(connection, database)
             comparison = store.reconcile(
                 _DryRun(connection),
                 database,
@@ -148,15 +142,13 @@ def _read(
             asyncio.run(comparison)
     except SchemaMissing as exc:
         text = f"{exc.problem}; there is {', '.join(names[:8]) or 'no table at all'}"
-        remedy = (
+        advice = (
             "" if "nodes" in names else "if it is not CoreScope's database, set the path; else "
         )
-        yield problem("tables", text, remedy + _UPGRADE)
+        yield problem("tables", text, advice + _UPGRADE)
         return
     except DatabaseError as exc:
-        code = getattr(exc.__cause__, "sqlite_errorcode", 0) & 0xFF
-        busy = isinstance(exc, DatabaseBusy)
-        yield problem("tables", exc.what, "see lock" if busy else _REMEDIES.get(code, _ELSE))
+        yield problem("tables", exc.what, _what_to_do(exc, settings))
         return
     text = ", ".join(f"{table} with {count:,} rows" for table, count in counts.items())
     if ledger.waiting:
@@ -171,82 +163,50 @@ def _read(
 _UPGRADE: Final = (
     "upgrade CoreScope and start its ingestor, which adds what is missing; mbcap-watch never does"
 )
-_RESTORE: Final = (
-    "stop CoreScope and mbcap-watch; restore a backup, or rescue what can be read"
-    " (sqlite3 OLD .recover | sqlite3 NEW)"
-)
 _REMEDIES: Final = {
-    sqlite3.SQLITE_NOTADB: "set the path of CoreScope's database, or restore it from a backup",
-    sqlite3.SQLITE_CORRUPT: _RESTORE,
     sqlite3.SQLITE_READONLY: "a transaction was left half-way: start CoreScope, to roll it back",
-    sqlite3.SQLITE_IOERR: "look for a failing disk (dmesg), or a filesystem that is not local",
     sqlite3.SQLITE_INTERRUPT: "it takes too long: look for a busy or failing disk; check again",
 }
-_ELSE: Final = "see permissions"
+
+
+def _what_to_do(error: DatabaseError, settings: Settings) -> str:
+    if isinstance(error, DatabaseBusy):
+        return "see lock"
+    code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+    if code in _REMEDIES:
+        return _REMEDIES[code]
+    if cause := getattr(error, "cause", None):
+        return remedy(cause, str(settings.database), str(settings.snapshot_dir))
+    return "see permissions"
+
+
+def _judge_triggers(connection: sqlite3.Connection, database: Path) -> Iterator[Finding]:
+    """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
+    sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
+    for name, table, text in connection.execute(sql).fetchall():
+        if table.lower() in store.TABLES and _ON_UPDATE.search(text):
+            look = f"SELECT sql FROM sqlite_master WHERE name = {_literal(name)}"
+            advice = f"see what it does: sqlite3 -readonly {shlex.quote(str(database))}"
+            advice += f" {shlex.quote(look)}; DROP TRIGGER if it has no business there"
+            what = f"the trigger {name} runs at each update of {table}, and may refuse it"
+            yield warning("triggers", what, advice)
+
+
+# In SQL's syntax, what a trigger waits for stands before the first ON.
+_ON_UPDATE: Final = re.compile(r"^\s*CREATE(?:(?!\bON\b).)*\bUPDATE\b", re.IGNORECASE | re.DOTALL)
+
+
+def _literal(name: str) -> str:
+    return "'" + name.replace("'", "''") + "'"
 
 
 def judge_preview(changes: int, unmatched: int, wanted: int, nodes: int) -> Finding:
     """Judge what applying the snapshot would do."""
     text = f"{changes:,} rows would change; of {wanted:,} keys {unmatched:,} are in no table"
     if not nodes:
-        remedy = "the database knows no node yet: is the ingestor running, and is it the right one?"
-        return warning("preview", f"{text}: there are no rows", remedy)
-    remedy = "do the snapshot and the database belong to the same CoreScope? See snapshot_dir"
+        advice = "the database knows no node yet: is the ingestor running, and is it the right one?"
+        return warning("preview", f"{text}: there are no rows", advice)
+    advice = "do the snapshot and the database belong to the same CoreScope? See snapshot_dir"
     if unmatched == wanted:
-        return problem("preview", f"{text}: none matches", remedy)
-    return warning("preview", text, remedy) if unmatched * 2 > wanted else ok("preview", text)
-
-
-# ------------------------------------------------------------------------------ locks
-
-
-def _judge_lock(real: Path, shm: Path, *, wal: bool) -> Finding:
-    locks = {real: _DATABASE_LOCKS} | ({shm: _WAL_WRITER} if wal else {})
-    if hidden := [str(path) for path in locks if path.exists() and not place(path).readable]:
-        return ok("lock", f"not known: {', '.join(hidden)} may not be read")
-    pid = _holder(locks, fcntl.F_RDLCK)  # only what is locked for writing is in its way
-    if pid is None:
-        return ok("lock", "the write lock is free")
-    text = f"the database has been locked for {LOCK_SECONDS:g} s or more by {_who(pid)}"
-    remedy = "end the transaction that it keeps open (a shell, a backup, a stuck ingestor), or"
-    return problem("lock", text, f"{remedy} restart it; nothing is lost meanwhile")
-
-
-def _judge_wal(real: Path) -> Iterator[Finding]:
-    log, shm = place(Path(f"{real}-wal")), place(Path(f"{real}-shm"))
-    length = log.status.st_size if log.status else 0
-    if length and not shm.status:
-        text = f"{log.path} ({size(length)}) was left by a crash, or copied; it is not looked at"
-        yield warning("wal", text, "start CoreScope, which recovers it; never delete it")
-    elif length > _LARGE_WAL:
-        text, remedy = f"{log.path} has grown to {size(length)}", "restart CoreScope's ingestor"
-        if (pid := _holder({shm.path: _WAL_READERS}, fcntl.F_WRLCK)) is not None:
-            text += f"; {_who(pid)} keeps a transaction open, which keeps it from being emptied"
-            remedy = "end that transaction, or restart that process"
-        yield warning("wal", text, remedy)
-
-
-def _who(pid: int) -> str:
-    return f"pid {pid} ({command_of(pid)})" if pid > 0 else "a process in another container"
-
-
-def _holder(locks: Mapping[Path, tuple[int, int]], against: int) -> int | None:
-    """Return who has one of the locks all the time for `LOCK_SECONDS`; None if they are free."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        pids = [_held(path, *span, against) for path, span in locks.items()]
-        pid = next((pid for pid in pids if pid is not None), None)
-        if pid is None or time.monotonic() > deadline:
-            return pid
-        time.sleep(0.02)
-
-
-def _held(path: Path, start: int, length: int, against: int) -> int | None:
-    """Return whose lock is in the way of one of the kind `against`, without taking it."""
-    asked = struct.pack(_FLOCK, against, os.SEEK_SET, start, length, 0)
-    try:
-        with open(path, "rb") as file:
-            kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
-    except OSError:
-        return None  # there is none, or `permissions` tells
-    return None if kind == fcntl.F_UNLCK else pid
+        return problem("preview", f"{text}: none matches", advice)
+    return warning("preview", text, advice) if unmatched * 2 > wanted else ok("preview", text)

@@ -171,18 +171,31 @@ def _judge_permissions(
     file: Place, directory: Place, sides: Iterable[Place], owner: int
 ) -> Finding:
     uid = os.geteuid()
-    refused = [
-        f"may not {'write' if each.readable else 'read'} {each.shown}"
-        for each in (file, *sides)
-        if not (each.readable and each.writable)
-    ]
+    shut = [each for each in (file, *sides) if not (each.readable and each.writable)]
+    refused = [f"may not {'write' if each.readable else 'read'} {each.shown}" for each in shut]
     if not (directory.writable and directory.searchable):
+        shut.append(directory)
         refused.append(f"may not create -wal and -shm in {directory.shown}")
     if not refused:
         return ok("permissions", f"user {uid} may write the database and its directory")
-    remedy = f"run mbcap-watch as the database's owner, user {owner} (User= in the unit, user: in"
-    remedy += " compose), or give this user the rights by a common group"
+    if uid == 0:
+        remedy = "root is refused by more than the mode: lsattr -d"
+        remedy += f" {' '.join(shlex.quote(str(each.path)) for each in shut)} (chattr -i), the"
+        remedy += " capabilities of the unit or container, or a security module (dmesg)"
+    elif uid == owner:
+        remedy = f"as root: {'; '.join(_give(each, uid) for each in shut)}"
+    else:
+        remedy = f"run mbcap-watch as the database's owner, user {owner} (User= in the unit, user:"
+        remedy += " in compose), or give this user the rights by a common group"
     return problem("permissions", f"user {uid} {'; '.join(refused)}", remedy)
+
+
+def _give(each: Place, uid: int) -> str:
+    """Return the command that gives a user the rights to what is there."""
+    path = shlex.quote(str(each.path))
+    if each.status and each.status.st_uid != uid:
+        return f"chown {uid} {path}"
+    return f"chmod u+rw{'x' if each.directory else ''} {path}"
 
 
 def judge_owner(

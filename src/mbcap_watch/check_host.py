@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.check_database import SIDES, place
 from mbcap_watch.config import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
+from mbcap_watch.discover import is_paused
 from mbcap_watch.finding import Finding, duration, ok, problem, warning
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Daemon(NamedTuple):
         database: what it serves, as it calls it.
         same: whether that is the database in question.
         hindered: what its own mounts, those of a unit or a container, do to that.
+        paused: whether it was stopped (SIGSTOP, a debugger), and does nothing.
 
     """
 
@@ -42,6 +44,7 @@ class Daemon(NamedTuple):
     database: str
     same: bool
     hindered: str = ""
+    paused: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +101,8 @@ def _arguments(pid: int) -> list[str]:
 def _count(census: Census, pid: int, file: Place, database: Path) -> None:
     arguments, uid = _arguments(pid), os.stat(f"/proc/{pid}").st_uid
     if is_daemon(arguments):
-        census.daemons.append(_daemon(pid, uid, arguments, file, database))
+        each = _daemon(pid, uid, arguments, file, database)
+        census.daemons.append(each._replace(paused=is_paused(pid)))
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # it was closed just now
             link = os.readlink(f"/proc/{pid}/fd/{number}")
@@ -177,7 +181,10 @@ def judge_daemons(daemons: list[Daemon], database: Path, uid: int) -> Finding:
     if len(here) > 1:
         remedy = f"stop all but one (systemctl stop UNIT, or kill {here[-1].pid}): they wait for"
         remedy += " each other's locks, and settings of one are undone by the other"
-        return warning("daemons", f"{len(here)} serve this database: {who}", remedy)
+        return problem("daemons", f"{len(here)} serve this database: {who}", remedy)
+    if here and here[0].paused:
+        remedy = f"let it go on: kill -CONT {here[0].pid}"
+        return problem("daemons", f"it is paused, and does nothing: {who}", remedy)
     if here and here[0].hindered:
         remedy = f"systemctl edit its unit, then restart it: ReadWritePaths={database.parent}, and"
         remedy += " no ProtectHome= or PrivateTmp= that hides it; in a container, mount it (not ro)"

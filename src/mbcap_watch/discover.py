@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mbcap_watch import runtime, statsfile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from mbcap_watch.settings import Settings
 
@@ -18,11 +18,20 @@ _MOST_FILES = 100
 
 
 class Found(NamedTuple):
-    """A stats file that could be read, and whose it is."""
+    """A stats file that could be read.
+
+    Attributes:
+        path: where it is.
+        uid: whose it is.
+        stats: what is in it.
+        fate: what became of the process, if that is to be seen.
+
+    """
 
     path: Path
     uid: int
     stats: statsfile.Record
+    fate: Literal["gone", "paused"] | None = None
 
 
 class Search(NamedTuple):
@@ -69,7 +78,8 @@ def find(settings: Settings, environ: Mapping[str, str], root: Path = runtime.RO
                 same = name.startswith(stem)
                 try:
                     stats, uid = statsfile.read(path, directory, name)
-                    (ours if same else others).append(Found(path / name, uid, stats))
+                    each = Found(path / name, uid, stats, _fate(stats.pid))
+                    (ours if same else others).append(each)
                 except FileNotFoundError:
                     continue  # it ended just now
                 except (runtime.Unfit, OSError) as exc:
@@ -79,6 +89,21 @@ def find(settings: Settings, environ: Mapping[str, str], root: Path = runtime.RO
     for files in (ours, others):
         files.sort(key=lambda each: (each.stats.age < 0, each.stats.age))
     return Search(tuple(ours), tuple(others), tuple(hidden), tuple(obstacles))
+
+
+def is_paused(pid: int) -> bool:
+    """Whether a process is stopped or traced (the letter behind its name: proc_pid_stat(5))."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
+def _fate(pid: int) -> Literal["gone", "paused"] | None:
+    if not os.path.exists(f"/proc/{pid}"):
+        return "gone"
+    return "paused" if is_paused(pid) else None
 
 
 def _names(directory: int) -> Iterator[str]:

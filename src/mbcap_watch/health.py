@@ -79,6 +79,10 @@ def judge_search(search: Search, settings: Settings, max_age: float | None = Non
         best, *more = search.found
         health = judge(best.stats, best.stats.age, max_age)
         same = [each for each in others if each.stats.database == best.stats.database]
+        if health.state == "stale" and best.fate is not None:
+            text = f"{health.problems[0].text}, and {_FATES[best.fate]}"
+            problem = _finding(best.fate, text, pid=best.stats.pid)
+            return msgspec.structs.replace(health, problems=(problem,))
         twins = tuple(_twins(best, more + same)) if best.stats.fresh else ()
         return msgspec.structs.replace(health, problems=twins + health.problems)
     if search.hidden:
@@ -97,6 +101,9 @@ def judge_search(search: Search, settings: Settings, max_age: float | None = Non
         problems.append(_finding("other_settings", text))
     problems += [Finding("obstacle", each.what, each.remedy) for each in search.obstacles]
     return Health("not running", tuple(problems))
+
+
+_FATES: Final = {"gone": "is there no more", "paused": "is paused"}
 
 
 def _twins(best: Found, candidates: list[Found]) -> Iterator[Finding]:
@@ -227,7 +234,7 @@ def _snapshot(stats: Stats) -> str:
     return f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
 
 
-def _finding(code: str, text: str, stats: Stats | None = None) -> Finding:
+def _finding(code: str, text: str, stats: Stats | None = None, pid: int = 0) -> Finding:
     if stats is None:
-        return Finding(code, text, remedy(code))
+        return Finding(code, text, remedy(code, pid=pid))
     return Finding(code, text, remedy(code, stats.database, stats.snapshot_dir))

@@ -7,7 +7,7 @@ import shlex
 from typing import Final
 
 
-def remedy(code: str, database: str = "", snapshot_dir: str = "") -> str:
+def remedy(code: str, database: str = "", snapshot_dir: str = "", pid: int = 0) -> str:
     """Return what to do about a finding, with commands that can be copied as they are."""
     check = "mbcap-watch check --database {database} --snapshot-dir {snapshot_dir}"
     names = {
@@ -15,7 +15,7 @@ def remedy(code: str, database: str = "", snapshot_dir: str = "") -> str:
         "directory": shlex.quote(os.path.dirname(database)),
         "snapshot_dir": shlex.quote(snapshot_dir),
     }
-    return REMEDIES[code].format(check=check.format(**names), **names)
+    return REMEDIES[code].format(check=check.format(**names), pid=pid, **names)
 
 
 REMEDIES: Final = {
@@ -28,6 +28,10 @@ REMEDIES: Final = {
     "stale": "its log says how it ended (journalctl -u mbcap-watch, docker logs); start it again. A"
     " process or container that is paused, or cannot write its stats file, looks like this, too:"
     " the log tells",
+    "gone": "it was killed, by the kernel perhaps (out of memory: journalctl -k), or crashed: see"
+    " its log (journalctl -u mbcap-watch, docker logs); then start it again"
+    " (systemctl start mbcap-watch)",
+    "paused": "let it go on: kill -CONT {pid}",
     "stuck": "`{check}` says which filesystem does not answer: bring its server back, or unmount it"
     " (umount -f -l); of a local disk, see dmesg. It goes on by itself once that answers",
     "first_look": "ask again in a moment",

@@ -1,0 +1,49 @@
+"""`check`, the running bridge: what `status` says of it, as far as no other line does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mbcap_watch.discover import find
+from mbcap_watch.finding import Finding, ok, problem, warning
+from mbcap_watch.health import judge_search
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from mbcap_watch.settings import Settings
+
+# What an examination of the files cannot see.
+_UNSEEN: Final = {"gone", "limit", "no_apply", "no_look", "rows_refused", "stale"}
+
+# What it names in lines of their own.
+_SEEN: Final = {"paused", "two_daemons"}
+
+
+def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
+    """Ask the bridge with these settings how it is. Blocks."""
+    return list(_examine(settings, environ))
+
+
+def _examine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+    search = find(settings, environ)
+    health = judge_search(search, settings)
+    if search.found and not health.healthy:
+        for each in health.problems:
+            if each.code in _UNSEEN:
+                yield problem("service", each.text, each.remedy)
+            elif each.code not in _SEEN:
+                remedy = "see the problems here: once they are repaired, it goes on by itself"
+                yield warning("service", f"{health.state}, unhealthy: {each.text}", remedy)
+    elif search.found:
+        yield ok("service", "running, healthy")
+    elif search.hidden:
+        yield ok("service", f"not known: {search.hidden[0].what}")
+    else:
+        yield ok("service", "no mbcap-watch runs with these settings")
+        for other in search.others:
+            if other.stats.fresh and other.stats.database == str(settings.database):
+                text = f"process {other.stats.pid} serves this database, but from another"
+                remedy = "check and status need its settings: --snapshot-dir, or --config"
+                where = f"snapshot directory: {other.stats.snapshot_dir}"
+                yield warning("service", f"{text} {where}", remedy)
