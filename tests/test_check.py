@@ -429,7 +429,7 @@ CHECK = """if True:
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)
-    findings = anyio.run(check.examine, Settings(sys.argv[1]), {})
+    findings = anyio.run(check.examine, Settings(sys.argv[1]), os.environ)
     print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
 """
 
@@ -471,6 +471,23 @@ def test_an_owner_who_may_not_write_the_directory(shared: Path) -> None:
     os.chmod(shared, 0o444)
     said = check_as(shared, NOBODY)("permissions", "problem")
     assert said.endswith(f"chmod u+rw {shared}; chmod u+rwx {shared.parent}")
+
+
+def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
+    """From here all looks well."""
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    runtime = shared.parent / "runtime"
+    runtime.mkdir()
+    os.chown(runtime, NOBODY, NOBODY)
+    script = f"export RUNTIME_DIRECTORY={runtime}"
+    with daemon("--database", shared, inside=runs, RUNTIME_DIRECTORY=str(runtime)):
+        deadline = time.monotonic() + 10
+        report = check_with(shared, script)
+        while ("service", "problem") not in report.worse:
+            assert time.monotonic() < deadline, shown(report)
+            report = check_with(shared, script)
+    assert f"user {NOBODY} may not write {shared}" in report("service", "problem")
+    assert {subject for subject, level in report.worse if level == "problem"} == {"service"}
 
 
 def test_files_that_lock_the_ingestor_out(shared: Path) -> None:

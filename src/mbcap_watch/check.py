@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -53,10 +54,9 @@ async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Findin
 
     """
     database, directory = settings.database, settings.snapshot_dir
-    outside, snapshot, service = await asyncio.gather(
+    outside, snapshot = await asyncio.gather(
         _ask(database, FILE_SECONDS, _in_thread(check_database.examine, database, environ)),
         _ask(directory, DATA_SECONDS, _in_thread(check_snapshot.examine, settings)),
-        _ask(RUNTIME, FILE_SECONDS, _in_thread(check_service.examine, settings, environ)),
     )
     parts = [outside]
     values: dict[str, Value] = {}
@@ -70,7 +70,13 @@ async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Findin
             _ask(database, DATA_SECONDS, _in_thread(check_contents.examine, settings, values)),
             _ask(database, FILE_SECONDS, _in_thread(check_host.examine, database)),
         )
-    parts.append(service)
+    findings = _flat(parts)
+    ask = partial(check_service.examine, explained=exit_code(findings) == 1)
+    service = await _ask(RUNTIME, FILE_SECONDS, _in_thread(ask, settings, environ))
+    return findings + _flat([service])
+
+
+def _flat(parts: Iterable[list[Finding] | Finding]) -> list[Finding]:
     return [each for part in parts for each in ([part] if isinstance(part, Finding) else part)]
 
 

@@ -20,21 +20,28 @@ _UNSEEN: Final = {"gone", "limit", "no_apply", "no_look", "rows_refused", "stale
 _SEEN: Final = {"paused", "two_daemons"}
 
 
-def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
-    """Ask the bridge with these settings how it is. Blocks."""
-    return list(_examine(settings, environ))
+def examine(settings: Settings, environ: Mapping[str, str], *, explained: bool) -> list[Finding]:
+    """Ask the bridge with these settings how it is. Blocks.
+
+    Args:
+        settings: of the bridge.
+        environ: the environment, for `RUNTIME_DIRECTORY`.
+        explained: whether a problem was found that may be why it is not well.
+
+    """
+    return list(_examine(settings, environ, explained=explained))
 
 
-def _examine(settings: Settings, environ: Mapping[str, str]) -> Iterator[Finding]:
+def _examine(
+    settings: Settings, environ: Mapping[str, str], *, explained: bool
+) -> Iterator[Finding]:
     search = find(settings, environ)
     health = judge_search(search, settings)
     if search.found and not health.healthy:
         for each in health.problems:
-            if each.code in _UNSEEN:
-                yield problem("service", each.text, each.remedy)
-            elif each.code not in _SEEN:
-                remedy = "see the problems here: once they are repaired, it goes on by itself"
-                yield warning("service", f"{health.state}, unhealthy: {each.text}", remedy)
+            # As another user, or a moment later, all may look well from here.
+            if each.code in _UNSEEN or not (explained or each.code in _SEEN):
+                yield problem("service", f"{health.state}: {each.text}", each.remedy)
     elif search.found:
         yield ok("service", "running, healthy")
     elif search.hidden:
