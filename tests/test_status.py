@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import urllib.request
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from mbcap_watch import snapshot_path
 from support import DEADLINE, document, put, wait_until
@@ -68,3 +71,31 @@ def test_an_age_that_is_none(database: Path) -> None:
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, check=False)
     assert done.returncode == 2
     assert b"--max-age: expected seconds or text" in done.stderr
+
+
+def test_a_terminal_that_knows_no_unicode(database: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, "status", "--database", str(database.with_name("größe.db"))],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "x no mbcap-watch runs with" in done.stdout
+    assert "  -> start it" in done.stdout
+    assert "gr\\xf6\\xdfe.db" in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written(database: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "status", "--database", str(database)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "standard output" in done.stderr

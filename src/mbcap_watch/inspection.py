@@ -88,7 +88,10 @@ def show_status(
     else:
         from rich.console import Console  # noqa: PLC0415 - as above
 
-        status.render(stats, found, Console())
+        try:
+            status.render(stats, found, Console())
+        except OSError as exc:  # its disk is full, say, which is when this command is needed
+            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
     raise typer.Exit(0 if found.healthy else 1)
 
 

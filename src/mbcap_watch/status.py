@@ -53,19 +53,28 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
     from rich.text import Text  # noqa: PLC0415 - as above
 
+    def plain(text: str) -> Text:
+        shown = visible(text).encode(console.encoding, "backslashreplace")
+        return Text(shown.decode(console.encoding))
+
+    fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
+    cross, arrow = ("✗", "→") if fancy else ("x", "->")
     style, word = ("green", "healthy") if health.healthy else ("red", "unhealthy")
     console.print(Text(f"{health.state}, {word}", style=f"bold {style}"))
-    for mark, style, findings in (("✗", "red", health.problems), ("!", "yellow", health.warnings)):
+    for mark, style, findings in (
+        (cross, "red", health.problems),
+        ("!", "yellow", health.warnings),
+    ):
         for finding in findings:
-            console.print(Text(f"{mark} {visible(finding.text)}", style=style), soft_wrap=True)
-            console.print(Text(f"  → {visible(finding.remedy)}"), soft_wrap=True)
+            console.print(plain(f"{mark} {finding.text}"), style=style, soft_wrap=True)
+            console.print(plain(f"  {arrow} {finding.remedy}"), soft_wrap=True)
     if stats is None:
         return
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows(stats):
-        table.add_row(name, Text(visible(value)))
+        table.add_row(name, plain(value))
     console.print(table)
 
 
