@@ -457,6 +457,7 @@ def test_what_belongs_to_somebody_else(shared: Path) -> None:
     os.chmod(shared.parent, 0o700)
     report = check_as(shared, NOBODY)
     assert f"may not enter {shared.parent}" in report("database", "problem")
+    assert "Permission denied" in report("watch", "ok")  # not that it does not exist
     assert report.worse == {("database", "problem"), ("snapshot dir", "problem")}
 
 
@@ -531,6 +532,16 @@ def test_a_full_disk(installation: Path) -> None:
     report = check_with(near / "m.db", script)
     assert "the disk is full" in report("disk space", "problem")
     assert f"df -h {near}" in report("disk space", "problem")
+
+
+def test_a_disk_without_inodes(installation: Path) -> None:
+    near = installation.parent / "near"
+    near.mkdir()
+    script = f"mount -t tmpfs -o nr_inodes=6 none {near}; cp {installation} {near}/m.db"
+    script += f"; touch {near}/1 {near}/2 {near}/3 {near}/4 {near}/5 2>/dev/null || true"
+    said = check_with(near / "m.db", script)("disk space", "problem")
+    assert "no inode is left" in said
+    assert f"df -i {near}" in said
 
 
 def test_a_read_only_volume(installation: Path) -> None:

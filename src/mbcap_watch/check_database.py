@@ -261,6 +261,11 @@ def judge_space(directory: Path, space: os.statvfs_result) -> Finding:
     remedy = f"make room (df -h {shlex.quote(str(directory))}); what waits is written then"
     if space.f_blocks and free < _SPACE_NEEDED:
         return problem("disk space", f"the disk is full: {size(free)} free", remedy)
+    if space.f_files and not space.f_favail:
+        remedy = (
+            f"remove small files (df -i {shlex.quote(str(directory))}); what waits is written then"
+        )
+        return problem("disk space", f"no inode is left, though {size(free)} are free", remedy)
     if free < _SPACE_SCARCE and share < _SCARCE_SHARE:
         return warning("disk space", f"only {size(free)} ({share:.0%}) free", remedy)
     return ok("disk space", f"{size(free)} free")

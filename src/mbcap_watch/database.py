@@ -227,7 +227,8 @@ def _identity(database: Path) -> tuple[int, int]:
         cause: Cause = "not_permitted" if isinstance(exc, PermissionError) else "disk_error"
         raise DatabaseFailed(database, f"cannot be reached: {exc.strerror}", cause) from exc
     if not stat.S_ISREG(status.st_mode):
-        raise DatabaseFailed(database, "is not a regular file", "not_a_file")
+        kind = "a directory, " if stat.S_ISDIR(status.st_mode) else ""
+        raise DatabaseFailed(database, f"is {kind}not a regular file", "not_a_file")
     return status.st_dev, status.st_ino
 
 

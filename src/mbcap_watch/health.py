@@ -181,7 +181,7 @@ def _overdue(stats: Stats, max_age: float | None) -> Iterator[Finding]:
         when = ago(age) if stats.last_apply else "never"
         text = f"the database was last compared with a snapshot {when}"
         if waiting:
-            yield _finding("no_snapshot", f"{text}: there is none at {_snapshot(stats)}")
+            yield _finding("no_snapshot", f"{text}: there is none at {_snapshot(stats)}", stats)
         else:
             yield _finding("no_apply", f"{text}; it is due every {duration(stats.resync)} (resync)")
 
@@ -191,7 +191,7 @@ def _warn(stats: Stats) -> Iterator[Finding]:
     if stats.watch.last_look is None:
         yield _finding("first_look", "the first look has not ended yet")
     if _waits_for_snapshot(stats):
-        yield _finding("no_snapshot", f"there is no snapshot at {_snapshot(stats)} yet")
+        yield _finding("no_snapshot", f"there is no snapshot at {_snapshot(stats)} yet", stats)
     if trouble is not None and trouble.persists and not tuple(_trouble(stats)):
         text = f"not every table can be served: {trouble.error}"
         yield Finding("table_waits", text, remedy("schema_missing"))

@@ -41,7 +41,8 @@ REMEDIES: Final = {
     "no_apply": "allow more than the resync by --max-age; else restart it, and report its log",
     # The snapshot.
     "no_snapshot": "see whether CoreScope's server runs and publishes to this path; in a container,"
-    " both must mount the same directory; set --snapshot-dir if it is elsewhere",
+    " both must mount the same directory; set --snapshot-dir if it is elsewhere. It is expected"
+    " beside the database: `{check}` says whether that is there",
     "snapshot_misplaced": "remove what stands in the way (ls -la), and let the publisher publish",
     "snapshot_unreadable": "let the user of this process read the file and enter every directory"
     " above it (namei -l {snapshot_dir}/snapshot.json); on NFS, see the server's export",

@@ -76,7 +76,7 @@ class Watch:
             missing = not os.path.exists(directory)
             # It may have been made just now, between the two calls.
             self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
-            if missing:
+            if missing and not isinstance(exc, PermissionError):
                 self._say(f"{directory} does not exist yet")
             else:
                 self._say(f"no inotify watch on {directory} for now: {exc.strerror}")
