@@ -12,7 +12,6 @@ written anew at the next start.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -149,7 +148,7 @@ class Ack:
 
 def encode(result: PersistResult) -> bytes:
     """Return the answer as JSON, one line; the publisher's own field is named as it names it."""
-    fields = dataclasses.asdict(result)
+    fields = result.to_dict()
     answer = {
         "writtenAt": fields.pop("written_at"),
         "resultAt": timestamp.now(),

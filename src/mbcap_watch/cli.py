@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
@@ -206,7 +205,7 @@ def _print_preview(
     result: PersistResult, changes: list[tuple[str, Change]], *, as_json: bool
 ) -> None:
     if as_json:
-        fields = dataclasses.asdict(result)
+        fields = result.to_dict()
         fields["dry_run"] = True
         fields["changes"] = [
             {"table": table, "public_key": c.public_key, "from": c.before, "to": c.after}

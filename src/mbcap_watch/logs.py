@@ -79,7 +79,7 @@ class ResultLog:
         """Log `result` if it is news."""
         now = self._clock()
         _count_held_back(self._trouble, now)
-        data = {"data": dataclasses.asdict(result)}
+        data = {"data": result.to_dict()}
         # Rows that are refused are named once; which and how many they are may change each time.
         text = "rows" if result.failed_rows else result.error
         trouble = (result.outcome, text) if _is_trouble(result) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -50,7 +50,8 @@ class PersistResult:
         error: what went wrong, for people; None if nothing did.
         seconds: how long all of it took.
         lock_seconds: the longest single hold of the write lock; 0.0 if it was never taken.
-        cause: what is behind a database that `failed`, for programs; None if that cannot be told.
+        cause: what is behind a database that `failed`, for programs that hold the result; None if
+            that cannot be told. Not in the JSON, where `error` says it.
 
     """
 
@@ -76,9 +77,15 @@ class PersistResult:
         """Rows that were written, in both tables."""
         return self.changed_active + self.changed_inactive
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return exactly the fields of the JSON, in the order above."""
+        fields = dataclasses.asdict(self)
+        del fields["cause"]
+        return fields
+
     def to_json(self) -> str:
-        """Return one JSON object with exactly these fields, in this order, on one line."""
-        return msgspec.json.encode(self).decode()
+        """Return one JSON object with the fields of `to_dict`, on one line."""
+        return msgspec.json.encode(self.to_dict()).decode()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
