@@ -210,7 +210,6 @@ async def test_no_permission_on_the_wal(database: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 1, done
             assert f"may not write {path} (user" in done.stdout
-            assert '"cause":"not_permitted"' in done.stdout
             path.chmod(0o644)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, '"outcome":"applied"' in done.stdout) == (0, True), done
