@@ -321,3 +321,35 @@ def test_a_stuck_call_does_not_keep_the_process(tmp_path: Path) -> None:
         timeout=DEADLINE,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+
+
+NO_DESCRIPTORS = """
+import asyncio, os, resource
+import anyio
+from mbcap_watch.worker import Worker
+
+async def main():
+    with anyio.move_on_after(1):  # anyio imports what it needs with the first use
+        await anyio.sleep(0)
+    lowest = os.dup(0)
+    os.close(lowest)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    async with asyncio.timeout(5), Worker() as worker:
+        print(await worker.call(lambda: "called"), flush=True)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        print(await worker.call(lambda: worker.run(asyncio.sleep(0, "run"))), flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_calls_do_without_descriptors_and_the_loop_comes_when_there_are_some() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_DESCRIPTORS],
+        check=False,
+        text=True,
+        capture_output=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "called\nrun\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -134,7 +135,7 @@ class Worker:
         return self._runner.run(work)
 
     def _run(self) -> None:
-        with self._runner:
+        with contextlib.closing(self._runner):  # `with self._runner` would make the loop now
             while (call := self._calls.get()) is not None:
                 call()
         if self.at_end is not None:
