@@ -9,9 +9,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import msgspec
 import pytest
 
-from mbcap_watch import DatabaseFailed, Settings, persist_once, snapshot_path, store
+from mbcap_watch import DatabaseFailed, PersistResult, Settings, persist_once, snapshot_path, store
 from mbcap_watch.database import open_database
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.service import preview_once
@@ -29,7 +30,6 @@ from support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mbcap_watch import PersistResult
     from mbcap_watch.plan import Value
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -495,6 +495,29 @@ async def test_a_wal_that_nobody_else_checkpoints_does_not_grow_for_ever(databas
         assert database.stat().st_size < 1 << 20
         await apply(database, ("aa11", "confirmed"))
         assert database.stat().st_size > 8 << 20, "the rows have been moved over"
+
+
+async def test_a_checkpoint_that_fails_takes_nothing_back(database: Path) -> None:
+    """The disk takes the rows, in the WAL, and is full when they are to be moved over."""
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    script = """
+        import asyncio, resource, sys
+        from mbcap_watch import Settings, persist_once
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, resource.RLIM_INFINITY))
+        print(asyncio.run(persist_once(Settings(database=sys.argv[1]))).to_json(), flush=True)
+    """
+    with connect(database) as other:
+        other.execute("PRAGMA wal_autocheckpoint = 0")
+        other.execute("UPDATE inactive_nodes SET name = ?", ("x" * 3_000_000,))
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        large = "UPDATE nodes SET name = ? WHERE public_key <> 'aa11'"
+        other.execute(large, ("x" * 3_000_000,))
+        assert 8 << 20 < wal_size(database) < 15 << 20
+        assert wal_size(database) + database.stat().st_size > 17 << 20
+        with other_process(script, str(database)) as process:
+            result = msgspec.json.decode(read_line(process), type=PersistResult)
+        assert (result.outcome, result.changed, result.error) == ("applied", 1, None)
+        assert ("nodes", "aa11", 2, "") in read_rows(database)
 
 
 async def test_no_file_is_left_beside_an_idle_database(database: Path) -> None:

@@ -125,9 +125,13 @@ class _Connection(sqlite3.Connection):
         SQLite's automatic checkpoint would do it inside COMMIT, every 1,000 pages, and make the
         longest batches ten times as long. A passive one holds up neither readers nor writers
         (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint).
+
+        If it fails, on a full disk, say, what was committed is safe in the WAL all the same, and
+        it is for a later one to do. SQLite's automatic checkpoint fails in silence as well.
         """
         self._unchecked = 0
-        self.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
+        with contextlib.suppress(sqlite3.Error):
+            self.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
 
     def _tune(self) -> None:
         """Do not flush to disk while holding the lock, where that is safe.
