@@ -65,6 +65,16 @@ def test_results_are_counted() -> None:
     assert stats.last_result.changed_active == 1
 
 
+def test_rows_written_before_the_database_was_busy_are_counted_once() -> None:
+    """Each result of a busy database tells of all the work so far, and so does the last."""
+    metrics = make()
+    for _ in range(3):
+        metrics.on_result(result("busy", "is locked", changed_active=500, failed_rows=1))
+    metrics.on_result(result("applied", changed_active=1000, failed_rows=1))
+    stats = metrics.snapshot(NOW)
+    assert (stats.changed_active, stats.failed_rows) == (1000, 1)
+
+
 @pytest.mark.parametrize(
     "count, p50, p95, p99, largest",
     [(1, 1, 1, 1, 1), (2, 1, 2, 2, 2), (100, 50, 95, 99, 100), (1000, 500, 950, 990, 1000)],

@@ -86,9 +86,10 @@ class Metrics:
         self._result = (result, now)
         self._outcomes[result.outcome] += 1
         self._reasons[result.reason] += 1
-        self._active += result.changed_active
-        self._inactive += result.changed_inactive
-        self._failed += result.failed_rows
+        if result.outcome != "busy":  # that counts its rows, and so does the result that ends it
+            self._active += result.changed_active
+            self._inactive += result.changed_inactive
+            self._failed += result.failed_rows
         compared = result.outcome in ("applied", "unchanged")
         if compared:
             self._applied = (result.outcome, now)
