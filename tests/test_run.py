@@ -241,6 +241,25 @@ async def test_timings_tell_lag_waits_and_holds(database: Path) -> None:
         group.cancel_scope.cancel()
 
 
+async def test_the_lag_of_a_snapshot_that_had_to_wait_is_told(database: Path) -> None:
+    timings: list[Timings] = []
+    async with anyio.create_task_group() as group:
+        settings = Settings.from_mapping({"database": database, **QUIET, "resync": "100ms"})
+        await group.start(partial(run, settings, on_timings=timings.append))
+        with locked(database) as release:
+            put(document(("aa11", "confirmed")), snapshot_path(database))
+            await anyio.sleep(0.5)
+            release()
+        await until(lambda: timings)
+        assert timings[0].lag is not None
+        assert 0.5 <= timings[0].lag < 5
+        with connect(database) as other:
+            other.execute("UPDATE nodes SET multibyte_sup = 0")
+        await until(lambda: timings[-1].holds and timings[-1] is not timings[0])
+        assert timings[-1].lag is None, "the snapshot is not new any more"
+        group.cancel_scope.cancel()
+
+
 # ------------------------------------------------------------------------------ as a host sees it
 
 

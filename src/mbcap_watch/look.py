@@ -101,6 +101,7 @@ class Looker:
         self._on_progress = on_progress
         self._seen: Fingerprint | None = None
         self._busy: _Attempt | None = None
+        self._behind = False  # whether there was a new snapshot since the last full comparison
         self._applied: dict[str, plan.Value] | None = None
         self.error: SnapshotError | DatabaseError | None = None
         self.snapshot_changed = False
@@ -137,8 +138,10 @@ class Looker:
         self.timings = None
         if now == known:
             return None
+        self._behind |= self.snapshot_changed
         if reading.targets is not None and error is None:
             self.timings = self._timings(reading, attempt.ledger)
+            self._behind = False
             values = reading.targets.values
             self._applied = values if len(values) <= KEPT_ENTRIES else None
         self._seen, self.error = now, error
@@ -149,7 +152,7 @@ class Looker:
     def _timings(self, reading: Reading, ledger: Ledger) -> Timings:
         lag = None
         committed, changed = ledger.committed_at, ledger.changed.total()
-        if self.snapshot_changed and reading.changed_at and committed and changed:
+        if self._behind and reading.changed_at and committed and changed:
             lag = committed - reading.changed_at
         return Timings(
             lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
