@@ -131,7 +131,6 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         sampled_at: when this was true; in JSON `sampledAt`, RFC 3339, as CoreScope writes it.
-        rival_pid: another process that keeps writing the same stats file; None without one.
         last_apply: when a look last compared the database, and so left it as the snapshot says.
         snapshot_written_at: `writtenAt` of the snapshot that was read last; `snapshot_time` the
             same in seconds. None if there is none, or if it has none but Go's zero time.
@@ -165,7 +164,6 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     lag_ms: Spread
     mbcap_persist: Lock
     recent: tuple[Recent, ...]
-    rival_pid: int | None = None
 
     @property
     def sampled(self) -> float:
@@ -174,7 +172,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def seconds_of(written_at: str | None) -> float | None:
-    """Return a canonical `writtenAt` in seconds since the epoch; None for Go's zero time."""
-    if written_at is None or written_at == timestamp.ZERO:
+    """Return a canonical `writtenAt` in seconds since the epoch; None for Go's zero time.
+
+    None, too, for the year 0, which RFC 3339 and Go have and Python has not.
+    """
+    if written_at is None or written_at == timestamp.ZERO or written_at.startswith("0000"):
         return None
     return datetime.fromisoformat(written_at).timestamp()
