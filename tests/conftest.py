@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -12,7 +13,7 @@ from mbcap_watch import ensure_snapshot_dir
 from support import Row, at_rest, make_database, open_descriptors, thread_names, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
@@ -55,6 +56,24 @@ def database(tmp_path: Path) -> Path:
     path = make_database(tmp_path / "meshcore.db", SEED)
     ensure_snapshot_dir(path)
     return path
+
+
+@pytest.fixture
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with a number: so many threads more can be started from then on."""
+    start = threading.Thread.start
+
+    def limit(spare: int) -> None:
+        most = threading.active_count() + spare
+
+        def start_if_there_is_room(thread: threading.Thread) -> None:
+            if threading.active_count() >= most:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_if_there_is_room)
+
+    return limit
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from mbcap_watch.result import PersistResult, Timings, WatchState
 from support import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
@@ -164,6 +164,18 @@ def test_silent_clients_hold_up_no_other_and_not_the_end(endpoint: Endpoint) -> 
     assert time.monotonic() - started < 4
     for client in silent:
         client.close()
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_without_a_thread_it_serves_later(few_threads: Callable[[int], None]) -> None:
+    endpoint = Endpoint("127.0.0.1", 0)
+    few_threads(0)
+    with pytest.raises(BlockingIOError):  # which the heartbeat logs; the bridge goes on
+        endpoint.write(stats())
+    few_threads(9)
+    endpoint.write(stats())
+    assert get(endpoint, "/healthz")[0] == 200
+    endpoint.remove()
 
 
 def load(**options: Any) -> config.Config:

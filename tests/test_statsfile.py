@@ -330,6 +330,23 @@ async def test_what_cannot_be_written_is_logged_once(
 
 @pytest.mark.anyio
 @pytest.mark.usefixtures("fast", "no_leaks")
+async def test_a_thread_that_cannot_be_started_is_started_later(
+    caplog: pytest.LogCaptureFixture, few_threads: Callable[[int], None]
+) -> None:
+    keeper, well = Keeper(lambda _: None, blocks=True), Keeper(lambda _: None)
+    caplog.set_level("INFO", "mbcap_watch")
+    few_threads(0)
+    with Heartbeat([keeper, well], sample):
+        await until(lambda: well.count > 2)
+        assert keeper.count == 0
+        few_threads(9)
+        await until(lambda: keeper.count > 2)
+    assert keeper.removed
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("fast", "no_leaks")
 async def test_a_disk_that_does_not_answer_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,6 +20,7 @@ import anyio
 import pytest
 
 from mbcap_watch import inotify, look, snapshot_path, worker
+from mbcap_watch.inotify import InotifyWatch
 from support import (
     Results,
     bridge,
@@ -35,7 +36,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -350,6 +351,30 @@ def test_no_descriptor_is_left_for_the_observer(tmp_path: Path, spare: int) -> N
     leaked, _, outcomes = done.stdout.partition(" ")
     assert leaked == "0", done
     assert outcomes.strip() == ("{'armed'}" if spare >= 4 else "{'Too many open files'}"), done
+
+
+@pytest.mark.parametrize("spare", range(4))
+def test_without_threads_nothing_is_left_behind(
+    tmp_path: Path, few_threads: Callable[[int], None], spare: int
+) -> None:
+    few_threads(spare)
+    if spare < 3:
+        with pytest.raises(BlockingIOError):
+            InotifyWatch(tmp_path, lambda: None)
+    else:
+        InotifyWatch(tmp_path, lambda: None).close()
+
+
+@pytest.mark.parametrize("spare", [1, 2])
+def test_a_thread_that_somebody_else_takes_at_the_last_moment(
+    tmp_path: Path,
+    few_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    spare: int,
+) -> None:
+    monkeypatch.setattr("mbcap_watch.inotify.require_threads", lambda _: few_threads(spare))
+    with pytest.raises(BlockingIOError):
+        InotifyWatch(tmp_path, lambda: None)
 
 
 async def test_a_thread_of_watchdog_dies(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

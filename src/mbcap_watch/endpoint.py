@@ -22,6 +22,7 @@ from mbcap_watch import status
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.exposition import registry_of
 from mbcap_watch.health import judge
+from mbcap_watch.limits import no_thread
 
 if TYPE_CHECKING:
     from mbcap_watch.stats import Stats
@@ -62,10 +63,18 @@ class Endpoint:
         )
 
     def write(self, stats: Stats) -> None:
-        """Serve `stats` from now on."""
+        """Serve `stats` from now on.
+
+        Raises:
+            OSError: there is no thread for it.
+
+        """
         self._server.latest = stats, time.monotonic()
         if self._thread.ident is None:
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError as exc:
+                raise no_thread() from exc
 
     def remove(self) -> None:
         """Serve no more."""

@@ -136,13 +136,14 @@ class _KeptInThread(_Kept):
     def offer(self, stats: Stats, now: float) -> None:
         if now < self._due or not self._offers.empty():  # what came before still waits
             return
-        self._due = now + self._keeper.every
-        self._offers.put(stats)
         if self._thread.ident is None:
             try:
                 self._thread.start()
             except RuntimeError as exc:  # the limit on threads is reached
                 self._note(f"{self._keeper.path}: cannot be written: {exc}")
+                return
+        self._due = now + self._keeper.every
+        self._offers.put(stats)
 
     def end(self) -> None:
         if self._thread.ident is not None:

@@ -15,7 +15,7 @@ from watchdog.events import DirDeletedEvent, FileSystemEvent, FileSystemEventHan
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
 from watchdog.observers.inotify_c import InotifyConstants, Mask
 
-from mbcap_watch.limits import require_descriptors, require_thread
+from mbcap_watch.limits import no_thread, require_descriptors, require_threads
 from mbcap_watch.wire import SNAPSHOT_NAME
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ _MASK: Final = Mask(
 _DATA_LINK: Final = "..data"
 _NAMES: Final = frozenset({SNAPSHOT_NAME, _DATA_LINK})
 
-# An observer opens an inotify instance and a pipe.
+# An observer opens an inotify instance and a pipe, and starts a thread each for reading from it,
+# for its one watch, and for telling us.
 _DESCRIPTORS: Final = 3
+_THREADS: Final = 3
 
 # An observer that has begun to stop ends within half a second (measured); this is for the odd case.
 _STOP_SECONDS: Final = 5.0
@@ -77,21 +79,27 @@ class InotifyWatch:
                 when the directory goes. It must not block or raise.
 
         Raises:
-            OSError: the directory cannot be watched (missing, no permission, ENOSPC or EMFILE
-                for the kernel's limits, …). Nothing is left behind.
+            OSError: the directory cannot be watched (missing, no permission, ENOSPC, EMFILE or
+                EAGAIN for the kernel's limits, …). Nothing is left behind.
 
         """
         self._directory = directory
         self._identity = _identity(directory)
         # watchdog's constructor leaks what it had opened when it fails.
         require_descriptors(_DESCRIPTORS)
-        require_thread()
-        self._observer = _Observer()
+        require_threads(_THREADS)
+        try:
+            self._observer = _Observer()
+        except RuntimeError as exc:  # somebody else has taken the thread meanwhile
+            raise no_thread() from exc
         try:
             self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
             self._observer.start()
             self._kernel_watches = self._read_kernel_watches()
             self._require_kernel_watch()
+        except RuntimeError as exc:
+            self.close()
+            raise no_thread() from exc
         except BaseException:
             self.close()
             raise

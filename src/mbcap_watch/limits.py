@@ -22,16 +22,28 @@ def require_descriptors(count: int) -> None:
             os.close(descriptor)
 
 
-def require_thread() -> None:
-    """Raise now if no thread can be started.
+def require_threads(count: int) -> None:
+    """Raise now if so many threads cannot be started.
 
     Raises:
         OSError: EAGAIN, as the kernel says it (clone(2)).
 
     """
-    thread = threading.Thread(target=lambda: None)
+    enough = threading.Event()
+    started: list[threading.Thread] = []
     try:
-        thread.start()
+        for _ in range(count):
+            thread = threading.Thread(target=enough.wait, daemon=True)
+            thread.start()
+            started.append(thread)
     except RuntimeError as exc:
-        raise OSError(errno.EAGAIN, "no thread can be started") from exc
-    thread.join()
+        raise no_thread() from exc
+    finally:
+        enough.set()
+        for thread in started:
+            thread.join()
+
+
+def no_thread() -> OSError:
+    """Return the error for a thread that could not be started; Python's says only RuntimeError."""
+    return OSError(errno.EAGAIN, "no thread can be started")
