@@ -371,6 +371,30 @@ def test_signals_at_any_moment_and_again_end_it_cleanly(database: Path) -> None:
         (database.parent / "results.jsonl").unlink()
 
 
+def test_a_log_that_nobody_reads_does_not_hold_up_the_end(database: Path) -> None:
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-m", "mbcap_watch", "run", "--database", str(database)]
+    with subprocess.Popen(command, stderr=write_end, env=environment()) as process:
+        try:
+            line = b""
+            while b"waiting for a snapshot" not in line:
+                line = os.read(read_end, 65536)
+            # Opened anew, so that it is not the daemon's end that does not block.
+            filler = os.open(f"/proc/self/fd/{write_end}", os.O_WRONLY | os.O_NONBLOCK)
+            with contextlib.suppress(BlockingIOError):
+                while os.write(filler, b"x"):
+                    pass
+            os.close(filler)
+            started = time.monotonic()
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+            assert time.monotonic() - started < 5
+        finally:
+            process.kill()
+            os.close(read_end)
+            os.close(write_end)
+
+
 def test_a_reader_that_leaves_ends_the_daemon_with_one_line(database: Path) -> None:
     done = subprocess.run(
         [f"{sys.executable} -m mbcap_watch run --json --database {database} | true"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -59,11 +60,16 @@ class Stop:
         if self._signum is not None:
             return
         self._signum = signum
-        logger.info("stopping on %s", signal.Signals(signum).name)
-        if self._tell is not None:
-            self._tell()
         last_resort = threading.Timer(_STOP_SECONDS, os._exit, [0])
         last_resort.daemon = True
-        last_resort.start()
-        if self._cancel is not None:
-            self._cancel()
+        with contextlib.suppress(RuntimeError):  # there is no thread for it
+            last_resort.start()
+        with contextlib.suppress(RuntimeError):  # the event loop has ended already
+            if self._cancel is not None:
+                self._cancel()
+        # Last, because the log may be a pipe that nobody reads. The signal can have struck while
+        # it was being written, and what Python buffers cannot be written inside of itself.
+        with contextlib.suppress(RuntimeError):
+            if self._tell is not None:
+                self._tell()
+            logger.info("stopping on %s", signal.Signals(signum).name)
