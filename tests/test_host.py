@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from mbcap_watch import (
     TransactionOpen,
     Trigger,
     apply_snapshot,
+    plan,
     run,
     service,
     snapshot_path,
@@ -68,6 +70,25 @@ async def test_results_are_pulled_in_order(database: Path) -> None:
                 break
             put(document(("aa11", "confirmed", str(len(seen)))), snapshot_path(database))
     assert seen == [("start", "no_snapshot"), ("rename", "applied"), ("rename", "applied")]
+
+
+async def test_entering_waits_for_a_first_look_that_takes_long(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mbcap_watch.worker.STUCK_SECONDS", 0.3)
+    monkeypatch.setattr("mbcap_watch.store.PAGE_ROWS", 1)
+    compare = plan.compare
+
+    def compare_slowly(*args: Any) -> plan.Comparison:
+        time.sleep(0.1)
+        return compare(*args)
+
+    monkeypatch.setattr(plan, "compare", compare_slowly)
+    put(document(("aa11", "confirmed"), ("ff66", "confirmed")), snapshot_path(database))
+    async with watch(quiet(database)) as results:
+        assert results.state.last_look is not None
+        assert results.state.last_progress is not None
+        assert ("nodes", "aa11", 2, "") in read_rows(database)
 
 
 async def test_entering_returns_when_the_first_look_is_done(database: Path) -> None:

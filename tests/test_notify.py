@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -12,15 +13,15 @@ import subprocess
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from mbcap_watch import PersistResult, Settings, WatchState, run
+from mbcap_watch import PersistResult, Settings, WatchState, plan, run, store
 from mbcap_watch.notify import Notifier
 from mbcap_watch.worker import STUCK_SECONDS
-from support import QUIET, document, put, until, wait_until
+from support import QUIET, connect, document, put, until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -238,6 +239,36 @@ def test_a_start_that_hangs_is_given_time_and_is_not_ready(path: Path, manager: 
     assert manager.read()[0] == "READY=1"
 
 
+def test_a_long_look_feeds_the_watchdog_as_it_gets_on(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(LOOKED)
+    manager.read()
+    for _ in range(3):
+        clock[0] += 31
+        told.on_state(dataclasses.replace(LOOKED, last_progress=clock[0]))
+        assert manager.read() == ["WATCHDOG=1"]
+        told.on_state(dataclasses.replace(LOOKED, last_progress=clock[0]))
+        assert manager.read() == []
+
+
+def test_a_long_first_look_is_given_time_as_it_gets_on(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(WatchState(stuck_since=1.0))
+    manager.read()
+    for _ in range(3):
+        clock[0] += 31
+        told.on_state(WatchState(last_progress=clock[0]))
+        assert "EXTEND_TIMEOUT_USEC=60000000" in manager.read()
+    told.on_state(WatchState(last_progress=clock[0]))
+    assert manager.read() == []
+    told.on_state(LOOKED)
+    assert manager.read()[0] == "READY=1"
+
+
 # ------------------------------------------------------------------------------ trouble
 
 
@@ -300,6 +331,45 @@ async def test_with_a_running_bridge(path: Path, manager: Manager, database: Pat
         assert manager.read() == []
         told._fed -= 13
         await until(lambda: manager.read() == ["WATCHDOG=1"], "the watchdog's food")
+        group.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_bridge_with_much_to_do_at_its_start(
+    path: Path, manager: Manager, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every page takes as long as a slow machine takes for thousands of rows."""
+    monkeypatch.setattr("mbcap_watch.worker.STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(store, "PAGE_ROWS", 1)
+    compare = plan.compare
+
+    def compare_slowly(*args: Any) -> plan.Comparison:
+        time.sleep(0.2)
+        return compare(*args)
+
+    monkeypatch.setattr(plan, "compare", compare_slowly)
+    keys = [f"k{number}" for number in range(10)]
+    with connect(database) as other:
+        for key in keys:
+            other.execute("INSERT INTO nodes (public_key) VALUES (?)", (key,))
+    put(
+        document(*((key, "confirmed") for key in keys)),
+        database.parent / "mbcap-snapshot" / "snapshot.json",
+    )
+    settings = Settings.from_mapping({**QUIET, "database": database})
+    told = Notifier({"NOTIFY_SOCKET": str(path)}, settings)
+    lines: list[str] = []
+
+    def on_state(state: WatchState) -> None:
+        told.on_state(state)
+        lines.extend(manager.read())
+
+    async with anyio.create_task_group() as group:
+        await group.start(partial(run, settings, on_result=told.on_result, on_state=on_state))
+        assert lines.count("EXTEND_TIMEOUT_USEC=60000000") >= 3
+        assert lines.index("READY=1") > lines.index("EXTEND_TIMEOUT_USEC=60000000")
+        assert not any("stuck" in line for line in lines)
         group.cancel_scope.cancel()
 
 

@@ -427,7 +427,8 @@ def test_a_long_apply_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch)
                     thread.note_progress()
 
             await thread.call(long_work)
-            assert told == []
+            assert set(told) == {None}, "it gets on"
+            told.clear()
             await thread.call(time.sleep, 0.5)
 
     asyncio.run(main())

@@ -274,6 +274,24 @@ async def test_a_call_that_stays_stuck_is_told_again() -> None:
         blocked.release.set()
 
 
+async def test_a_long_call_that_gets_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbcap_watch.worker.STUCK_SECONDS", 1.0)
+    told, end = Told(), threading.Event()
+
+    async with Worker(told) as worker, asyncio.timeout(DEADLINE):
+
+        def get_on() -> None:
+            while not end.wait(0.01):
+                worker.note_progress()
+
+        call = asyncio.create_task(worker.call(get_on))
+        await told.told.wait()
+        assert told.times == [None]
+        end.set()
+        await call
+    assert told.times == [None]
+
+
 async def test_a_quick_call_is_not_told() -> None:
     told = Told()
     async with Worker(told) as worker:

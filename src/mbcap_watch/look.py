@@ -180,7 +180,7 @@ class Looker:
         self, known: Fingerprint | None, ledger: Ledger
     ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
         settings = self._settings
-        reading = read(settings, known)
+        reading = read(settings, known, self._worker.note_progress)
         if reading.targets is None or ledger.stopped:
             return reading, reading.error
         values = reading.targets.values
@@ -240,12 +240,17 @@ class _Attempt(NamedTuple):
     started: float
 
 
-def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
+def read(
+    settings: Settings,
+    known: Fingerprint | None = None,
+    note_progress: Callable[[], None] = lambda: None,
+) -> Reading:
     """Read the snapshot and see what it wants. Blocks.
 
     Args:
         settings: which files, and how large the snapshot may be.
         known: if the files still have this fingerprint, the snapshot is not parsed.
+        note_progress: called after each step; a million entries take a small machine many seconds.
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
@@ -257,14 +262,16 @@ def read(settings: Settings, known: Fingerprint | None = None) -> Reading:
     fingerprint = Fingerprint(hash(data), database)
     if fingerprint == known:
         return Reading(fingerprint)
+    note_progress()
     try:
         snapshot = parse(data, source=str(path))
     except SnapshotMalformed as exc:
         return Reading(fingerprint, error=exc)
     del data
-    return Reading(
-        fingerprint, plan.targets(snapshot.entries), snapshot.written_at, changed_at=changed_at
-    )
+    note_progress()
+    targets = plan.targets(snapshot.entries)
+    note_progress()
+    return Reading(fingerprint, targets, snapshot.written_at, changed_at=changed_at)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -2,8 +2,9 @@
 
 Datagrams to `$NOTIFY_SOCKET`, without a library. Nothing is sent where there is none.
 
-The watchdog is fed by looks that came to their end, never by a timer: a bridge whose event loop
-hangs, or whose looks stop, is restarted by systemd after WatchdogSec=.
+The watchdog is fed by looks that came to their end, and during a long one by each few thousand rows
+read or written, never by a timer: a bridge whose event loop hangs, or whose looks stop, is
+restarted by systemd after WatchdogSec=. A first look that takes long puts off TimeoutStartSec=.
 
 A filesystem that does not answer is another matter: the bridge itself says so
 (`WatchState.stuck_since`), its event loop lives, and it goes on by itself when the mount does. A
@@ -36,6 +37,10 @@ logger = logging.getLogger("mbcap_watch")
 # is over, a restart is worth a try.
 _PUT_OFF_SECONDS: Final = 7 * 24 * 3600
 
+# By how much each sign of progress puts off the end of a start. The next one comes, or the bridge
+# calls itself stuck, within twice `STUCK_SECONDS`.
+_START_SECONDS: Final = 60
+
 
 class Notifier:
     """Hooks for `run` that keep the service manager informed. Never blocks, never raises.
@@ -56,7 +61,7 @@ class Notifier:
         self._ready = False
         self._stuck = False
         self._fed = time.monotonic()
-        self._last_look: float | None = None
+        self._progress: tuple[float | None, ...] = (None, None)
         self._outcome = ""
         self._status = ""
         self._unsent: list[str] = []
@@ -68,7 +73,7 @@ class Notifier:
         self._outcome = f"{result.outcome}{error}; "
 
     def on_state(self, state: WatchState) -> None:
-        """Tell what is new: the first look is over, another one, a filesystem that hangs."""
+        """Tell what is new: a look is over, or gets on; a filesystem hangs."""
         if not self._address:
             return
         messages = []
@@ -81,8 +86,7 @@ class Notifier:
         if stuck != self._stuck:
             self._stuck = stuck
             messages += self._put_off() if stuck else self._resume()
-        if self._is_progress(state):
-            messages.append("WATCHDOG=1")
+        messages += self._feed(state)
         status = self._describe(state)
         if status != self._status:
             self._status = status
@@ -96,21 +100,28 @@ class Notifier:
 
     def _put_off(self) -> list[str]:
         if not self._ready:  # until then it is TimeoutStartSec= that counts
-            return [f"EXTEND_TIMEOUT_USEC={_PUT_OFF_SECONDS * 1_000_000}"]
+            return [_extend(_PUT_OFF_SECONDS)]
         return [_watchdog(_PUT_OFF_SECONDS)] if self._patience else []
 
     def _resume(self) -> list[str]:
         return [_watchdog(self._patience)] if self._patience and self._ready else []
 
-    def _is_progress(self, state: WatchState) -> bool:
-        """Whether a look has ended and the watchdog has not been fed for half its time."""
-        ended = state.last_look != self._last_look
-        self._last_look = state.last_look
+    def _feed(self, state: WatchState) -> list[str]:
+        """Return what a look that has ended, or gets on, is worth.
+
+        The watchdog is fed only if it has not been for half its time, and not before READY=1,
+        which would set it off early.
+        """
+        before, self._progress = self._progress, (state.last_look, state.last_progress)
+        if self._progress == before:
+            return []
+        if not self._ready:
+            return [_extend(_START_SECONDS)]
         now = time.monotonic()
-        if not self._patience or not ended or now - self._fed < self._patience / 2:
-            return False
+        if not self._patience or now - self._fed < self._patience / 2:
+            return []
         self._fed = now
-        return True
+        return ["WATCHDOG=1"]
 
     def _describe(self, state: WatchState) -> str:
         if state.stuck_since is not None:
@@ -174,6 +185,11 @@ def _watchdog_seconds(environ: Mapping[str, str]) -> float:
 def _watchdog(seconds: float) -> str:
     """Return what changes the watchdog's time, and starts it anew (sd_notify(3))."""
     return f"WATCHDOG_USEC={int(seconds * 1_000_000)}"
+
+
+def _extend(seconds: int) -> str:
+    """Return what puts off the end of a start that takes long (sd_notify(3))."""
+    return f"EXTEND_TIMEOUT_USEC={seconds * 1_000_000}"
 
 
 def _name(message: str) -> str:

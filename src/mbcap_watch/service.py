@@ -114,8 +114,8 @@ async def run(
         settings: what to watch, and how.
         on_result: called with every `PersistResult`; may be a coroutine function, and then holds
             up the next look until it returns.
-        on_state: called with the `WatchState` after every look, and when the filesystem stops
-            answering; likewise.
+        on_state: called with the `WatchState` after every look, when the filesystem stops
+            answering, and every few seconds during a long look; likewise.
         on_timings: called with the `Timings` of every look that compared the database; likewise.
         trigger: lets the host say "look now".
         task_status: for `TaskGroup.start`.
@@ -216,8 +216,11 @@ class _Bridge:
         await _call(self._hooks.on_state, self._watch.state)
 
     async def note_stuck(self, since: float | None) -> None:
-        """Tell that the filesystem does not answer, or does again."""
-        self._watch.update(stuck_since=since)
+        """Tell that the filesystem does not answer, or that a call goes on."""
+        if since is None:
+            self._watch.update(stuck_since=None, last_progress=time.time())
+        else:
+            self._watch.update(stuck_since=since)
         await _call(self._hooks.on_state, self._watch.state)
 
     def _note_look(self, result: PersistResult | None, *, missed: bool) -> None:

@@ -122,7 +122,8 @@ class Results:
 
     def _set_state(self, state: WatchState) -> None:
         self.state = state
-        self._started.set()  # the first look is done
+        if state.last_look is not None or state.stuck_since is not None:
+            self._started.set()  # the first look is done, or may never be
 
     def _note_end(self, _: asyncio.Task[None]) -> None:
         self._started.set()

@@ -44,6 +44,7 @@ class Worker:
     Args:
         on_stuck: called with the time (seconds since the epoch) since when a call shows no
             progress, every `STUCK_SECONDS` while that lasts, and with None when it goes on.
+            Called with None as well every `STUCK_SECONDS` while a long call gets on.
 
     """
 
@@ -108,10 +109,14 @@ class Worker:
         self._progress = time.monotonic()
 
     async def _watch_over(self, future: asyncio.Future[Any], on_stuck: OnStuck) -> None:
+        seen = self._progress
         while not future.done():
             idle = time.monotonic() - self._progress
             if idle < STUCK_SECONDS:
                 await asyncio.wait([future], timeout=STUCK_SECONDS - idle)
+                if self._progress != seen and not future.done():
+                    seen = self._progress
+                    await on_stuck(None)
                 continue
             since = time.time() - idle
             while not future.done() and time.monotonic() - self._progress >= STUCK_SECONDS:
