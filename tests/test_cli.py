@@ -143,6 +143,16 @@ def test_a_dry_run_shows_each_change_and_touches_nothing(database: Path) -> None
     assert database.read_bytes() == before
 
 
+def test_a_dry_run_shows_what_should_not_be_in_a_column(database: Path) -> None:
+    put(document(("aa11", "confirmed"), ("bb22", "suspected")), snapshot_path(database))
+    with connect(database) as other:
+        other.execute("UPDATE nodes SET multibyte_evidence = x'ff00'")
+        other.execute("UPDATE inactive_nodes SET multibyte_sup = 9e999")
+    done = call("apply", "--dry-run", "--json", "--database", database)
+    changes = json.loads(done.stdout, parse_constant=pytest.fail)["changes"]
+    assert [change["from"] for change in changes] == [[0, "b'\\xff\\x00'"], ["inf", None]]
+
+
 # ------------------------------------------------------------------------------ configuration
 
 

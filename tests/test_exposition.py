@@ -17,7 +17,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from mbcap_watch import Settings, cli, config
+from mbcap_watch import Settings, config, daemon
 from mbcap_watch.endpoint import _MOST_CLIENTS, Endpoint
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.exposition import PrometheusFile, registry_of
@@ -185,7 +185,7 @@ def load(**options: Any) -> config.Config:
 def test_a_port_in_use_is_blamed_on_the_option(endpoint: Endpoint) -> None:
     address = endpoint.path.removeprefix("http://")
     with pytest.raises(SettingsError, match=r"--http: cannot listen at .*: Address already in use"):
-        cli._keepers(load(http=address))
+        daemon.keepers_of(load(http=address))
 
 
 @pytest.mark.parametrize("option", [{"http": "127.0.0.1:0"}, {"openmetrics_file": "/x.prom"}])
@@ -199,7 +199,7 @@ def test_without_the_extra_it_says_what_to_install(
         monkeypatch.delattr(sys.modules["mbcap_watch"], name, raising=False)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(SettingsError, match=r"^--.*pip install 'mbcap-watch\[metrics\]'"):
-        cli._keepers(load(**option))
+        daemon.keepers_of(load(**option))
 
 
 @pytest.mark.parametrize(

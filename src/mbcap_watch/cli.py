@@ -1,36 +1,35 @@
-"""The command line: arguments, logging, signals, exit codes. Everything else is the library."""
+"""The command line: arguments, output, exit codes. Everything else is elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import anyio
 import typer
 
-from mbcap_watch import __version__, config, inspection, logs, manual, options, output, progress
-from mbcap_watch.ack import Ack
+from mbcap_watch import (
+    __version__,
+    config,
+    daemon,
+    inspection,
+    logs,
+    manual,
+    options,
+    output,
+    progress,
+)
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
-from mbcap_watch.heartbeat import Heartbeat, Keeper
-from mbcap_watch.metrics import Metrics
-from mbcap_watch.notify import Notifier
-from mbcap_watch.plan import Change
-from mbcap_watch.result import PersistResult, WatchState
+from mbcap_watch.result import PersistResult
 from mbcap_watch.service import persist_once, preview_once
-from mbcap_watch.service import run as run_bridge
 from mbcap_watch.signals import Stop
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse_entries, write_snapshot
-from mbcap_watch.statsfile import StatsFile
 
 logger = logging.getLogger("mbcap_watch")
-
-_NOTHING_TO_DO: Final = "there is no snapshot yet: nothing to do"
 
 app = typer.Typer(
     name="mbcap-watch",
@@ -88,72 +87,7 @@ def run(
     with exit code 0 within 5 seconds of a signal.
     """
     stop = Stop()  # before anything else: from here on a signal ends it cleanly
-    loaded = _configure(context)
-    settings = loaded.settings
-    notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
-    stop.on_stop(notifier.stopping)
-    answers = Ack(settings) if loaded.ack else None
-    log, state_log = logs.ResultLog(), logs.StateLog()
-    metrics = Metrics(settings, version=__version__, pid=os.getpid())
-    heartbeat = Heartbeat(_keepers(loaded), lambda: metrics.snapshot(time.time()))
-
-    def on_state(state: WatchState) -> None:
-        state_log(state)
-        metrics.on_state(state)
-        notifier.on_state(state)  # last: nothing that hangs may be taken for progress
-
-    def on_result(result: PersistResult) -> None:
-        log(result)
-        metrics.on_result(result)
-        notifier.on_result(result)
-        if answers is not None:
-            answers.on_result(result)  # returns at once
-        if json:
-            output.print_line(result.to_json())
-
-    logger.info(
-        "mbcap-watch %s: %s into %s",
-        __version__,
-        settings.snapshot_dir / SNAPSHOT_NAME,
-        settings.database,
-    )
-
-    async def main() -> None:
-        with anyio.CancelScope() as scope, heartbeat, answers or contextlib.nullcontext():
-            stop.cancel_on_signal(scope)
-            await run_bridge(
-                settings,
-                on_result=on_result,
-                on_state=on_state,
-                on_timings=metrics.on_timings,
-            )
-
-    anyio.run(main)
-    log.end()
-    state_log.end()
-    logger.info("stopped")
-    stop.ignore_more()
-
-
-def _keepers(loaded: config.Config) -> list[Keeper]:
-    """Return who keeps what the bridge tells of itself; prometheus-client only if it is needed."""
-    keepers: list[Keeper] = [StatsFile(loaded.settings, os.environ)]
-    wanted = next((name for name in ("openmetrics_file", "http") if getattr(loaded, name)), None)
-    if wanted is None:
-        return keepers
-    try:
-        from mbcap_watch import endpoint, exposition  # noqa: PLC0415 - they take 10 MB
-
-        if loaded.openmetrics_file:
-            keepers.append(exposition.PrometheusFile(loaded.openmetrics_file))
-        if loaded.http:
-            keepers.append(endpoint.Endpoint(*loaded.http))
-    except ModuleNotFoundError as exc:
-        problem = f"needs {exc.name}: pip install 'mbcap-watch[metrics]'"
-        raise config.in_users_words(SettingsError(wanted, problem), loaded.origins) from exc
-    except SettingsError as exc:
-        raise config.in_users_words(exc, loaded.origins) from exc
-    return keepers
+    daemon.serve(_configure(context), stop, as_json=json)
 
 
 @app.command(epilog=manual.APPLY)
@@ -186,7 +120,7 @@ def apply(
     settings = _configure(context).settings
     if dry_run:
         result, changes = anyio.run(preview_once, settings)
-        _print_preview(result, changes, as_json=json)
+        output.print_preview(result, changes, as_json=json)
     else:
         with progress.shown(wanted=not json) as on_progress:
             result = anyio.run(partial(persist_once, settings, on_progress=on_progress))
@@ -195,31 +129,10 @@ def apply(
         elif result.outcome in ("applied", "unchanged"):
             output.print_line(logs.summary(result))
         elif result.outcome == "no_snapshot":
-            output.print_line(_NOTHING_TO_DO)
+            output.print_line(output.NOTHING_TO_DO)
     if result.error:
         logger.warning("%s: %s", result.outcome, result.error)
     raise typer.Exit(output.EXIT_CODES[result.outcome])
-
-
-def _print_preview(
-    result: PersistResult, changes: list[tuple[str, Change]], *, as_json: bool
-) -> None:
-    if as_json:
-        fields = result.to_dict()
-        fields["dry_run"] = True
-        fields["changes"] = [
-            {"table": table, "public_key": c.public_key, "from": c.before, "to": c.after}
-            for table, c in changes
-        ]
-        output.print_json(fields)
-        return
-    for table, change in changes:
-        before, after = (f"{sup}/{evidence!r}" for sup, evidence in (change.before, change.after))
-        output.print_line(f"{table} {change.public_key} {before} -> {after}")
-    if result.outcome in ("applied", "unchanged"):
-        output.print_line(f"would change {len(changes)} rows; nothing was touched")
-    elif result.outcome == "no_snapshot":
-        output.print_line(_NOTHING_TO_DO)
 
 
 @app.command(epilog=manual.PUBLISH)

@@ -11,7 +11,10 @@ import typer
 from mbcap_watch.errors import MbcapWatchError, printable
 
 if TYPE_CHECKING:
-    from mbcap_watch.result import Outcome
+    from mbcap_watch.plan import Change
+    from mbcap_watch.result import Outcome, PersistResult
+
+NOTHING_TO_DO: Final = "there is no snapshot yet: nothing to do"
 
 EXIT_USAGE: Final = 2
 EXIT_BAD_SNAPSHOT: Final = 3
@@ -40,6 +43,38 @@ def print_line(text: str) -> None:
         sys.stdout.buffer.flush()
     except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
         raise OutputError(f"standard output cannot be written: {exc}") from exc
+
+
+def print_preview(
+    result: PersistResult, changes: list[tuple[str, Change]], *, as_json: bool
+) -> None:
+    """Print what `apply` would have done."""
+    if as_json:
+        fields = result.to_dict()
+        fields["dry_run"] = True
+        fields["changes"] = [
+            {
+                "table": table,
+                "public_key": c.public_key,
+                "from": [_as_json(value) for value in c.before],
+                "to": c.after,
+            }
+            for table, c in changes
+        ]
+        print_json(fields)
+        return
+    for table, change in changes:
+        before, after = (f"{sup}/{evidence!r}" for sup, evidence in (change.before, change.after))
+        print_line(f"{table} {change.public_key} {before} -> {after}")
+    if result.outcome in ("applied", "unchanged"):
+        print_line(f"would change {len(changes)} rows; nothing was touched")
+    elif result.outcome == "no_snapshot":
+        print_line(NOTHING_TO_DO)
+
+
+def _as_json(value: object) -> object:
+    """Return what was in a column, as JSON: SQLite takes bytes and infinity in any."""
+    return value if value is None or isinstance(value, int | str) else repr(value)
 
 
 class OutputError(MbcapWatchError):
