@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -177,6 +178,12 @@ async def test_the_outcome_of_a_call_whose_caller_left_is_dropped(outcome: objec
     finally:
         loop.set_exception_handler(None)
     assert reported == []
+
+
+async def test_what_a_call_returned_is_not_kept() -> None:
+    async with Worker() as worker:
+        returned = weakref.ref(await worker.call(Blocked))
+        await asyncio.to_thread(wait_until, lambda: returned() is None)
 
 
 async def test_the_thread_is_gone_after_the_context() -> None:

@@ -143,6 +143,7 @@ class Worker:
         with contextlib.closing(self._runner):  # `with self._runner` would make the loop now
             while (call := self._calls.get()) is not None:
                 call()
+                del call  # and with it, until the next one, what it returned: a whole snapshot
         if self.at_end is not None:
             self.at_end()
         self._tell(self._ended.set)
