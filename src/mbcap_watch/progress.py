@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,8 @@ def shown(*, wanted: bool) -> Iterator[OnProgress | None]:
     None if nobody would see it. The bar comes once the work turns out to be long, and goes
     without a trace.
     """
-    if not wanted or not sys.stderr.isatty():
+    stderr: TextIO | None = sys.stderr  # None if it was closed before we started
+    if not wanted or stderr is None or not stderr.isatty():
         yield None
         return
     # It takes 20 ms and some memory that `run` can do without.
