@@ -252,6 +252,26 @@ def test_a_snapshot_of_another_mesh() -> None:
     assert codes(bridge.health()) == ([], [])
 
 
+def test_neither_a_snapshot_nor_a_database() -> None:
+    """A wrong path of the database moves the directory of the snapshot along."""
+    bridge = Bridge().result("no_snapshot", cause="no_database")
+    assert codes(bridge.health()) == (["no_database"], ["no_snapshot"])
+    assert codes(bridge.result("no_snapshot").health()) == ([], ["no_snapshot"])
+
+
+def test_polling_only_because_inotify_cannot_be_had() -> None:
+    state = WatchState(why="no inotify watch on /x for now: limit reached", degraded=True)
+    assert codes(well().look(state).health()) == ([], ["no_inotify"])
+    assert codes(well().look(replace(state, degraded=False)).health()) == ([], [])
+
+
+def test_a_look_of_many_minutes_that_gets_on() -> None:
+    bridge = well().later(1000, looks=False)
+    assert bridge.health().state == "stuck"
+    bridge.metrics.on_state(replace(bridge.stats.watch, last_progress=bridge.clock))
+    assert codes(bridge.later(100, looks=False).health()) == ([], [])
+
+
 @pytest.mark.parametrize("outcome", ["applied", "unchanged", "failed"])
 def test_rows_that_are_refused(outcome: Outcome) -> None:
     bridge = Bridge().result(outcome, "nodes: the row 'a' could not be written", failed_rows=1)

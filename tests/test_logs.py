@@ -45,6 +45,8 @@ def starts(lines: Lines) -> Lines:
 APPLIED = result("applied", changed_active=1, entries=1)
 UNCHANGED = result("unchanged")
 WAITING = result("no_snapshot")
+LOST = result("no_snapshot", cause="no_database")
+STRANGE = result("unchanged", unmatched=3)
 MISPLACED = result("no_snapshot", "/x: is not a directory")
 TORN = result("malformed", "/x: truncated")
 BUSY = result("busy", "/db: locked")
@@ -73,6 +75,17 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
     "waiting for another reason is news": (
         [WAITING, MISPLACED, MISPLACED, WAITING],
         [("INFO", "waiting for a snapshot")] * 3,
+    ),
+    "no database either is news": (
+        [WAITING, LOST, LOST],
+        [
+            ("INFO", "waiting for a snapshot"),
+            ("INFO", "waiting for a snapshot; there is no database either"),
+        ],
+    ),
+    "a snapshot of another mesh is said once": (
+        [STRANGE, STRANGE, UNCHANGED],
+        [("WARNING", "no_match"), ("INFO", "recovered")],
     ),
     "recovery is said": (
         [TORN, UNCHANGED, UNCHANGED],

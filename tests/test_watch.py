@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch import inotify, look, snapshot_path, worker
+from mbcap_watch import Settings, discover, inotify, look, snapshot_path, worker
 from mbcap_watch.inotify import InotifyWatch
+from mbcap_watch.result import WatchState
 from support import (
     Results,
     bridge,
@@ -507,6 +508,12 @@ def daemon(
             process.kill()
 
 
+def told(database: Path) -> WatchState:
+    """Return what the daemon tells `status` of its watch."""
+    found = discover.find(Settings(database), os.environ).found
+    return found[0].stats.watch if found else WatchState()
+
+
 def count(log: Path, text: str) -> int:
     return log.read_text().count(text)
 
@@ -579,6 +586,7 @@ def test_the_kernels_limit_is_reached_and_then_lifted(database: Path, kind: str,
         wait_until(lambda: ("nodes", "aa11", 2, "polled again") in read_rows(database))
         wait_until(lambda: len(list(descriptors.iterdir())) <= before)
         assert count(log, f"inotify {word} limit") == 1, log.read_text()
+        wait_until(lambda: told(database).degraded, "what status is told")
 
         inside = ["nsenter", "-t", str(process.pid), "-U", "sh", "-c", f"echo 100 > {limit}"]
         subprocess.run(inside, check=True)
@@ -586,6 +594,7 @@ def test_the_kernels_limit_is_reached_and_then_lifted(database: Path, kind: str,
         put(entry("seen"), snapshot_path(database))
         wait_until(lambda: ("nodes", "aa11", 2, "seen") in read_rows(database))
         assert count(log, "watching by") == 2
+        wait_until(lambda: not told(database).degraded, "what status is told")
 
 
 # ------------------------------------------------------------------------------ a hung mount

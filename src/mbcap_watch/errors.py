@@ -34,8 +34,12 @@ Cause = Literal[
     "corrupt",
     "disk_error",
     "limit",
+    "no_database",
 ]
-"""What is behind a `DatabaseFailed`, as far as it can be told, for programs."""
+"""What is behind a `DatabaseFailed`, as far as it can be told, for programs.
+
+`no_database` is behind no error: there is no snapshot yet, and no database either.
+"""
 
 
 def printable(text: str) -> str:

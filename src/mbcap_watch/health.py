@@ -141,7 +141,7 @@ def judge(stats: Stats, age: float, max_age: float | None = None) -> Health:
 
 def _stuck(stats: Stats) -> Iterator[Finding]:
     watch, now = stats.watch, stats.sampled
-    idle = now - (watch.last_look or stats.started_at)
+    idle = now - max(watch.last_look or 0, watch.last_progress or 0, stats.started_at)
     last = f"the last look was {ago(now - watch.last_look) if watch.last_look else 'never'}"
     if watch.stuck_since is not None:
         text = f"alive but stuck: a read or write does not come back; {last}"
@@ -153,11 +153,14 @@ def _stuck(stats: Stats) -> Iterator[Finding]:
 
 def _trouble(stats: Stats) -> Iterator[Finding]:
     """Tell what keeps the database from being as the snapshot says."""
-    trouble = stats.trouble
+    trouble, result = stats.trouble, stats.last_result
+    if result is not None and result.cause == "no_database":
+        text = f"there is neither a database at {stats.database} nor a snapshot beside it"
+        yield _finding("no_database", text, stats)
     if trouble is None or not trouble.persists:
         return
     code: str = trouble.outcome
-    refused = stats.last_result is not None and stats.last_result.failed_rows > 0
+    refused = result is not None and result.failed_rows > 0
     if refused and code in ("applied", "unchanged", "failed"):
         code = "rows_refused"
     elif code in ("applied", "unchanged"):
@@ -195,9 +198,11 @@ def _warn(stats: Stats) -> Iterator[Finding]:
     if trouble is not None and trouble.persists and not tuple(_trouble(stats)):
         text = f"not every table can be served: {trouble.error}"
         yield Finding("table_waits", text, remedy("schema_missing"))
-    if _matches_nothing(stats):
+    if stats.last_result is not None and stats.last_result.matches_nothing:
         yield _finding("no_match", "not one key of the snapshot is in the database")
     yield from _warn_of_age(stats)
+    if stats.watch.degraded:
+        yield _finding("no_inotify", f"it polls: {stats.watch.why}", stats)
     if stats.watch.sweep_hits:
         text = f"{stats.watch.sweep_hits} changes came without an event; the sweep found them"
         yield _finding("sweep_hits", text)
@@ -222,12 +227,6 @@ def _warn_of_age(stats: Stats) -> Iterator[Finding]:
 def _waits_for_snapshot(stats: Stats) -> bool:
     result = stats.last_result
     return result is not None and result.outcome == "no_snapshot" and result.error is None
-
-
-def _matches_nothing(stats: Stats) -> bool:
-    result = stats.last_result
-    compared = result is not None and result.outcome == "unchanged" and result.unmatched > 0
-    return compared and result is not None and not result.matched_active + result.matched_inactive
 
 
 def _snapshot(stats: Stats) -> str:

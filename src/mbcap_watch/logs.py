@@ -80,10 +80,8 @@ class ResultLog:
         now = self._clock()
         _count_held_back(self._trouble, now)
         data = {"data": result.to_dict()}
-        # Rows that are refused are named once; which and how many they are may change each time.
-        text = "rows" if result.failed_rows else result.error
-        trouble = (result.outcome, text) if _is_trouble(result) else None
-        news = self._trouble.is_news(trouble, result.outcome if trouble else "recovered", now)
+        trouble = _trouble(result)
+        news = self._trouble.is_news(trouble, trouble[0] if trouble else "recovered", now)
         if result.outcome == "applied":
             logger.info("%s", summary(result), extra=data)
         if not news:
@@ -92,7 +90,10 @@ class ResultLog:
             if result.outcome != "applied":  # that line says it already
                 logger.info("recovered: the database is as the snapshot says", extra=data)
         elif result.outcome == "no_snapshot":
-            logger.info("waiting for a snapshot%s", _because(result), extra=data)
+            nothing = "; there is no database either" if result.cause == "no_database" else ""
+            logger.info("waiting for a snapshot%s%s", _because(result), nothing, extra=data)
+        elif trouble[0] == "no_match":
+            logger.warning("no_match: not one key of the snapshot is in the database", extra=data)
         else:
             logger.warning("%s%s", result.outcome, _because(result), extra=data)
 
@@ -109,8 +110,16 @@ def _count_held_back(repeats: Repeats, now: float) -> None:
         logger.warning("%s: %d more in the last %d min", kind, count, minutes, extra={"data": data})
 
 
-def _is_trouble(result: PersistResult) -> bool:
-    return result.outcome not in ("applied", "unchanged") or result.error is not None
+def _trouble(result: PersistResult) -> tuple[str, str | None] | None:
+    """Return the kind of trouble, and what of it is worth a line when it changes; None if well."""
+    if result.failed_rows:
+        # They are named once: which and how many they are may change each time.
+        return result.outcome, "rows"
+    if result.outcome not in ("applied", "unchanged"):
+        return result.outcome, result.error or result.cause
+    if result.matches_nothing:
+        return "no_match", None
+    return (result.outcome, result.error) if result.error else None
 
 
 def _because(result: PersistResult) -> str:

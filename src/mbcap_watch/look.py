@@ -8,6 +8,7 @@ a transaction.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from functools import partial
@@ -147,7 +148,13 @@ class Looker:
         self._seen, self.error = now, error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
         seconds = time.perf_counter() - attempt.started
-        return describe(reason, reading.targets, reading.written_at, attempt.ledger, error, seconds)
+        result = describe(
+            reason, reading.targets, reading.written_at, attempt.ledger, error, seconds
+        )
+        if result.outcome == "no_snapshot" and now.database is None:
+            # A wrong path of the database moves the directory of the snapshot along.
+            return dataclasses.replace(result, cause="no_database")
+        return result
 
     def _timings(self, reading: Reading, ledger: Ledger) -> Timings:
         lag = None

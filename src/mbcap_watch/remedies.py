@@ -53,11 +53,16 @@ REMEDIES: Final = {
     "clocks": "set the clocks of both machines (timedatectl): ages and lags are wrong until then",
     "no_match": "see whether the snapshot and the database belong to the same CoreScope, and set"
     " --snapshot-dir or --database; a database that is new fills by itself",
+    "no_inotify": "`{check}`, as the user of this process, says which limit is reached and how to"
+    " raise it; until then changes are seen within --poll-interval",
     "sweep_hits": "somebody writes from another machine, or into the file without a rename:"
     " --mode poll notices within --poll-interval",
     # The database.
     "database_missing": "compare --database (or DB_PATH) with the file that CoreScope's ingestor"
     " writes; in a container, both must mount the same directory",
+    "no_database": "set --database (or DB_PATH) to the file that CoreScope's ingestor writes: the"
+    " snapshot is expected beside it; in a container, both must mount the same directory. If"
+    " CoreScope was never started here, start it",
     "schema_missing": "start CoreScope's ingestor in a version that adds the columns: they are"
     " never added here. If there is no such table at all, compare --database (or DB_PATH) with the"
     " file that the ingestor writes",

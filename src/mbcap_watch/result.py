@@ -51,7 +51,8 @@ class PersistResult:
         seconds: how long all of it took.
         lock_seconds: the longest single hold of the write lock; 0.0 if it was never taken.
         cause: what is behind a database that `failed`, for programs that hold the result; None if
-            that cannot be told. Not in the JSON, where `error` says it.
+            that cannot be told. Not in the JSON, where `error` says it. Of `no_snapshot`: whether
+            there is no database either.
 
     """
 
@@ -76,6 +77,12 @@ class PersistResult:
     def changed(self) -> int:
         """Rows that were written, in both tables."""
         return self.changed_active + self.changed_inactive
+
+    @property
+    def matches_nothing(self) -> bool:
+        """Whether there are keys to be written, and not one of them is in the database."""
+        compared = self.outcome in ("applied", "unchanged")
+        return compared and self.unmatched > 0 and not self.matched_active + self.matched_inactive
 
     def to_dict(self) -> dict[str, Any]:
         """Return exactly the fields of the JSON, in the order above."""
@@ -112,6 +119,7 @@ class WatchState:
     Attributes:
         mode: `inotify` or `poll`.
         why: the reason for the mode, for people.
+        degraded: whether it polls only because inotify cannot be had for now.
         armed_since: when the present inotify watch was armed; None without one.
         rearms: how often a watch had to be armed anew.
         last_problem: what was wrong with the last watch that was lost; None if none was.
@@ -127,6 +135,7 @@ class WatchState:
 
     mode: Literal["inotify", "poll"] = "poll"
     why: str = "not started"
+    degraded: bool = False
     armed_since: float | None = None
     rearms: int = 0
     last_problem: str | None = None

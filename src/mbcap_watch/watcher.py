@@ -79,7 +79,8 @@ class Watch:
             if missing and not isinstance(exc, PermissionError):
                 self._say(f"{directory} does not exist yet")
             else:
-                self._say(f"no inotify watch on {directory} for now: {exc.strerror}")
+                why = f"no inotify watch on {directory} for now: {exc.strerror}"
+                self._say(why, degraded=True)
 
     def _arm(self, directory: Path) -> str:
         mount = mount_of(directory)
@@ -97,8 +98,8 @@ class Watch:
             self._inotify.close()
             self._inotify = None
 
-    def _say(self, why: str) -> None:
+    def _say(self, why: str, *, degraded: bool = False) -> None:
         if self._inotify is None:
-            self.update(mode="poll", why=why, armed_since=None)
+            self.update(mode="poll", why=why, armed_since=None, degraded=degraded)
         else:
-            self.update(mode="inotify", why=why)
+            self.update(mode="inotify", why=why, degraded=False)
