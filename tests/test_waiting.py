@@ -19,6 +19,7 @@ import pytest
 from mbcap_watch import (
     Settings,
     Timings,
+    ensure_snapshot_dir,
     inotify,
     persist_once,
     run,
@@ -269,6 +270,7 @@ async def test_a_neighbour_that_hardly_lets_go(tmp_path: Path) -> None:
 async def test_a_newer_snapshot_wins_in_the_middle_of_an_apply(tmp_path: Path) -> None:
     keys = [f"{number:064x}" for number in range(2000)]
     database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    ensure_snapshot_dir(database)  # there are no polls to wait for it
     async with bridge(database) as results:
         with other_process(GREEDY, str(database)) as neighbour:
             assert read_line(neighbour) == "ready"

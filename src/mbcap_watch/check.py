@@ -84,7 +84,7 @@ async def _watch(settings: Settings) -> list[Finding]:
     """Do what `run` does at its start, and undo it."""
     async with Worker() as worker:
         watch = Watch(settings, worker, lambda: None)
-        await watch.refresh()
+        await worker.call(watch.refresh)
         return await worker.call(check_snapshot.examine_watch, settings, watch.state)
 
 

@@ -33,9 +33,9 @@ BUSY_TIMEOUT: Final = 0.1
 # Rows between two checkpoints: about the 1,000 pages after which SQLite does it by itself.
 CHECKPOINT_ROWS: Final = 10_000
 
-# A WAL of this size is due for one as well: perhaps nobody else does it. Where somebody does, it
-# stays at 1,000 pages of 4 KiB and one transaction.
-CHECKPOINT_BYTES: Final = 8 << 20
+# A WAL that has grown to this size is due for one as well: perhaps nobody else does it. It keeps
+# its size when it is filled anew from the start, so only growth tells that it is full.
+CHECKPOINT_BYTES: Final = 4 << 20
 
 
 class Access(Protocol):
@@ -87,12 +87,12 @@ class _Connection(sqlite3.Connection):
         self._identity = _identity(database)
         self._tuned = False
         self._wal = f"{os.fspath(database)}-wal"
+        self._wal_size = _size(self._wal)
         self._unchecked = 0
-        wal = _size(self._wal)
         super().__init__(*args, **kwargs)
         try:
             self._require_same_file()
-            self._leave_wal_alone(alone=wal > 0)
+            self._leave_wal_alone(alone=self._wal_size > 0)
         except BaseException:
             self.close()
             raise
@@ -114,7 +114,8 @@ class _Connection(sqlite3.Connection):
     def close(self) -> None:
         """Close, and leave no large WAL behind."""
         try:
-            if self._unchecked and _size(self._wal) >= CHECKPOINT_BYTES:
+            size = _size(self._wal)
+            if self._unchecked and size >= CHECKPOINT_BYTES and size > self._wal_size:
                 self._checkpoint()
         finally:
             super().close()

@@ -159,22 +159,25 @@ class StateLog:
         now = self._clock()
         for repeats in (self._watching, self._sweeps, self._stuck):
             _count_held_back(repeats, now)
-        data = {"data": dataclasses.asdict(state)}
         if self._watching.is_news((state.mode, state.why, state.rearms), "watching", now):
             rearmed = state.rearms > self._said_rearms
             self._said_rearms = state.rearms
             again = f" (armed anew: {state.last_problem})" if rearmed else ""
-            logger.info("watching by %s: %s%s", state.mode, state.why, again, extra=data)
+            logger.info("watching by %s: %s%s", state.mode, state.why, again, extra=_data(state))
         if self._sweeps.is_news(state.sweep_hits, "sweep", now):
-            logger.info("the sweep found a change that no event told of", extra=data)
+            logger.info("the sweep found a change that no event told of", extra=_data(state))
         stuck = state.stuck_since is not None
         if self._stuck.is_news(stuck, "stuck", now):
             if stuck:
-                logger.warning("the filesystem does not answer; waiting for it", extra=data)
+                logger.warning("the filesystem does not answer; waiting for it", extra=_data(state))
             else:
-                logger.info("the filesystem answers again", extra=data)
+                logger.info("the filesystem answers again", extra=_data(state))
 
     def end(self) -> None:
         """As that of the other log."""
         for repeats in (self._watching, self._sweeps, self._stuck):
             _count_held_back(repeats, math.inf)
+
+
+def _data(state: WatchState) -> dict[str, object]:
+    return {"data": dataclasses.asdict(state)}

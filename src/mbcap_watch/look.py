@@ -108,29 +108,40 @@ class Looker:
         self.snapshot_changed = False
         self.timings: Timings | None = None
 
-    async def look(self, reason: Reason) -> PersistResult:
+    async def look(self, reason: Reason, first: Callable[[], None] | None = None) -> PersistResult:
         """Look once, and say what came of it.
 
         After `busy`, the next look goes on where this one stopped, and its result counts the work
         of both.
+
+        Args:
+            reason: for the look.
+            first: what to do in the thread before.
+
         """
-        result = await self._look(reason, None)
+        result = await self._look(reason, first, None)
         assert result is not None
         return result
 
-    async def look_if_changed(self, reason: Reason) -> PersistResult | None:
+    async def look_if_changed(
+        self, reason: Reason, first: Callable[[], None] | None = None
+    ) -> PersistResult | None:
         """Look once; return None if the files are those that were seen before."""
-        return await self._look(reason, self._seen)
+        return await self._look(reason, first, self._seen)
 
     async def persist(self) -> tuple[PersistResult, None]:
         """Look once, for `persist_once`."""
         return await self.look("once"), None
 
-    async def _look(self, reason: Reason, known: Fingerprint | None) -> PersistResult | None:
+    async def _look(
+        self, reason: Reason, first: Callable[[], None] | None, known: Fingerprint | None
+    ) -> PersistResult | None:
         attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
         attempt.ledger.on_progress = partial(self._note_progress, attempt.ledger)
         try:
-            reading, error = await self._worker.call(self._read_and_apply, known, attempt.ledger)
+            reading, error = await self._worker.call(
+                self._read_and_apply, first, known, attempt.ledger
+            )
         except asyncio.CancelledError:
             attempt.ledger.stop()
             raise
@@ -184,8 +195,10 @@ class Looker:
             self._on_progress(min(ledger.matched.total(), ledger.wanted), ledger.wanted)
 
     def _read_and_apply(
-        self, known: Fingerprint | None, ledger: Ledger
+        self, first: Callable[[], None] | None, known: Fingerprint | None, ledger: Ledger
     ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
+        if first is not None:
+            first()
         settings = self._settings
         reading = read(settings, known, self._worker.note_progress)
         if reading.targets is None or ledger.stopped:

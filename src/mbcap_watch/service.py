@@ -160,12 +160,14 @@ async def _next_reason(agenda: Agenda, watch: Watch, bell: asyncio.Event) -> Rea
     loop = asyncio.get_running_loop()
     while True:
         at, reason = agenda.next(polling=watch.polling)
-        wait = at - loop.time()
-        if wait <= 0:
+        if at <= loop.time():
             return reason
         bell.clear()
-        with anyio.move_on_after(wait):
+        alarm = loop.call_at(at, bell.set)
+        try:
             await bell.wait()
+        finally:
+            alarm.cancel()
 
 
 class _Hooks(NamedTuple):
@@ -198,13 +200,13 @@ class _Bridge:
         now = asyncio.get_running_loop().time
         missed = reason == "sweep" and not self._agenda.ringing and not self._watch.polling
         self._agenda.begin(reason, now())
-        if reason in ("start", "sweep") or self._watch.awaits_directory:
-            await self._watch.refresh()
+        refresh = reason in ("start", "sweep") or self._watch.awaits_directory
         only_if_changed = reason in ("poll", "sweep") or (
             reason == "retry" and isinstance(self._looker.error, SnapshotError)
         )
         look = self._looker.look_if_changed if only_if_changed else self._looker.look
-        result = await look(reason)
+        # In one call to the thread: that halves what an idle bridge takes.
+        result = await look(reason, first=self._watch.refresh if refresh else None)
         self._note_look(result, missed=missed)
         compared = result is not None and result.outcome in ("applied", "unchanged")
         retry_in = self._retry_in(reason, result)

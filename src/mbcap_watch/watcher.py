@@ -35,7 +35,6 @@ class Watch:
 
     def __init__(self, settings: Settings, worker: Worker, on_change: Callable[[], None]) -> None:
         self._settings = settings
-        self._worker = worker
         self._on_change = on_change
         self._inotify: InotifyWatch | None = None
         self._arms = 0
@@ -48,17 +47,14 @@ class Watch:
         """Whether there is no inotify watch to rely on."""
         return self._inotify is None
 
-    async def refresh(self) -> None:
-        """Arm, check, or repair the watch; say in `state` what came of it."""
-        await self._worker.call(self._refresh)
-
     def update(self, **changes: Any) -> None:
         """Change fields of `state`."""
         self.state = dataclasses.replace(self.state, **changes)
 
     # In the worker's thread from here on.
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Arm, check, or repair the watch; say in `state` what came of it. Blocks."""
         self.awaits_directory = False
         if self._settings.mode == "poll":
             self._say(_ASKED_FOR)
