@@ -17,6 +17,7 @@ from mbcap_watch import (
     Settings,
     Timings,
     WatchState,
+    ensure_snapshot_dir,
     persist_once,
     plan,
     run,
@@ -297,7 +298,8 @@ async def test_native_cancellation(database: Path) -> None:
 async def test_several_bridges_in_one_loop_and_again(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / str(number)).mkdir()
-        make_database(tmp_path / str(number) / "m.db", [("nodes", "aa11", 0, None)])
+        database = make_database(tmp_path / str(number) / "m.db", [("nodes", "aa11", 0, None)])
+        ensure_snapshot_dir(database)  # there are no polls to wait for it
     for evidence in ("first", "second"):
         async with contextlib.AsyncExitStack() as stack:
             for number in range(3):
