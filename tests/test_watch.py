@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch import Settings, discover, inotify, look, snapshot_path, worker
+from mbcap_watch import Settings, discover, inotify, look, reading, snapshot_path, worker
 from mbcap_watch.inotify import InotifyWatch
 from mbcap_watch.result import WatchState
 from support import (
@@ -206,7 +206,7 @@ def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path)
     script = f"""if True:
         import os
         from mbcap_watch import Settings
-        from mbcap_watch.look import read
+        from mbcap_watch.reading import read
         settings = Settings({str(database)!r})
         known = read(settings, None).fingerprint
         os.access("/marker", os.F_OK)
@@ -610,7 +610,7 @@ async def test_a_mount_that_does_not_answer(
     monkeypatch.setattr(worker, "STUCK_SECONDS", 0.1)
     monkeypatch.setattr(worker, "END_SECONDS", 0.1)
     hung, calls = threading.Event(), []
-    original = look.read
+    original = reading.read
 
     def read(*args: Any) -> Any:
         calls.append(1)
