@@ -28,7 +28,8 @@ check: $(VENV)/tox
 campaign: $(VENV)/tox
 	HYPOTHESIS_PROFILE=campaign MBCAP_TEST_KILLS=10000 $(VENV)/bin/tox run -e 3.11 \
 		$(if $(PYENV),--discover $(PYENV)) -- -q -o faulthandler_timeout=0 \
-		tests/test_mishaps.py tests/test_cancel.py tests/test_wire.py tests/test_plan.py
+		tests/bridge/test_mishaps.py tests/bridge/test_cancel.py \
+		tests/snapshot/test_codec.py tests/store/test_plan.py
 
 format: $(VENV)/tox
 	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix

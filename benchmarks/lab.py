@@ -8,9 +8,9 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch import mesh
-from mbcap_watch.snapshot import SNAPSHOT_NAME, Entry, Snapshot, ensure_snapshot_dir
-from mbcap_watch.wire import encode
+from mbcap_watch.cli import mesh
+from mbcap_watch.snapshot.codec import encode
+from mbcap_watch.snapshot.files import SNAPSHOT_NAME, Entry, Snapshot, ensure_snapshot_dir
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,6 +10,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from mbcap_watch.bridge.trigger import Trigger
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
@@ -27,9 +28,9 @@ from mbcap_watch.errors import (
     SnapshotUnreadable,
     TransactionOpen,
 )
-from mbcap_watch.result import PersistResult, Timings, WatchState
+from mbcap_watch.results import PersistResult, Timings, WatchState
 from mbcap_watch.settings import Settings
-from mbcap_watch.snapshot import (
+from mbcap_watch.snapshot.files import (
     Entry,
     Snapshot,
     ensure_snapshot_dir,
@@ -38,12 +39,11 @@ from mbcap_watch.snapshot import (
     snapshot_path,
     write_snapshot,
 )
-from mbcap_watch.trigger import Trigger
 
 if TYPE_CHECKING:
-    from mbcap_watch.host import apply_snapshot
-    from mbcap_watch.service import persist_once, run
-    from mbcap_watch.stream import Results, watch
+    from mbcap_watch.bridge.host import apply_snapshot
+    from mbcap_watch.bridge.run import persist_once, run
+    from mbcap_watch.bridge.stream import Results, watch
 
 __version__ = "0.1.0"
 
@@ -83,11 +83,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Results": "mbcap_watch.stream",
-    "apply_snapshot": "mbcap_watch.host",
-    "persist_once": "mbcap_watch.service",
-    "run": "mbcap_watch.service",
-    "watch": "mbcap_watch.stream",
+    "Results": "mbcap_watch.bridge.stream",
+    "apply_snapshot": "mbcap_watch.bridge.host",
+    "persist_once": "mbcap_watch.bridge.run",
+    "run": "mbcap_watch.bridge.run",
+    "watch": "mbcap_watch.bridge.stream",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

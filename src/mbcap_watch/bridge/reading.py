@@ -1,0 +1,93 @@
+"""Reading the snapshot: what it wants written, and whether the files are as they were."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from mbcap_watch.errors import SnapshotError, SnapshotMalformed
+from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
+from mbcap_watch.store import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mbcap_watch.settings import Settings
+
+
+class Fingerprint(NamedTuple):
+    """Tells one state of the files from another.
+
+    Attributes:
+        snapshot: of its bytes, or of what kept them from being read. 64 bits of SipHash with a key
+            of this process: it tells one state from the next, and nothing is stored. Measured on
+            12 MB: 2.5 ms, BLAKE2b 11 ms, SHA-256 9 ms.
+        database: which file is at the database's path (device and inode); None if there is none.
+            A backup that was moved into place wants the snapshot anew.
+
+    """
+
+    snapshot: int
+    database: tuple[int, int] | None
+
+
+class Reading(NamedTuple):
+    """The snapshot file at one moment.
+
+    Attributes:
+        fingerprint: of the files at that moment.
+        targets: what it wants written; None if it is no usable snapshot, or the known one.
+        written_at: `writtenAt` as in the file.
+        error: why there are no targets.
+        changed_at: when the file was put in place, in seconds since the epoch.
+
+    """
+
+    fingerprint: Fingerprint
+    targets: plan.Targets | None = None
+    written_at: str | None = None
+    error: SnapshotError | None = None
+    changed_at: float | None = None
+
+
+def read(
+    settings: Settings,
+    known: Fingerprint | None = None,
+    note_progress: Callable[[], None] = lambda: None,
+) -> Reading:
+    """Read the snapshot and see what it wants. Blocks.
+
+    Args:
+        settings: which files, and how large the snapshot may be.
+        known: if the files still have this fingerprint, the snapshot is not parsed.
+        note_progress: called after each step; a million entries take a small machine many seconds.
+
+    """
+    path = settings.snapshot_dir / SNAPSHOT_NAME
+    database = _identity(settings.database)
+    try:
+        data, changed_at = read_file(path, settings.max_bytes)
+    except SnapshotError as exc:
+        return Reading(Fingerprint(hash((type(exc), str(exc))), database), error=exc)
+    fingerprint = Fingerprint(hash(data), database)
+    if fingerprint == known:
+        return Reading(fingerprint)
+    note_progress()
+    try:
+        snapshot = parse(data, source=str(path))
+    except SnapshotMalformed as exc:
+        return Reading(fingerprint, error=exc)
+    del data
+    note_progress()
+    targets = plan.targets(snapshot.entries)
+    note_progress()
+    return Reading(fingerprint, targets, snapshot.written_at, changed_at=changed_at)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # applying tells why
+    return status.st_dev, status.st_ino

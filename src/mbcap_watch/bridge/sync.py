@@ -1,0 +1,224 @@
+"""One look: read the snapshot, compare, apply, and say what came of it.
+
+All of it happens in the worker's thread, the database's part in an event loop of its own there.
+The host's loop is never held up, and nothing that it does, stalling or cancelling, reaches into
+a transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+
+from mbcap_watch.bridge.reading import Fingerprint, Reading, read
+from mbcap_watch.bridge.report import describe
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseFailed,
+    SnapshotError,
+)
+from mbcap_watch.limits import require_descriptors
+from mbcap_watch.results import PersistResult, Reason, Timings
+from mbcap_watch.store import plan, reconcile
+from mbcap_watch.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from mbcap_watch.bridge.thread import Worker
+    from mbcap_watch.settings import Settings
+
+OnProgress: TypeAlias = "Callable[[int, int], object]"
+T = TypeVar("T")
+
+# An event loop opens three, a database with its WAL three more.
+_DESCRIPTORS: Final = 6
+
+# What the last snapshot wanted is kept up to this size (4 MB), to write first what is new in the
+# next one: without, a rename of 2,400 entries takes half as long again to be seen.
+KEPT_ENTRIES: Final = 20_000
+
+# If more than one entry in so many is new, looking them up first saves nothing.
+NEWS_SHARE: Final = 4
+
+
+class Looker:
+    """Looks at one snapshot for one database, and remembers what it has seen of the files.
+
+    Attributes:
+        error: what stood in the way of the last look; None if nothing did.
+        snapshot_changed: whether the last look found another snapshot than the one before.
+        timings: of the last look that reached the database; None if it did not.
+
+    """
+
+    def __init__(
+        self, settings: Settings, worker: Worker, on_progress: OnProgress | None = None
+    ) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._on_progress = on_progress
+        self._seen: Fingerprint | None = None
+        self._busy: _Attempt | None = None
+        self._behind = False  # whether there was a new snapshot since the last full comparison
+        self._applied: dict[str, plan.Value] | None = None
+        self.error: SnapshotError | DatabaseError | None = None
+        self.snapshot_changed = False
+        self.timings: Timings | None = None
+
+    async def look(self, reason: Reason, first: Callable[[], None] | None = None) -> PersistResult:
+        """Look once, and say what came of it.
+
+        After `busy`, the next look goes on where this one stopped, and its result counts the work
+        of both.
+
+        Args:
+            reason: for the look.
+            first: what to do in the thread before.
+
+        """
+        result = await self._look(reason, first, None)
+        assert result is not None
+        return result
+
+    async def look_if_changed(
+        self, reason: Reason, first: Callable[[], None] | None = None
+    ) -> PersistResult | None:
+        """Look once; return None if the files are those that were seen before."""
+        return await self._look(reason, first, self._seen)
+
+    async def persist(self) -> tuple[PersistResult, None]:
+        """Look once, for `persist_once`."""
+        return await self.look("once"), None
+
+    async def _look(
+        self, reason: Reason, first: Callable[[], None] | None, known: Fingerprint | None
+    ) -> PersistResult | None:
+        attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
+        attempt.ledger.on_progress = partial(self._note_progress, attempt.ledger)
+        try:
+            reading, error = await self._worker.call(
+                self._read_and_apply, first, known, attempt.ledger
+            )
+        except asyncio.CancelledError:
+            attempt.ledger.stop()
+            raise
+        before, now = self._seen, reading.fingerprint
+        self.snapshot_changed = before is None or before.snapshot != now.snapshot
+        self.timings = None
+        if now == known:
+            return None
+        self._behind |= self.snapshot_changed
+        if reading.targets is not None and error is None:
+            self.timings = self._timings(reading, attempt.ledger)
+            self._behind = False
+            values = reading.targets.values
+            self._applied = values if len(values) <= KEPT_ENTRIES else None
+        self._seen, self.error = now, error
+        self._busy = attempt if isinstance(error, DatabaseBusy) else None
+        seconds = time.perf_counter() - attempt.started
+        result = describe(
+            reason, reading.targets, reading.written_at, attempt.ledger, error, seconds
+        )
+        if result.outcome == "no_snapshot" and now.database is None:
+            # A wrong path of the database moves the directory of the snapshot along.
+            return dataclasses.replace(result, cause="no_database")
+        return result
+
+    def _timings(self, reading: Reading, ledger: Ledger) -> Timings:
+        lag = None
+        committed, changed = ledger.committed_at, ledger.changed.total()
+        if self._behind and reading.changed_at and committed and changed:
+            lag = committed - reading.changed_at
+        return Timings(
+            lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
+            waits=tuple(ledger.waits),
+            holds=tuple(ledger.holds),
+        )
+
+    async def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
+        """Return what a look would report and the changes it would make, and make none."""
+        started = time.perf_counter()
+        ledger = Ledger()
+        reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
+        seconds = time.perf_counter() - started
+        result = describe("once", reading.targets, reading.written_at, ledger, error, seconds)
+        return result, changes
+
+    # In the thread from here on.
+
+    def _note_progress(self, ledger: Ledger) -> None:
+        self._worker.note_progress()
+        if self._on_progress is not None:
+            self._on_progress(min(ledger.matched.total(), ledger.wanted), ledger.wanted)
+
+    def _read_and_apply(
+        self, first: Callable[[], None] | None, known: Fingerprint | None, ledger: Ledger
+    ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
+        if first is not None:
+            first()
+        settings = self._settings
+        reading = read(settings, known, self._worker.note_progress)
+        if reading.targets is None or ledger.stopped:
+            return reading, reading.error
+        values = reading.targets.values
+        ledger.wanted = len(values)
+        news = None
+        if self._applied is not None:
+            news = plan.news(self._applied, values)
+            if len(news) * NEWS_SHARE > len(values):
+                news = None
+        _, error = self._in_loop(
+            lambda: reconcile.apply(
+                settings.database,
+                values,
+                ledger,
+                news=news,
+                batch_rows=settings.batch_rows,
+                downgrade=settings.downgrade,
+            )
+        )
+        return reading, error
+
+    def _read_and_preview(
+        self, ledger: Ledger
+    ) -> tuple[Reading, SnapshotError | DatabaseError | None, list[tuple[str, plan.Change]]]:
+        settings = self._settings
+        reading = read(settings)
+        if reading.targets is None:
+            return reading, reading.error, []
+        values = reading.targets.values
+        changes, error = self._in_loop(
+            lambda: reconcile.preview(
+                settings.database, values, ledger, downgrade=settings.downgrade
+            )
+        )
+        ledger.changed.update(table for table, _ in changes or [])
+        return reading, error, changes or []
+
+    def _in_loop(
+        self, work: Callable[[], Coroutine[Any, Any, T]]
+    ) -> tuple[T | None, DatabaseError | None]:
+        """Run the database's part; whatever the machine is short of is a failure like others."""
+        try:
+            require_descriptors(_DESCRIPTORS)
+            return self._worker.run(work()), None
+        except DatabaseError as exc:
+            error = exc
+        except (OSError, MemoryError) as exc:
+            text = f"cannot be opened now: {getattr(exc, 'strerror', None) or exc}"
+            error = DatabaseFailed(self._settings.database, text, "limit")
+        # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
+        error.__cause__ = error.__context__ = None
+        return None, error.with_traceback(None)
+
+
+class _Attempt(NamedTuple):
+    """The applying of a snapshot that took, or takes, more than one look."""
+
+    ledger: Ledger
+    started: float

@@ -1,0 +1,1 @@
+"""The command line: commands, options, signals, and all that a person sees."""

@@ -1,0 +1,177 @@
+"""The commands that only look: how it is configured, how it goes, what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Annotated, Any
+
+import anyio
+import typer
+
+from mbcap_watch.cli import config, manual, options, output
+from mbcap_watch.doctor import health, status
+from mbcap_watch.settings import Settings, duration
+from mbcap_watch.telemetry import discover
+from mbcap_watch.telemetry.stats import Stats
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command(name="config", epilog=manual.CONFIG)(show_config)
+    app.command(name="status", epilog=manual.STATUS)(show_status)
+    app.command(name="check", epilog=manual.CHECK)(check)
+    app.command(name="top", epilog=manual.TOP)(show_top)
+    app.command(name="plot", epilog=manual.PLOT)(show_plot)
+
+
+def show_config(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    json: options.Json = False,
+    log_level: options.LogLevel = None,
+    log_format: options.LogFormat = None,
+    mode: options.Mode = None,
+    poll_interval: options.PollInterval = None,
+    sweep_interval: options.SweepInterval = None,
+    resync: options.Resync = None,
+    debounce: options.Debounce = None,
+    max_wait: options.MaxWait = None,
+    batch_rows: options.BatchRows = None,
+    busy_deadline: options.BusyDeadline = None,
+    max_bytes: options.MaxBytes = None,
+    downgrade: options.Downgrade = None,
+    ack: options.Ack = None,
+    openmetrics_file: options.OpenMetricsFile = None,
+    http: options.Http = None,
+) -> None:
+    """Print the settings in effect, and where each came from."""
+    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    values: dict[str, Any] = dataclasses.asdict(loaded.settings)
+    values |= {name: getattr(loaded, name) for name in config.CLI_ONLY}
+    if json:
+        fields = {
+            name: {
+                "value": str(value) if isinstance(value, os.PathLike | config.Address) else value,
+                "origin": loaded.origins[name],
+            }
+            for name, value in values.items()
+        }
+        output.print_json(fields)
+        return
+    from rich.console import Console  # noqa: PLC0415 - 17 ms and 2 MB that `run` can do without
+    from rich.table import Table  # noqa: PLC0415 - as above
+
+    table = Table("setting", "value", "from")
+    for name, value in values.items():
+        table.add_row(name, str(value), loaded.origins[name])
+    Console(soft_wrap=True).print(table)
+
+
+def show_status(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    max_age: options.MaxAge = None,
+    json: options.Json = False,
+) -> None:
+    """Tell how the running bridge is, and what to do if it is not well.
+
+    Finds it by its settings, however it was started. Fit for a container's HEALTHCHECK.
+    """
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    most = None if max_age is None else duration("--max-age", max_age, 0.1)
+    stats, found = _look(settings, most)
+    if json:
+        output.print_json(status.as_json(stats, found))
+    else:
+        from rich.console import Console  # noqa: PLC0415 - as above
+
+        try:
+            status.render(stats, found, Console())
+        except OSError as exc:  # its disk is full, say, which is when this command is needed
+            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
+    raise typer.Exit(0 if found.healthy else 1)
+
+
+def check(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    mode: options.Mode = None,
+    max_bytes: options.MaxBytes = None,
+    downgrade: options.Downgrade = None,
+) -> None:
+    """Examine the installation; say what is wrong and what to do.
+
+    Changes nothing.
+    Run it as the user that runs the service.
+    """
+    from mbcap_watch.doctor import check as doctor  # noqa: PLC0415 - `run` can do without
+
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    findings = anyio.run(doctor.examine, settings, os.environ)
+    code = doctor.exit_code(findings)
+    if json:
+        output.print_json({"ok": not code, "findings": [dataclasses.asdict(f) for f in findings]})
+    else:
+        from rich.console import Console  # noqa: PLC0415 - as above
+
+        try:
+            doctor.render(findings, Console())
+        except OSError as exc:  # its disk is full, say, which is when this command is needed
+            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
+    raise typer.Exit(code)
+
+
+def show_top(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+) -> None:
+    """Show live how the running bridge is.
+
+    q or Ctrl-C quits. When nothing runs, it says so and looks on. Without a terminal on standard
+    input and output, it prints what there is once.
+    """
+    from mbcap_watch.cli import top  # noqa: PLC0415 - rich, as above
+
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    top.show(lambda: _look(settings))
+
+
+def show_plot(
+    context: typer.Context,
+    database: options.Database = None,
+    snapshot_dir: options.SnapshotDir = None,
+    config_file: options.ConfigFile = None,
+    out: options.Out = None,
+) -> None:
+    """Draw lag and lock holds of the latest results, as an SVG."""
+    from mbcap_watch.cli import plot  # noqa: PLC0415 - its html is 0.3 MB that `run` can do without
+
+    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    stats, found = _look(settings)
+    if stats is None:
+        output.fail(found.problems[0].text, 1)
+    drawing = plot.svg(stats)
+    if out is None:
+        output.print_line(drawing.rstrip())
+        return
+    try:
+        out.write_text(drawing, encoding="utf-8")
+    except OSError as exc:
+        output.fail(f"{out}: cannot be written: {exc.strerror}", 1)
+
+
+def _look(settings: Settings, max_age: float | None = None) -> tuple[Stats | None, health.Health]:
+    """Return what the bridge with these settings tells of itself, and the verdict."""
+    search = discover.find(settings, os.environ)
+    stats = search.found[0].stats if search.found else None
+    return stats, health.judge_search(search, settings, max_age)

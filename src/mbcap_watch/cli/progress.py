@@ -1,0 +1,53 @@
+"""A progress bar on standard error, for people who wait for a large snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Final, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mbcap_watch.bridge.sync import OnProgress
+
+# Less than this is done before one could read a bar.
+_LARGE: Final = 50_000
+_LONG_SECONDS: Final = 1.0
+
+
+@contextlib.contextmanager
+def shown(*, wanted: bool) -> Iterator[OnProgress | None]:
+    """Yield a hook for `persist_once` that shows a bar while the block lasts.
+
+    None if nobody would see it. The bar comes once the work turns out to be long, and goes
+    without a trace.
+    """
+    stderr: TextIO | None = sys.stderr  # None if it was closed before we started
+    if not wanted or stderr is None or not stderr.isatty():
+        yield None
+        return
+    # It takes 20 ms and some memory that `run` can do without.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn  # noqa: PLC0415
+
+    bar = Progress(
+        *Progress.get_default_columns()[:3],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    task = bar.add_task("applying", total=None)
+    started = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        if total > _LARGE or time.monotonic() - started > _LONG_SECONDS:
+            bar.start()  # of no effect if it has
+            bar.update(task, completed=done, total=total)
+
+    try:
+        yield on_progress
+    finally:
+        bar.stop()

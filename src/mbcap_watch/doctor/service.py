@@ -1,0 +1,56 @@
+"""`check`, the running bridge: what `status` says of it, as far as no other line does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mbcap_watch.doctor.findings import Finding, ok, problem, warning
+from mbcap_watch.doctor.health import judge_search
+from mbcap_watch.telemetry.discover import find
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from mbcap_watch.settings import Settings
+
+# What an examination of the files cannot see.
+_UNSEEN: Final = {"gone", "limit", "no_apply", "no_look", "rows_refused", "stale"}
+
+# What it names in lines of their own.
+_SEEN: Final = {"paused", "two_daemons"}
+
+
+def examine(settings: Settings, environ: Mapping[str, str], *, explained: bool) -> list[Finding]:
+    """Ask the bridge with these settings how it is. Blocks.
+
+    Args:
+        settings: of the bridge.
+        environ: the environment, for `RUNTIME_DIRECTORY`.
+        explained: whether a problem was found that may be why it is not well.
+
+    """
+    return list(_examine(settings, environ, explained=explained))
+
+
+def _examine(
+    settings: Settings, environ: Mapping[str, str], *, explained: bool
+) -> Iterator[Finding]:
+    search = find(settings, environ)
+    health = judge_search(search, settings)
+    if search.found and not health.healthy:
+        for each in health.problems:
+            # As another user, or a moment later, all may look well from here.
+            if each.code in _UNSEEN or not (explained or each.code in _SEEN):
+                yield problem("service", f"{health.state}: {each.text}", each.remedy)
+    elif search.found:
+        yield ok("service", "running, healthy")
+    elif search.hidden:
+        yield ok("service", f"not known: {search.hidden[0].what}")
+    else:
+        yield ok("service", "no mbcap-watch runs with these settings")
+        for other in search.others:
+            if other.stats.fresh and other.stats.database == str(settings.database):
+                text = f"process {other.stats.pid} serves this database, but from another"
+                remedy = "check and status need its settings: --snapshot-dir, or --config"
+                where = f"snapshot directory: {other.stats.snapshot_dir}"
+                yield warning("service", f"{text} {where}", remedy)

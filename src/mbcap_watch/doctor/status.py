@@ -1,0 +1,131 @@
+"""What `status` prints: for programs, and for people the verdict first, then why, then figures."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from mbcap_watch.doctor.findings import ago, duration
+from mbcap_watch.errors import printable
+from mbcap_watch.snapshot.files import SNAPSHOT_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from mbcap_watch.doctor.health import Health
+    from mbcap_watch.telemetry.stats import Spread, Stats
+
+
+def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
+    """Return everything as JSON can hold it; ages are seconds, of the time of the sample."""
+    return {
+        "healthy": health.healthy,
+        "state": health.state,
+        "problems": msgspec.to_builtins(health.problems),
+        "warnings": msgspec.to_builtins(health.warnings),
+        "ages": {
+            name: None if moment is None else round(stats.sampled - moment, 3)
+            for name, moment in _moments(stats).items()
+        }
+        if stats
+        else {},
+        "stats": msgspec.to_builtins(stats),
+    }
+
+
+def _moments(stats: Stats) -> dict[str, float | None]:
+    return {
+        "start": stats.started_at,
+        "last_look": stats.watch.last_look,
+        "last_apply": stats.last_apply,
+        "last_result": stats.last_result_at,
+        "snapshot": stats.snapshot_time,
+        "trouble": stats.trouble.at if stats.trouble else None,
+    }
+
+
+def render(stats: Stats | None, health: Health, console: Console) -> None:
+    """Print it for people."""
+    from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
+    from rich.text import Text  # noqa: PLC0415 - as above
+
+    def plain(text: str) -> Text:
+        shown = visible(text).encode(console.encoding, "backslashreplace")
+        return Text(shown.decode(console.encoding))
+
+    fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
+    cross, arrow = ("✗", "→") if fancy else ("x", "->")
+    style, word = ("green", "healthy") if health.healthy else ("red", "unhealthy")
+    console.print(Text(f"{health.state}, {word}", style=f"bold {style}"))
+    for mark, style, findings in (
+        (cross, "red", health.problems),
+        ("!", "yellow", health.warnings),
+    ):
+        for finding in findings:
+            console.print(plain(f"{mark} {finding.text}"), style=style, soft_wrap=True)
+            console.print(plain(f"  {arrow} {finding.remedy}"), soft_wrap=True)
+    if stats is None:
+        return
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows(stats):
+        table.add_row(name, plain(value))
+    console.print(table)
+
+
+def rows(stats: Stats) -> Iterator[tuple[str, str]]:
+    """Yield the figures, each with its name."""
+    watch, lock, trouble, now = stats.watch, stats.mbcap_persist, stats.trouble, stats.sampled
+
+    def since(moment: float | None) -> str:
+        return "never" if moment is None else ago(now - moment)
+
+    up = duration(now - stats.started_at)
+    yield "process", f"{stats.pid}, mbcap-watch {stats.version}, up {up}"
+    yield "database", stats.database
+    yield "snapshot", f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
+    when = since(stats.snapshot_time) if stats.snapshot_time else "not set by the publisher"
+    written = stats.snapshot_written_at
+    yield "written at", f"{written} ({when})" if written else "unknown"
+    yield "mode", f"{watch.mode}: {watch.why}"
+    yield "last look", since(watch.last_look)
+    outcome = f" ({stats.last_apply_outcome})" if stats.last_apply_outcome else ""
+    yield "last apply", since(stats.last_apply) + outcome
+    yield "results", _counts(stats.outcomes)
+    yield "because of", _counts(stats.reasons)
+    changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
+    yield "rows changed", f"{changed}, {stats.failed_rows} refused"
+    yield "lag", _spread(stats.lag_ms)
+    yield "mbcap_persist", f"count {lock.count}, contention_total {lock.contention_total}"
+    yield "lock waits", _spread(lock.waits)
+    yield "lock holds", f"{_spread(lock.holds)}; slow {lock.slow_hold_total}"
+    lost = f"; last lost: {watch.last_problem}" if watch.last_problem else ""
+    hits = f"sweep hits {watch.sweep_hits}, read errors {watch.read_errors}"
+    yield "watch", f"re-arms {watch.rearms}, {hits}{lost}"
+    if trouble is not None:
+        over = "persists" if trouble.persists else "over"
+        yield "last error", f"{trouble.outcome} ({since(trouble.at)}, {over}): {trouble.error}"
+
+
+def _counts(counts: dict[Any, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
+
+
+def _spread(spread: Spread) -> str:
+    if spread.max is None:
+        return "none yet"
+    named = (("p50", spread.p50), ("p95", spread.p95), ("p99", spread.p99), ("max", spread.max))
+    return ", ".join(f"{name} {value:.1f}" for name, value in named if value is not None) + " ms"
+
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """Return `text` without what a terminal obeys: names of files and keys may hold anything."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", printable(text))

@@ -1,0 +1,285 @@
+"""The hand-off: where a snapshot lies, how it is read and how it is published.
+
+Imports neither aiosqlite nor watchdog, so that a read-only server can publish with this module
+alone. What the bytes mean is in `codec`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from mbcap_watch.errors import (
+    SnapshotNotFound,
+    SnapshotNotPublished,
+    SnapshotRefused,
+    SnapshotUnreadable,
+)
+from mbcap_watch.settings import DEFAULT_MAX_BYTES, SNAPSHOT_DIR_NAME
+from mbcap_watch.snapshot.codec import (
+    SNAPSHOT_NAME,
+    Entry,
+    Snapshot,
+    encode,
+    parse,
+    parse_entries,
+    stamped,
+)
+
+__all__ = [
+    "SNAPSHOT_NAME",
+    "Entry",
+    "Snapshot",
+    "encode",
+    "ensure_snapshot_dir",
+    "parse",
+    "parse_entries",
+    "read_file",
+    "read_snapshot",
+    "snapshot_dir",
+    "snapshot_path",
+    "write_snapshot",
+]
+
+_LEFTOVER_SECONDS = 3600.0
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+# ------------------------------------------------------------------------------ paths
+
+
+def snapshot_dir(database: str | os.PathLike[str]) -> Path:
+    """Return the directory of the snapshot that belongs to `database`."""
+    return Path(database).parent / SNAPSHOT_DIR_NAME
+
+
+def snapshot_path(database: str | os.PathLike[str]) -> Path:
+    """Return the path of the snapshot that belongs to `database`."""
+    return snapshot_dir(database) / SNAPSHOT_NAME
+
+
+def ensure_snapshot_dir(database: str | os.PathLike[str]) -> Path:
+    """Create the snapshot's directory (mode 0755, less the umask) if need be; return it.
+
+    Raises:
+        SnapshotNotPublished: it cannot be created.
+
+    """
+    return _ensure(snapshot_dir(database))
+
+
+def _ensure(directory: Path) -> Path:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise SnapshotNotPublished(directory, f"cannot be created: {exc.strerror}") from exc
+    return directory
+
+
+def _directory(database: str | os.PathLike[str], override: str | os.PathLike[str] | None) -> Path:
+    return snapshot_dir(database) if override is None else Path(override)
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def read_snapshot(
+    database: str | os.PathLike[str],
+    *,
+    snapshot_dir: str | os.PathLike[str] | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Snapshot:
+    """Read the snapshot that belongs to `database`.
+
+    Args:
+        database: the path of the database; it is not opened.
+        snapshot_dir: where the snapshot lies, if not beside the database.
+        max_bytes: a larger file is refused.
+
+    Raises:
+        SnapshotNotFound: there is none; treat it as "nothing to persist".
+        SnapshotMalformed: its bytes are no snapshot.
+        SnapshotRefused: it is not a regular file, or too large.
+        SnapshotUnreadable: the operating system refused.
+
+    """
+    path = _directory(database, snapshot_dir) / SNAPSHOT_NAME
+    return parse(read_file(path, max_bytes).data, source=str(path))
+
+
+class SnapshotFile(NamedTuple):
+    """What was read.
+
+    Attributes:
+        data: the whole file.
+        changed_at: when it was put in place, in seconds since the epoch by the filesystem's
+            clock (its ctime, which a rename sets).
+
+    """
+
+    data: bytes
+    changed_at: float
+
+
+def read_file(path: Path, max_bytes: int) -> SnapshotFile:
+    """Read the file at `path` to its end, without ever blocking on what is no file.
+
+    The directory is listed first: on NFS that alone makes the client ask the server which file
+    the name stands for (stat and open may be late by a minute). A symbolic link to a regular file
+    is followed, so that a directory whose files are links into a `..data` directory works.
+
+    Raises:
+        SnapshotNotFound, SnapshotRefused, SnapshotUnreadable: as `read_snapshot`.
+
+    """
+    try:
+        _revalidate(path.parent)
+        # stat before open: merely opening a device can set something off.
+        _require_regular(path, os.stat(path), max_bytes)
+        # O_NONBLOCK: a FIFO that takes the file's place just now does not hold us up.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            _require_regular(path, status, max_bytes)
+            data = _read_to_end(path, descriptor, status.st_size, max_bytes)
+            return SnapshotFile(data, status.st_ctime)
+        finally:
+            os.close(descriptor)
+    except _ABSENT as exc:
+        raise _not_found(path) from exc
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
+        raise SnapshotUnreadable(path, f"cannot be read: {exc.strerror}") from exc
+
+
+def _revalidate(directory: Path) -> None:
+    try:
+        with os.scandir(directory) as listing:
+            next(listing, None)  # one call to the kernel does it, however many files there are
+    except PermissionError:
+        return  # a directory that may be entered but not listed: opening the file will tell
+
+
+def _require_regular(path: Path, status: os.stat_result, max_bytes: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise SnapshotRefused(path, f"is {kind}, not a regular file")
+    if status.st_size > max_bytes:
+        raise _too_large(path, max_bytes)
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def _too_large(path: Path, max_bytes: int) -> SnapshotRefused:
+    return SnapshotRefused(path, f"is larger than max_bytes ({max_bytes:,} bytes)")
+
+
+def _read_to_end(path: Path, descriptor: int, size_hint: int, max_bytes: int) -> bytes:
+    """Read until end of file; the size that `fstat` tells is only a hint on some filesystems."""
+    chunks: list[bytes] = []
+    total = 0
+    while chunk := os.read(descriptor, min(max(size_hint, 1 << 16), max_bytes - total) + 1):
+        chunks.append(chunk)
+        total += len(chunk)
+        if total > max_bytes:
+            raise _too_large(path, max_bytes)
+    return b"".join(chunks)
+
+
+def _not_found(path: Path) -> SnapshotNotFound:
+    """Say what is missing: the file, the directory, or what a link leads to."""
+    for place in [*reversed(path.parents), path]:
+        if os.path.islink(place) and not os.path.exists(place):
+            return SnapshotNotFound(place, "is a symbolic link to nothing", unusual=True)
+        if place != path and os.path.exists(place) and not os.path.isdir(place):
+            return SnapshotNotFound(place, "is not a directory", unusual=True)
+    return SnapshotNotFound(path, "does not exist")
+
+
+# ------------------------------------------------------------------------------ publishing
+
+
+def write_snapshot(
+    database: str | os.PathLike[str],
+    snapshot: Snapshot,
+    *,
+    snapshot_dir: str | os.PathLike[str] | None = None,
+) -> Snapshot:
+    """Publish `snapshot`: replace `snapshot.json` as a whole, by rename. The database stays shut.
+
+    The bytes are flushed to disk before the rename and the directory after it, so that a power
+    cut leaves the old snapshot or the new one. Each call fills a temporary file of its own, so
+    that publishers at the same time, those of other programs included, never tear the file.
+
+    Args:
+        database: the path of the database that the snapshot is about; it is not opened.
+        snapshot: what to publish; without `written_at` the current UTC time is stamped.
+        snapshot_dir: where to publish, if not beside the database. Created if missing.
+
+    Returns:
+        The snapshot as published, with its `written_at`.
+
+    Raises:
+        SnapshotMalformed: no reader would accept it.
+        SnapshotNotPublished: the operating system refused; the old snapshot is still there.
+
+    """
+    snapshot = stamped(snapshot)
+    data = encode(snapshot)
+    directory = _ensure(_directory(database, snapshot_dir))
+    path = directory / SNAPSHOT_NAME
+    temporary = directory / f"{SNAPSHOT_NAME}.{secrets.token_hex(8)}.tmp"
+    try:
+        _remove_leftovers(directory)
+        try:
+            _write_and_sync(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(directory)
+    except OSError as exc:
+        raise SnapshotNotPublished(path, f"cannot be written: {exc.strerror}") from exc
+    return snapshot
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every filesystem can
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove temporary files that a killed publisher left an hour ago or more."""
+    for path in directory.glob(f"{SNAPSHOT_NAME}.*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()
+        except OSError:
+            continue  # just renamed or removed by its owner, or not ours to remove

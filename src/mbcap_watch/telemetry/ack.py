@@ -1,0 +1,161 @@
+"""`result.json` beside the snapshot: tells the read-only publisher what became of its snapshot.
+
+    {"writtenAt": "2026-07-18T08:47:37.123456789Z",    of the snapshot; null if it told none
+     "resultAt": "2026-07-18T08:47:37.201Z",           when that was known
+     "persisted": true,                                every row is in the database
+     "outcome": "applied", "error": null, …}           the other fields of `PersistResult`
+
+Its rename is no reason to look: `inotify` goes by name, polling reads the snapshot alone. It is
+not flushed to disk, which would wear out SD cards and hold up others; the file is news, and is
+written anew at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from mbcap_watch.errors import printable
+from mbcap_watch.snapshot import timestamp
+from mbcap_watch.telemetry import atomic
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from mbcap_watch.results import PersistResult
+    from mbcap_watch.settings import Settings
+
+logger = logging.getLogger("mbcap_watch")
+
+RESULT_NAME: Final = "result.json"
+_MODE: Final = 0o644  # the publisher reads it
+
+# For how long an end waits for the last answer to be written.
+_END_SECONDS: Final = 1.0
+
+
+class _News(NamedTuple):
+    """What makes one result differ from another for a publisher."""
+
+    state: str  # `applied` and `unchanged` are one: it is in the database
+    written_at: str | None
+    error: str | None
+
+
+class Ack:
+    """A hook for results that answers the publisher; a context that lets the last answer out.
+
+    Only news is written: another outcome, another `writtenAt`, another error, or rows that
+    changed. `on_result` returns at once. Writing happens in a thread that lives for as long as
+    there is something to write; one that hangs on a mount keeps neither the bridge nor the
+    process, and meanwhile only the latest answer is kept.
+
+    What cannot be written is logged once, and tried again with the next result.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = settings.snapshot_dir / RESULT_NAME
+        self._lock = threading.Lock()
+        self._told: _News | None = None
+        self._next: tuple[_News, bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+        self._tidied = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join(_END_SECONDS)
+
+    def on_result(self, result: PersistResult) -> None:
+        """Have the answer written if `result` is news."""
+        news = _News(
+            "persisted" if result.outcome in ("applied", "unchanged") else result.outcome,
+            result.written_at,
+            result.error,
+        )
+        with self._lock:
+            if news == self._told and not result.changed_active + result.changed_inactive:
+                return
+            self._told = news
+            self._next = news, encode(result)
+            if self._thread is not None:
+                return  # it takes this one next
+            thread = threading.Thread(target=self._run, name="mbcap-watch ack", daemon=True)
+            self._thread = thread
+            try:
+                thread.start()
+            except RuntimeError as exc:  # the limit on threads is reached
+                self._thread = None
+                self._told = None
+                self._note(str(exc))
+
+    # In the thread from here on.
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if self._next is None:
+                    self._thread = None
+                    return
+                (news, data), self._next = self._next, None
+            try:
+                self._write(data)
+                problem = None
+            except OSError as exc:
+                # Without a directory there is no snapshot, and nobody to answer to.
+                nobody = isinstance(exc, FileNotFoundError) and news.state == "no_snapshot"
+                problem = None if nobody else exc.strerror or str(exc)
+                with self._lock:
+                    if self._told == news:
+                        self._told = None
+            self._note(problem)
+
+    def _write(self, data: bytes) -> None:
+        # By descriptor: the directory cannot be exchanged between the two steps.
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not self._tidied:
+                atomic.remove_leftovers(directory, RESULT_NAME)
+                self._tidied = True
+            atomic.replace(directory, RESULT_NAME, data, _MODE)
+        finally:
+            os.close(directory)
+
+    def _note(self, problem: str | None) -> None:
+        """Log what is new about `problem`."""
+        before, self._problem = self._problem, problem
+        if problem is not None and problem != before:
+            logger.warning(
+                "%s: cannot be written: %s; the publisher is not answered until it can",
+                printable(str(self.path)),
+                problem,
+            )
+        elif problem is None and before is not None:
+            logger.info("%s: written again", printable(str(self.path)))
+
+
+def encode(result: PersistResult) -> bytes:
+    """Return the answer as JSON, one line; the publisher's own field is named as it names it."""
+    fields = result.to_dict()
+    answer = {
+        "writtenAt": fields.pop("written_at"),
+        "resultAt": timestamp.now(),
+        "persisted": result.outcome in ("applied", "unchanged") and result.error is None,
+        "outcome": fields.pop("outcome"),
+        "error": fields.pop("error"),
+        **fields,
+    }
+    return json.dumps(answer, ensure_ascii=True).encode("ascii") + b"\n"

@@ -1,0 +1,242 @@
+"""`Metrics`: counts what the hooks are told, in bounded memory.
+
+Pure: nothing is read or written, and the time is told. Hooks are given no time, so `Metrics` asks
+a clock that it was given, a monotonic one: an age stays right when the clock of the machine is set,
+as it is on a Raspberry Pi some minutes after each start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter, deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import msgspec
+
+from mbcap_watch.errors import printable
+from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
+from mbcap_watch.snapshot import timestamp
+from mbcap_watch.telemetry.series import Series, milliseconds
+from mbcap_watch.telemetry.stats import (
+    CONTENDED_SECONDS,
+    PARTS_OF_SPREAD,
+    RECENT,
+    SLOW_HOLD_SECONDS,
+    Lock,
+    Recent,
+    Stats,
+    Trouble,
+    seconds_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mbcap_watch.settings import Settings
+
+# Characters of an error that are kept. It holds a path (4,096 at most) and a sentence.
+_ERROR_LENGTH: Final = 5_000
+
+# Times in `Stats.recent` are not made anew for a clock that wanders by less than this (seconds).
+_WANDERING: Final = 0.05
+
+
+class Metrics:
+    """Counts what the hooks of `bridge.run` are told; `on_…` are those hooks.
+
+    Args:
+        settings: what the bridge was told.
+        version: of this package.
+        pid: of the process.
+        clock: the time in monotonic seconds.
+
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        version: str,
+        pid: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._version, self._pid, self._clock = settings, version, pid, clock
+        self._started = clock()
+        self._state = WatchState()
+        # When we were told of the times in the state, by our clock: they are of the wall's.
+        self._changed_at: dict[str, float] = {}
+        self._result: tuple[PersistResult, float] | None = None
+        self._applied: tuple[Outcome, float] | None = None
+        self._written_at: str | None = None
+        self._trouble: Trouble | None = None
+        self._outcomes: Counter[Outcome] = Counter()
+        self._reasons: Counter[Reason] = Counter()
+        self._active = self._inactive = self._failed = 0
+        self._lags, self._waits, self._holds = Series(), Series(), Series()
+        self._contended = self._slow = 0
+        self._recent: deque[Recent] = deque(maxlen=RECENT)
+        self._told: tuple[tuple[Recent, ...], float] | None = None  # as of which offset
+
+    def on_result(self, result: PersistResult) -> None:
+        """Count a result."""
+        now = self._clock()
+        result = _bounded(result)
+        self._result = (result, now)
+        self._outcomes[result.outcome] += 1
+        self._reasons[result.reason] += 1
+        if result.outcome != "busy":  # that counts its rows, and so does the result that ends it
+            self._active += result.changed_active
+            self._inactive += result.changed_inactive
+            self._failed += result.failed_rows
+        compared = result.outcome in ("applied", "unchanged")
+        if compared:
+            self._applied = (result.outcome, now)
+        if compared or result.written_at is not None or result.outcome == "no_snapshot":
+            self._written_at = result.written_at
+        self._note_trouble(result, now)
+        self._note_recent(result, now)
+
+    def _note_recent(self, result: PersistResult, now: float) -> None:
+        entry = Recent(at=now, reason=result.reason, outcome=result.outcome, changed=result.changed)
+        if self._recent:
+            # A retry every five seconds would push out in minutes what people look for.
+            before = self._recent[-1]
+            if msgspec.structs.replace(before, at=now, times=1) == entry and not entry.changed:
+                self._recent.pop()
+                entry = msgspec.structs.replace(entry, times=before.times + 1)
+        self._recent.append(entry)
+        self._told = None
+
+    def _note_trouble(self, result: PersistResult, now: float) -> None:
+        before = self._trouble
+        if result.error is None:
+            if before is not None:
+                self._trouble = msgspec.structs.replace(before, persists=False)
+            return
+        goes_on = before is not None and before.persists and before.outcome == result.outcome
+        self._trouble = Trouble(
+            outcome=result.outcome,
+            error=result.error,
+            since=before.since if goes_on and before is not None else now,
+            at=now,
+            persists=True,
+            cause=result.cause,
+        )
+
+    def on_state(self, state: WatchState) -> None:
+        """Keep how the watch is."""
+        before, self._state = self._state, state
+        for name in _TIMES_OF_STATE:
+            if getattr(state, name) != getattr(before, name):
+                self._changed_at[name] = self._clock()
+        if self._trouble is not None and self._trouble.outcome == "failed":
+            # The state comes after the result of the same look.
+            unreadable = state.read_errors > before.read_errors
+            if unreadable and self._trouble.persists:
+                self._trouble = msgspec.structs.replace(self._trouble, unreadable=True)
+
+    def on_timings(self, timings: Timings) -> None:
+        """Count how long a look kept others and us waiting; its result was told before."""
+        self._waits.extend(timings.waits)
+        self._holds.extend(timings.holds)
+        self._contended += sum(wait > CONTENDED_SECONDS for wait in timings.waits)
+        self._slow += sum(hold > SLOW_HOLD_SECONDS for hold in timings.holds)
+        if timings.lag is not None:
+            self._lags.extend([timings.lag])
+        if self._recent:
+            self._recent[-1] = msgspec.structs.replace(
+                self._recent[-1],
+                lag_ms=None if timings.lag is None else milliseconds(timings.lag),
+                hold_ms=milliseconds(max(timings.holds)) if timings.holds else None,
+            )
+            self._told = None
+
+    def snapshot(self, now: float) -> Stats:
+        """Return all of it, as of `now` (seconds since the epoch)."""
+        offset = now - self._clock()  # from our clock to that of the wall
+
+        def wall(moment: float) -> float:
+            return round(moment + offset, 3)
+
+        result, applied, trouble = self._result, self._applied, self._trouble
+        since: dict[str, Any] = {
+            name: wall(at)
+            for name, at in self._changed_at.items()
+            if getattr(self._state, name) is not None
+        }
+        if trouble is not None:
+            trouble = msgspec.structs.replace(
+                trouble, since=wall(trouble.since), at=wall(trouble.at)
+            )
+        settings, state = self._settings, self._state
+        return Stats(
+            version=self._version,
+            pid=self._pid,
+            sampled_at=datetime.fromtimestamp(now, UTC),
+            started_at=wall(self._started),
+            database=printable(str(settings.database)),
+            snapshot_dir=printable(str(settings.snapshot_dir)),
+            poll_interval=settings.poll_interval,
+            sweep_interval=settings.sweep_interval,
+            resync=settings.resync,
+            watch=dataclasses.replace(
+                state,
+                why=_cut(state.why),
+                last_problem=_cut(state.last_problem) if state.last_problem else None,
+                **since,
+            ),
+            last_apply=wall(applied[1]) if applied else None,
+            last_apply_outcome=applied[0] if applied else None,
+            snapshot_written_at=self._written_at,
+            snapshot_time=seconds_of(self._written_at),
+            outcomes={name: self._outcomes[name] for name in get_args(Outcome)},
+            reasons={name: self._reasons[name] for name in get_args(Reason)},
+            changed_active=self._active,
+            changed_inactive=self._inactive,
+            failed_rows=self._failed,
+            last_result=result[0] if result else None,
+            last_result_at=wall(result[1]) if result else None,
+            trouble=trouble,
+            lag_ms=self._lags.spread(),
+            mbcap_persist=self._lock(),
+            recent=self._recent_as_of(offset),
+        )
+
+    def _recent_as_of(self, offset: float) -> tuple[Recent, ...]:
+        """Return `Stats.recent`; when nothing has come since, what was returned the last time."""
+        if self._told is None or abs(offset - self._told[1]) > _WANDERING:
+            entries = (
+                msgspec.structs.replace(entry, at=round(entry.at + offset, 3))
+                for entry in self._recent
+            )
+            self._told = tuple(entries), offset
+        return self._told[0]
+
+    def _lock(self) -> Lock:
+        waits, holds = self._waits.spread(), self._holds.spread()
+        return Lock(
+            count=waits.count,
+            contention_total=self._contended,
+            slow_hold_total=self._slow,
+            hold_count=holds.count,
+            **{f"wait_ms_{name}": getattr(waits, name) for name in PARTS_OF_SPREAD},
+            **{f"hold_ms_{name}": getattr(holds, name) for name in PARTS_OF_SPREAD},
+        )
+
+
+_TIMES_OF_STATE: Final = ("armed_since", "last_look", "last_progress", "stuck_since")
+
+
+def _cut(text: str) -> str:
+    return printable(text[:_ERROR_LENGTH])
+
+
+def _bounded(result: PersistResult) -> PersistResult:
+    """Return `result` without text of any length: a file may hold a time of a million digits."""
+    written_at = result.written_at
+    if written_at is not None:
+        written_at = timestamp.canonical(written_at) if timestamp.is_valid(written_at) else None
+    error = None if result.error is None else _cut(result.error)
+    return dataclasses.replace(result, written_at=written_at, error=error)

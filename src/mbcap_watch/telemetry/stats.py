@@ -1,0 +1,181 @@
+"""What a bridge tells of itself, as frozen data: the stats file, `status`, the metrics."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+import msgspec
+
+from mbcap_watch.errors import Cause
+from mbcap_watch.results import Outcome, PersistResult, Reason, WatchState
+from mbcap_watch.snapshot import timestamp
+
+# Seconds beyond which a wait for the write lock counts as contended, and a hold of it as slow.
+# Source: CoreScope's performance page.
+CONTENDED_SECONDS: Final = 0.1
+SLOW_HOLD_SECONDS: Final = 0.5
+
+# Percentiles are of so many of the latest values; 8 bytes each.
+WINDOW: Final = 1_000
+
+# Results kept for `top` and for a plot: of one snapshot a minute, four hours.
+RECENT: Final = 240
+
+PARTS_OF_SPREAD: Final = ("total", "p50", "p95", "p99", "max")
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """How values spread, in milliseconds.
+
+    `count` and `total` are of all values since the start; the rest is of the last `WINDOW`, and
+    None without any. A percentile is the smallest value that so many per cent do not exceed.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+
+class Lock(msgspec.Struct, frozen=True, kw_only=True):
+    """The write lock, in the words of CoreScope's performance page, component `mbcap_persist`.
+
+    Attributes:
+        count: how often the lock was asked for.
+        contention_total: of these, how often for longer than `CONTENDED_SECONDS`.
+        slow_hold_total: how often it was held for longer than `SLOW_HOLD_SECONDS`.
+        wait_ms_total: all waits together; `hold_ms_total` likewise. Milliseconds, as is the rest.
+        wait_ms_p50: and so on: see `Spread`.
+
+    """
+
+    count: int
+    contention_total: int
+    slow_hold_total: int
+    hold_count: int
+    wait_ms_total: float
+    wait_ms_p50: float | None
+    wait_ms_p95: float | None
+    wait_ms_p99: float | None
+    wait_ms_max: float | None
+    hold_ms_total: float
+    hold_ms_p50: float | None
+    hold_ms_p95: float | None
+    hold_ms_p99: float | None
+    hold_ms_max: float | None
+
+    @property
+    def waits(self) -> Spread:
+        """The waits by themselves."""
+        return self._spread("wait", self.count)
+
+    @property
+    def holds(self) -> Spread:
+        """The holds by themselves."""
+        return self._spread("hold", self.hold_count)
+
+    def _spread(self, what: str, count: int) -> Spread:
+        fields = {name: getattr(self, f"{what}_ms_{name}") for name in PARTS_OF_SPREAD}
+        return Spread(count=count, **fields)
+
+
+class Recent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A result that was told, or several alike in a row that changed nothing.
+
+    Attributes:
+        at: when; of several, the last. Seconds since the epoch.
+        changed: rows that were written.
+        lag_ms: from the rename to the last committed row; None as in `Timings`.
+        hold_ms: the longest hold of the write lock; None if it was not taken.
+        times: how many results.
+
+    """
+
+    at: float
+    reason: Reason
+    outcome: Outcome
+    changed: int = 0
+    lag_ms: float | None = None
+    hold_ms: float | None = None
+    times: int = 1
+
+
+class Trouble(msgspec.Struct, frozen=True, kw_only=True):
+    """The latest kind of trouble.
+
+    Attributes:
+        outcome: of the looks that met it.
+        error: what went wrong, for people; of the latest such look.
+        since: when it was first met, with no other outcome in between. Seconds since the epoch.
+        at: when it was last met.
+        persists: whether no look has gone well since.
+        cause: as in the result.
+        unreadable: whether it was the snapshot that the operating system refused to read.
+
+    """
+
+    outcome: Outcome
+    error: str
+    since: float
+    at: float
+    persists: bool
+    cause: Cause | None = None
+    unreadable: bool = False
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that `status` shows. Times are seconds since the epoch, intervals seconds.
+
+    Attributes:
+        sampled_at: when this was true; in JSON `sampledAt`, RFC 3339, as CoreScope writes it.
+        last_apply: when a look last compared the database, and so left it as the snapshot says.
+        snapshot_written_at: `writtenAt` of the snapshot that was read last; `snapshot_time` the
+            same in seconds. None if there is none, or if it has none but Go's zero time.
+        failed_rows: rows refused, counted at every try.
+        recent: the last `RECENT` results, the oldest first.
+
+    """
+
+    version: str
+    pid: int
+    sampled_at: datetime = msgspec.field(name="sampledAt")
+    started_at: float
+    database: str
+    snapshot_dir: str
+    poll_interval: float
+    sweep_interval: float
+    resync: float
+    watch: WatchState
+    last_apply: float | None
+    last_apply_outcome: Outcome | None
+    snapshot_written_at: str | None
+    snapshot_time: float | None
+    outcomes: dict[Outcome, int]
+    reasons: dict[Reason, int]
+    changed_active: int
+    changed_inactive: int
+    failed_rows: int
+    last_result: PersistResult | None
+    last_result_at: float | None
+    trouble: Trouble | None
+    lag_ms: Spread
+    mbcap_persist: Lock
+    recent: tuple[Recent, ...]
+
+    @property
+    def sampled(self) -> float:
+        """`sampled_at` in seconds since the epoch."""
+        return self.sampled_at.timestamp()
+
+
+def seconds_of(written_at: str | None) -> float | None:
+    """Return a canonical `writtenAt` in seconds since the epoch; None for Go's zero time.
+
+    None, too, for the year 0, which RFC 3339 and Go have and Python has not.
+    """
+    if written_at is None or written_at == timestamp.ZERO or written_at.startswith("0000"):
+        return None
+    return datetime.fromisoformat(written_at).timestamp()

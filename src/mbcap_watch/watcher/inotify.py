@@ -1,0 +1,153 @@
+"""A watchdog observer on one directory: quick, and honest about its health.
+
+Uses private names of watchdog 7 (`_emitter_class`, `_inotify_fd`); the package pins `<8` and a
+test checks that they are there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from watchdog.events import DirDeletedEvent, FileSystemEvent, FileSystemEventHandler
+from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
+from watchdog.observers.inotify_c import InotifyConstants, Mask
+
+from mbcap_watch.limits import no_thread, require_descriptors, require_threads
+from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+# A rename in the directory, and the directory's own end. With IN_MOVED_FROM, watchdog holds an
+# event back for up to half a second to pair it, and everything behind it.
+_MASK: Final = Mask(
+    InotifyConstants.IN_MOVED_TO
+    | InotifyConstants.IN_DELETE_SELF
+    | InotifyConstants.IN_MOVE_SELF
+    | InotifyConstants.IN_ONLYDIR
+)
+
+# Kubernetes replaces the files of a volume all at once, by renaming this link over the old one.
+_DATA_LINK: Final = "..data"
+_NAMES: Final = frozenset({SNAPSHOT_NAME, _DATA_LINK})
+
+# An observer opens an inotify instance and a pipe, and starts a thread each for reading from it,
+# for its one watch, and for telling us.
+_DESCRIPTORS: Final = 3
+_THREADS: Final = 3
+
+# An observer that has begun to stop ends within half a second (measured); this is for the odd case.
+_STOP_SECONDS: Final = 5.0
+
+
+class _Emitter(InotifyEmitter):
+    def get_event_mask_from_filter(self) -> Mask:
+        return _MASK
+
+
+class _Observer(InotifyObserver):
+    def __init__(self) -> None:
+        super().__init__()
+        self._emitter_class = _Emitter
+
+
+class _Handler(FileSystemEventHandler):
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._on_change = on_change
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        # By path, never by type: a rename inside the directory is a move, one from outside a
+        # creation.
+        path = os.fsdecode(event.dest_path or event.src_path)
+        if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
+            self._on_change()
+
+
+class InotifyWatch:
+    """An armed watch. All its methods may block and belong off the event loop."""
+
+    def __init__(self, directory: Path, on_change: Callable[[], None]) -> None:
+        """Arm the watch.
+
+        Args:
+            directory: the directory to watch; where it leads to, if it is a symbolic link.
+            on_change: called from a watchdog thread for every replacement of the snapshot and
+                when the directory goes. It must not block or raise.
+
+        Raises:
+            OSError: the directory cannot be watched (missing, no permission, ENOSPC, EMFILE or
+                EAGAIN for the kernel's limits, …). Nothing is left behind.
+
+        """
+        self._directory = directory
+        self._identity = _identity(directory)
+        # watchdog's constructor leaks what it had opened when it fails.
+        require_descriptors(_DESCRIPTORS)
+        require_threads(_THREADS)
+        try:
+            self._observer = _Observer()
+        except RuntimeError as exc:  # somebody else has taken the thread meanwhile
+            raise no_thread() from exc
+        try:
+            self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
+            self._observer.start()
+            self._kernel_watches = self._read_kernel_watches()
+            self._require_kernel_watch()
+        except RuntimeError as exc:
+            self.close()
+            raise no_thread() from exc
+        except BaseException:
+            self.close()
+            raise
+
+    def problem(self) -> str | None:
+        """Return what is wrong with the watch, or None while it is sound.
+
+        A watch can die in silence: the directory is moved, replaced or mounted over, a thread of
+        watchdog ends. So the path must still lead to the directory that was armed, the threads
+        must live, and the kernel must still list the watch.
+        """
+        try:
+            if _identity(self._directory) != self._identity:
+                return "the directory was replaced"
+        except OSError as exc:
+            return f"the directory cannot be reached ({exc.strerror})"
+        threads: list[threading.Thread] = [
+            self._observer,
+            self._observer._inotify_fd,  # noqa: SLF001
+            *self._observer.emitters,
+        ]
+        if not all(thread.is_alive() for thread in threads):
+            return "a thread of the observer has ended"
+        try:
+            if self._read_kernel_watches() != self._kernel_watches:
+                return "the kernel has dropped the watch"
+        except OSError as exc:  # no descriptor left, say: what cannot be checked is not trusted
+            return f"the watch cannot be checked ({exc.strerror})"
+        return None
+
+    def close(self) -> None:
+        """Stop the observer and wait for its threads."""
+        self._observer.stop()
+        if self._observer.is_alive():
+            self._observer.join(_STOP_SECONDS)
+
+    def _require_kernel_watch(self) -> None:
+        """See through watchdog, which swallows EACCES: the kernel's own list is empty then."""
+        if not self._kernel_watches:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
+
+    def _read_kernel_watches(self) -> list[str]:
+        """Return the watches that the kernel holds for us (proc(5), `/proc/pid/fdinfo`)."""
+        descriptor = self._observer._inotify_fd._inotify_fd  # noqa: SLF001
+        text = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+        return [line for line in text.splitlines() if line.startswith("inotify ")]
+
+
+def _identity(directory: Path) -> tuple[int, int]:
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino

@@ -1,0 +1,101 @@
+"""How changes are noticed: the mode, why it was chosen, and its repair."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from mbcap_watch.results import WatchState
+from mbcap_watch.watcher.inotify import InotifyWatch
+from mbcap_watch.watcher.mounts import mount_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mbcap_watch.bridge.thread import Worker
+    from mbcap_watch.settings import Settings
+
+_ASKED_FOR = "asked for by the setting mode"
+
+
+class Watch:
+    """Keeps an inotify watch alive where it is of use; everywhere else the bridge polls.
+
+    Never raises for what the filesystem does: while there is no watch, there is polling.
+
+    Attributes:
+        state: how changes are noticed now.
+        awaits_directory: whether all that keeps inotify away is that there is no directory yet;
+            it is then worth asking again at every poll.
+
+    """
+
+    def __init__(self, settings: Settings, worker: Worker, on_change: Callable[[], None]) -> None:
+        self._settings = settings
+        self._on_change = on_change
+        self._inotify: InotifyWatch | None = None
+        self._arms = 0
+        self.awaits_directory = False
+        self.state = WatchState()
+        worker.at_end = self._disarm
+
+    @property
+    def polling(self) -> bool:
+        """Whether there is no inotify watch to rely on."""
+        return self._inotify is None
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of `state`."""
+        self.state = dataclasses.replace(self.state, **changes)
+
+    # In the worker's thread from here on.
+
+    def refresh(self) -> None:
+        """Arm, check, or repair the watch; say in `state` what came of it. Blocks."""
+        self.awaits_directory = False
+        if self._settings.mode == "poll":
+            self._say(_ASKED_FOR)
+            return
+        if self._inotify is not None:
+            problem = self._inotify.problem()
+            if problem is None:
+                return
+            self._disarm()
+            self.update(last_problem=problem)
+        directory = self._settings.snapshot_dir
+        try:
+            self._say(self._arm(directory))
+        except OSError as exc:
+            missing = not os.path.exists(directory)
+            # It may have been made just now, between the two calls.
+            self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
+            if missing and not isinstance(exc, PermissionError):
+                self._say(f"{directory} does not exist yet")
+            else:
+                why = f"no inotify watch on {directory} for now: {exc.strerror}"
+                self._say(why, degraded=True)
+
+    def _arm(self, directory: Path) -> str:
+        mount = mount_of(directory)
+        if self._settings.mode == "auto" and not mount.delivers_inotify:
+            return f"inotify does not see every change on {mount.type}"
+        self._inotify = InotifyWatch(directory, self._on_change)
+        self._arms += 1
+        self.update(armed_since=time.time(), rearms=self._arms - 1)
+        return (
+            f"inotify sees every change on {mount.type}" if mount.delivers_inotify else _ASKED_FOR
+        )
+
+    def _disarm(self) -> None:
+        if self._inotify is not None:
+            self._inotify.close()
+            self._inotify = None
+
+    def _say(self, why: str, *, degraded: bool = False) -> None:
+        if self._inotify is None:
+            self.update(mode="poll", why=why, armed_since=None, degraded=degraded)
+        else:
+            self.update(mode="inotify", why=why, degraded=False)

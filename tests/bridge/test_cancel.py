@@ -1,0 +1,370 @@
+"""Cancellation at every point where the loop can take a turn, of every kind.
+
+Afterwards: no open transaction, no lock, no thread, no descriptor, and the loop closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import anyio
+import pytest
+
+from mbcap_watch import PersistResult, Settings, persist_once, run, snapshot_path
+from support import (
+    at_rest,
+    connect,
+    document,
+    locked,
+    make_database,
+    open_descriptors,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+    thread_names,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from contextvars import Context
+    from pathlib import Path
+
+KEYS = [f"{number:04}" for number in range(60)]
+VALUES = (("confirmed", "a"), ("suspected", "b"))
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """A loop that strikes after a given number of callbacks: every resumption of a task is one."""
+
+    count = 0
+    strike_at = -1
+    strike: Callable[[], object]
+
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._tick()
+        return super().call_soon(callback, *args, context=context)
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        self._tick()
+        return super().call_soon_threadsafe(callback, *args, context=context)
+
+    def _tick(self) -> None:
+        self.count += 1
+        if self.count == self.strike_at:
+            # Threadsafe: the tick may come from a thread of the work.
+            super().call_soon_threadsafe(self.strike)
+
+
+Kind: TypeAlias = "Callable[[asyncio.Task[None], anyio.CancelScope], object]"
+
+
+def native(main: asyncio.Task[None], _: anyio.CancelScope) -> None:
+    main.cancel()
+
+
+def again_and_again(main: asyncio.Task[None], _: anyio.CancelScope) -> None:
+    for delay in (0, 0.001, 0.002):
+        main.get_loop().call_later(delay, main.cancel)
+
+
+def by_scope(_: asyncio.Task[None], scope: anyio.CancelScope) -> None:
+    scope.cancel()
+
+
+def both(main: asyncio.Task[None], scope: anyio.CancelScope) -> None:
+    scope.cancel()
+    main.cancel()
+
+
+def everything(main: asyncio.Task[None], _: anyio.CancelScope) -> None:
+    """As `asyncio.run` does at the end, and after a second Ctrl-C."""
+    for task in asyncio.all_tasks(main.get_loop()):
+        task.cancel()
+
+
+KINDS = [native, again_and_again, by_scope, both, everything]
+
+
+def strike(
+    work: Callable[[], Coroutine[Any, Any, object]],
+    kind: Kind,
+    at: int,
+) -> int:
+    """Run `work` and cancel it when the loop has taken `at` turns; return the turns it took."""
+    loop = CountingLoop()
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            task = asyncio.current_task()
+            assert task is not None
+            loop.strike = lambda: task.done() or kind(task, scope)
+            loop.count, loop.strike_at = 0, at
+            await work()
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        with contextlib.suppress(asyncio.CancelledError):
+            runner.run(main())
+        return loop.count
+
+
+def check(database: Path, threads: list[str], descriptors: int) -> None:
+    """Nothing is left behind, and what was written is right."""
+    wait_until(lambda: thread_names() == threads, f"an end of all threads but {threads}")
+    wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
+    with connect(database, timeout=0) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+    assert {row[2:] for row in read_rows(database)} <= {(0, None), (2, "a"), (1, "b")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_persist_once_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    settings = Settings(database=database, batch_rows=20)
+    versions = [
+        [(key, "confirmed", "a") for key in KEYS],
+        [(key, "suspected", "b") for key in KEYS],
+    ]
+    put(document(*versions[0]), snapshot_path(database))
+    turns = strike(lambda: persist_once(settings), native, -1)
+    assert turns > 5
+    threads, descriptors = at_rest(), len(open_descriptors())
+    for at in range(1, turns + 5):
+        put(document(*versions[at % 2]), snapshot_path(database))
+        strike(lambda: persist_once(settings), kind, at)
+        check(database, threads, descriptors)
+    strike(lambda: persist_once(settings), native, -1)
+    assert {row[3] for row in read_rows(database)} == {versions[at % 2][0][2]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> None:
+    """In the midst of reading, comparing and writing, which are not turns of this loop."""
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    settings = Settings(database=database, batch_rows=1)
+    versions = [document(*((k, s, e) for k in KEYS)) for s, e in VALUES]
+    moment = random.Random(7)
+    threads, descriptors = at_rest(), len(open_descriptors())
+    partly = 0
+    for number in range(100):
+        put(versions[number % 2], snapshot_path(database))
+
+        async def main() -> None:
+            with anyio.CancelScope() as scope:
+                task = asyncio.current_task()
+                assert task is not None
+                asyncio.get_running_loop().call_later(moment.uniform(0, 0.02), kind, task, scope)
+                await persist_once(settings)
+
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(main())
+        check(database, threads, descriptors)
+        partly += len({row[2:] for row in read_rows(database)}) > 1
+    assert partly, "some were struck between two batches"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["inotify", "poll"])
+def test_run_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind, mode: str) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    settings = Settings.from_mapping(
+        {"database": database, "mode": mode, "poll_interval": 0.01, "batch_rows": 20}
+    )
+    versions = [
+        document(*((k, s, e) for k in KEYS)) for s, e in (("confirmed", "a"), ("suspected", "b"))
+    ]
+    threads, descriptors = at_rest(), len(open_descriptors())
+    for at in range(1, 40, 3 if mode == "inotify" else 1):
+        put(versions[at % 2], snapshot_path(database))
+
+        def publish_again(_: PersistResult, number: int = at) -> None:
+            put(versions[(number + 1) % 2], snapshot_path(database))
+
+        async def work(hook: Any = publish_again) -> None:
+            with anyio.move_on_after(0.2):  # for when the loop does not take so many turns
+                await run(settings, on_result=hook)
+
+        strike(work, kind, at)
+        check(database, threads, descriptors)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_deadline_of_the_host_while_somebody_holds_the_lock(tmp_path: Path, seed: int) -> None:
+    """`asyncio.timeout` and anyio's `fail_after`, in the middle of a wait inside SQLite."""
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    put(document(*((key, "confirmed", "a") for key in KEYS)), snapshot_path(database))
+    settings = Settings(database=database)
+    patience = random.Random(seed).uniform(0.01, 0.3)
+    threads, descriptors = at_rest(), len(open_descriptors())
+
+    async def native_timeout() -> None:
+        async with asyncio.timeout(patience):
+            await persist_once(settings)
+
+    async def scope_timeout() -> None:
+        with anyio.fail_after(patience):
+            await persist_once(settings)
+
+    with locked(database) as release:
+        for host in (native_timeout, scope_timeout):
+            started = time.monotonic()
+            with pytest.raises(TimeoutError):
+                asyncio.run(host())
+            assert time.monotonic() - started < patience + 5
+        release()
+    wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
+    check(database, threads, descriptors)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_in_asyncio_run(tmp_path: Path, presses: int) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", "aa", 0, None)])
+    script = f"""if True:
+        import asyncio, signal
+        from mbcap_watch import Settings, run
+        # What was started in the background by a shell ignores it, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        settings = Settings({str(database)!r}, poll_interval=0.01)
+        def started(_):
+            print("started", flush=True)
+        try:
+            asyncio.run(run(settings, on_result=started))
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    """
+    with (
+        locked(database),
+        subprocess.Popen(
+            [sys.executable, "-X", "dev", "-W", "error", "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        put(document(("aa", "confirmed", "a")), snapshot_path(database))
+        for _ in range(presses):
+            process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert "interrupted" in out or process.returncode == -signal.SIGINT
+    assert presses == 2 or err == ""
+    with connect(database, timeout=0) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+
+
+def test_the_host_stalls_its_loop_and_the_lock_is_free_all_the_same(tmp_path: Path) -> None:
+    """BEGIN, rows and COMMIT are one call: no lock is held across the host's loop."""
+    keys = [f"{number:06}" for number in range(5000)]
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    put(document(*((key, "confirmed", "a") for key in keys)), snapshot_path(database))
+    waits: list[float] = []
+
+    async def stall(done: asyncio.Event) -> None:
+        with connect(database, timeout=5) as connection:
+            while not done.is_set():
+                # The loop stands still here, whatever the bridge was doing.
+                started = time.monotonic()
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+                waits.append(time.monotonic() - started)
+                await asyncio.sleep(0)
+
+    async def main() -> PersistResult:
+        done = asyncio.Event()
+        task = asyncio.create_task(stall(done))
+        result = await persist_once(Settings(database=database, batch_rows=100))
+        done.set()
+        await task
+        return result
+
+    assert asyncio.run(main()).changed_active == len(keys)
+    assert max(waits) < 2, "with the lock held across the loop, this is the whole busy timeout"
+
+
+# ------------------------------------------------------------------------------ SIGKILL
+
+KILLS = int(os.environ.get("MBCAP_TEST_KILLS", "150"))
+
+ZYGOTE = """
+    import asyncio, os, sys
+    from mbcap_watch import Settings, persist_once
+    from mbcap_watch.bridge import run as service
+    from mbcap_watch.snapshot.files import snapshot_path
+    database, first, second = sys.argv[1:]
+    settings = Settings(database, batch_rows=20)
+    versions = [open(first, "rb").read(), open(second, "rb").read()]
+    async def work():
+        number = 0
+        while True:
+            path = snapshot_path(database)
+            with open(str(path) + ".tmp", "wb") as file:
+                file.write(versions[number % 2])
+            os.replace(str(path) + ".tmp", path)
+            await persist_once(settings)
+            number += 1
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            sys.stdin.close()
+            asyncio.run(work())
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        print("dead", flush=True)
+"""
+
+
+def test_sigkill_at_any_moment(tmp_path: Path) -> None:
+    """Whatever was committed is right, the database is sound, and the next look completes it."""
+    keys = [f"{number:064x}" for number in range(500)]
+    database = make_database(
+        tmp_path / "m.db",
+        [("nodes" if n % 3 else "inactive_nodes", key, 0, None) for n, key in enumerate(keys)],
+    )
+    files = []
+    for name, status in (("a", "confirmed"), ("b", "suspected")):
+        files.append(str(tmp_path / name))
+        (tmp_path / name).write_bytes(document(*((key, status, name) for key in keys)))
+    (tmp_path / "mbcap-snapshot").mkdir()
+    moment = random.Random(1)
+    mixed = 0
+    with other_process(ZYGOTE, str(database), *files) as zygote:
+        assert zygote.stdin is not None
+        for _ in range(KILLS):
+            zygote.stdin.write("\n")
+            zygote.stdin.flush()
+            child = int(read_line(zygote))
+            time.sleep(moment.uniform(0, 0.04))
+            os.kill(child, signal.SIGKILL)
+            assert read_line(zygote) == "dead"
+
+            with connect(database) as connection:
+                assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            values = {row[2:] for row in read_rows(database)}
+            assert values <= {(0, None), (2, "a"), (1, "b")}
+            mixed += len(values) > 1
+    assert mixed > KILLS // 20, "some were struck between two batches"
+
+    put((tmp_path / "a").read_bytes(), snapshot_path(database))
+    result = asyncio.run(persist_once(Settings(database=database)))
+    assert result.outcome in ("applied", "unchanged")
+    assert {row[2:] for row in read_rows(database)} == {(2, "a")}
+
+
+def test_sqlite_is_recent_enough() -> None:
+    assert sqlite3.sqlite_version_info >= (3, 34)

@@ -1,0 +1,331 @@
+"""The running bridge: each source of looks alone, with the others switched off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from mbcap_watch import (
+    Entry,
+    EventLoopError,
+    PersistResult,
+    Settings,
+    Timings,
+    WatchState,
+    ensure_snapshot_dir,
+    persist_once,
+    run,
+    snapshot_path,
+)
+from mbcap_watch.store import plan
+from support import (
+    QUIET,
+    Results,
+    bridge,
+    connect,
+    document,
+    locked,
+    make_database,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+    rename_from_another_process,
+    until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+# ------------------------------------------------------------------------------ one source each
+
+
+async def test_the_start_looks_at_what_is_there(database: Path) -> None:
+    put(document(("aa11", "confirmed", "advert")), snapshot_path(database))
+    async with bridge(database) as results:
+        # `start` has returned: the first look is done, and so is its write.
+        assert [(r.reason, r.outcome) for r in results.all] == [("start", "applied")]
+        assert ("nodes", "aa11", 2, "advert") in read_rows(database)
+
+
+async def test_inotify_alone(database: Path) -> None:
+    async with bridge(database, mode="inotify") as results:
+        for number, status in enumerate(["confirmed", "suspected", "confirmed"], 1):
+            rename_from_another_process(
+                document(("aa11", status, f"e{number}")), snapshot_path(database)
+            )
+            await results.count("applied", number)
+            assert results.all[-1].reason == "rename"
+            sup = 2 if status == "confirmed" else 1
+            assert ("nodes", "aa11", sup, f"e{number}") in read_rows(database)
+
+
+async def test_polling_alone(database: Path) -> None:
+    async with bridge(database, mode="poll", poll_interval="20ms") as results:
+        rename_from_another_process(document(("aa11", "confirmed")), snapshot_path(database))
+        assert (await results.next("applied")).reason == "poll"
+        rename_from_another_process(document(("aa11", "suspected")), snapshot_path(database))
+        assert (await results.next("applied", after=2)).changed_active == 1
+
+
+async def test_the_sweep_alone(database: Path) -> None:
+    """A file that is written in place raises no rename: the sweep finds it."""
+    put(document(("aa11", "suspected")), snapshot_path(database))
+    async with bridge(database, mode="inotify", sweep_interval="50ms") as results:
+        snapshot_path(database).write_bytes(document(("aa11", "confirmed")))
+        result = await results.next("applied", after=1)
+        assert result.reason in ("sweep", "retry")
+        assert ("nodes", "aa11", 2, "") in read_rows(database)
+
+
+async def test_resync_alone(database: Path) -> None:
+    """A node that appears after the snapshot was applied gets its value, too."""
+    put(document(("new", "confirmed", "advert")), snapshot_path(database))
+    async with bridge(database, resync="100ms") as results:
+        assert results.all[0].unmatched == 1
+        with connect(database) as connection:
+            connection.execute("INSERT INTO nodes (public_key) VALUES ('new')")
+        result = await results.next("applied")
+        assert (result.reason, result.changed_active) == ("resync", 1)
+        assert ("nodes", "new", 2, "advert") in read_rows(database)
+
+
+async def test_a_torn_file_is_read_again_without_any_event(database: Path) -> None:
+    """The late write of a second publisher repairs the file without a rename."""
+    whole = document(("aa11", "confirmed", "advert"))
+    async with bridge(database, mode="inotify") as results:
+        put(whole[:40], snapshot_path(database))
+        torn = await results.next("malformed")
+        assert str(snapshot_path(database)) in str(torn.error)
+        with open(snapshot_path(database), "r+b") as file:
+            file.write(whole)
+        assert (await results.next("applied")).reason == "retry"
+        assert results.outcomes.count("malformed") == 1, "told once, however often it is read"
+
+
+async def test_a_bad_snapshot_leaves_the_last_good_state(database: Path) -> None:
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    async with bridge(database) as results:
+        before = read_rows(database)
+        put(b"\xef\xbb\xbf{}", snapshot_path(database))
+        await results.next("malformed")
+        assert read_rows(database) == before
+
+
+# ------------------------------------------------------------------------------ bursts and idling
+
+
+RENAMER = """
+    import os, sys
+    path, count = sys.argv[1], int(sys.argv[2])
+    for number in range(count):
+        with open(path + ".t", "w") as file:
+            entry = '{"public_key":"aa11","status":"confirmed","evidence":"%d"}' % number
+            file.write('{"entries":[' + entry + ']}')
+        os.replace(path + ".t", path)
+    print("done", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("mode", ["inotify", "poll"])
+async def test_a_burst_is_few_looks_and_its_last_state_lands(database: Path, mode: str) -> None:
+    async with bridge(database, mode=mode, poll_interval="50ms") as results:
+        with other_process(RENAMER, str(snapshot_path(database)), "1000") as process:
+            assert await anyio.to_thread.run_sync(read_line, process) == "done"
+        await until(lambda: ("nodes", "aa11", 2, "999") in read_rows(database))
+        assert len(results.all) < 100
+
+
+async def test_an_unchanged_file_is_neither_parsed_nor_compared(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    parsed: list[plan.Targets] = []
+    original = plan.targets
+
+    def targets(entries: Iterable[Entry]) -> plan.Targets:
+        parsed.append(original(entries))
+        return parsed[-1]
+
+    monkeypatch.setattr(plan, "targets", targets)
+    async with bridge(database, mode="poll", poll_interval="10ms") as results:
+        put(document(("aa11", "confirmed")), snapshot_path(database))
+        await anyio.sleep(0.3)  # some thirty polls
+        assert (len(parsed), len(results.all)) == (1, 1)
+
+
+# ------------------------------------------------------------------------------ any order
+
+
+async def test_everything_may_come_later_and_in_any_order(tmp_path: Path) -> None:
+    database = tmp_path / "m.db"
+    clocks = {"poll_interval": "20ms", "sweep_interval": "50ms"}
+    async with bridge(database, **clocks) as results:
+        assert results.outcomes == ["no_snapshot"]
+        put(document(("aa11", "confirmed")), snapshot_path(database))
+        await results.next("database_missing")
+        with connect(database) as connection:
+            connection.execute("PRAGMA journal_mode = wal")
+            await results.next("schema_missing")
+            connection.execute("CREATE TABLE nodes (public_key TEXT PRIMARY KEY)")
+            connection.execute("INSERT INTO nodes VALUES ('aa11')")
+            connection.execute(
+                "ALTER TABLE nodes ADD COLUMN multibyte_sup INTEGER NOT NULL DEFAULT 0"
+            )
+            connection.execute("ALTER TABLE nodes ADD COLUMN multibyte_evidence TEXT")
+        await results.next("applied")
+        assert read_rows(database) == {("nodes", "aa11", 2, "")}
+
+
+async def test_inotify_takes_over_once_the_directory_is_there(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
+    states: list[WatchState] = []
+    settings = Settings.from_mapping({"database": database, **QUIET, "poll_interval": "20ms"})
+    async with anyio.create_task_group() as group:
+        await group.start(partial(run, settings, on_state=states.append))
+        assert [state.mode for state in states] == ["poll"]
+        assert "does not exist" in states[0].why
+        snapshot_path(database).parent.mkdir()
+        await until(lambda: states[-1].mode == "inotify")
+        group.cancel_scope.cancel()
+
+
+# ------------------------------------------------------------------------------ a busy database
+
+
+async def test_busy_is_no_news_and_the_newest_snapshot_wins(database: Path) -> None:
+    async with bridge(database) as results:
+        with locked(database) as release:
+            put(document(("aa11", "suspected", "old")), snapshot_path(database))
+            await anyio.sleep(0.3)
+            put(document(("aa11", "confirmed", "new")), snapshot_path(database))
+            await anyio.sleep(0.3)
+            assert results.outcomes == ["no_snapshot"]
+            release()
+        result = await results.next("applied")
+        assert result.error is None
+        assert ("nodes", "aa11", 2, "new") in read_rows(database)
+
+
+async def test_busy_for_longer_than_the_deadline_is_told_and_tried_on(database: Path) -> None:
+    async with bridge(database, busy_deadline="200ms") as results:
+        with locked(database) as release:
+            put(document(("aa11", "confirmed")), snapshot_path(database))
+            busy = await results.next("busy")
+            assert "locked" in str(busy.error)
+            release()
+        await results.next("applied", after=2)
+
+
+async def test_timings_tell_lag_waits_and_holds(database: Path) -> None:
+    timings: list[Timings] = []
+    async with anyio.create_task_group() as group:
+        settings = Settings.from_mapping({"database": database, **QUIET, "batch_rows": 1})
+        await group.start(partial(run, settings, on_timings=timings.append))
+        assert timings == [], "there was nothing to compare"
+        put(document(("aa11", "confirmed"), ("dd44", "confirmed")), snapshot_path(database))
+        await until(lambda: timings)
+        (first,) = timings
+        assert first.lag is not None
+        assert 0 <= first.lag < 5
+        assert (len(first.waits), len(first.holds)) == (2, 2)
+        assert all(0 < hold < 5 for hold in first.holds)
+        group.cancel_scope.cancel()
+
+
+async def test_the_lag_of_a_snapshot_that_had_to_wait_is_told(database: Path) -> None:
+    timings: list[Timings] = []
+    async with anyio.create_task_group() as group:
+        settings = Settings.from_mapping({"database": database, **QUIET, "resync": "100ms"})
+        await group.start(partial(run, settings, on_timings=timings.append))
+        with locked(database) as release:
+            put(document(("aa11", "confirmed")), snapshot_path(database))
+            await anyio.sleep(0.5)
+            release()
+        await until(lambda: timings)
+        assert timings[0].lag is not None
+        assert 0.5 <= timings[0].lag < 5
+        with connect(database) as other:
+            other.execute("UPDATE nodes SET multibyte_sup = 0")
+        await until(lambda: timings[-1].holds and timings[-1] is not timings[0])
+        assert timings[-1].lag is None, "the snapshot is not new any more"
+        group.cancel_scope.cancel()
+
+
+# ------------------------------------------------------------------------------ as a host sees it
+
+
+async def test_a_hook_may_be_a_coroutine_function(database: Path) -> None:
+    seen: list[str] = []
+
+    async def on_result(result: PersistResult) -> None:
+        await anyio.sleep(0)
+        seen.append(result.outcome)
+
+    async with anyio.create_task_group() as group:
+        settings = Settings(database=database)
+        await group.start(partial(run, settings, on_result=on_result))
+        group.cancel_scope.cancel()
+    assert seen == ["no_snapshot"]
+
+
+async def test_an_error_of_a_hook_reaches_the_host(database: Path) -> None:
+    def on_result(result: PersistResult) -> None:
+        raise ZeroDivisionError(result.outcome)
+
+    with pytest.raises(ZeroDivisionError):
+        await run(Settings(database=database), on_result=on_result)
+
+
+async def test_native_cancellation(database: Path) -> None:
+    results = Results()
+    task = asyncio.ensure_future(run(Settings(database=database), on_result=results))
+    await until(lambda: results.all)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_several_bridges_in_one_loop_and_again(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        database = make_database(tmp_path / str(number) / "m.db", [("nodes", "aa11", 0, None)])
+        ensure_snapshot_dir(database)  # there are no polls to wait for it
+    for evidence in ("first", "second"):
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(3):
+                database = tmp_path / str(number) / "m.db"
+                results = await stack.enter_async_context(bridge(database, mode="inotify"))
+                put(document(("aa11", "confirmed", evidence)), snapshot_path(database))
+                await results.count("applied", 1)
+                assert ("nodes", "aa11", 2, evidence) in read_rows(database)
+
+
+async def test_the_working_directory_and_the_environment_do_not_matter(
+    database: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(database.parent)
+    settings = Settings(database="meshcore.db")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("DB_PATH", "/nowhere")
+    monkeypatch.setenv("MBCAP_WATCH_DATABASE", "/nowhere")
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+
+    assert (await persist_once(settings)).outcome == "applied"
+
+
+@pytest.mark.parametrize("function", [run, persist_once])
+def test_without_asyncio_there_is_one_clear_error(database: Path, function: Any) -> None:
+    coroutine = function(Settings(database=database))
+    with pytest.raises(EventLoopError, match="asyncio"):
+        coroutine.send(None)

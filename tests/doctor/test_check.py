@@ -1,0 +1,796 @@
+"""Broken installations, real ones: is the cause named, and the remedy right?"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from rich.console import Console
+
+from mbcap_watch import Settings
+from mbcap_watch.doctor import check, contents, locks, machine, snapshot
+from mbcap_watch.doctor import database as check_database
+from mbcap_watch.doctor.findings import Finding, ok, problem, size, warning
+from mbcap_watch.settings import SNAPSHOT_DIR_NAME
+from mbcap_watch.snapshot import timestamp
+from mbcap_watch.watcher.mounts import Mount
+from support import (
+    TESTS,
+    connect,
+    document,
+    locked,
+    make_database,
+    other_process,
+    put,
+    read_line,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+pytestmark = pytest.mark.anyio
+
+ROOT = os.geteuid() == 0
+NOBODY = 65534
+INGESTOR = """
+    import sqlite3, sys
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+    connection.execute("UPDATE nodes SET name = 'written'")
+    print("open", flush=True)
+    sys.stdin.readline()
+"""
+READER = INGESTOR.replace("print", "connection.execute('BEGIN'); _ = connection.execute('SELECT"
+                          " * FROM nodes').fetchall(); print")  # fmt: skip
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(contents, "BUSY_SECONDS", 0.3)
+
+
+@pytest.fixture
+def installation(database: Path) -> Path:
+    """A sound one: a database, and a fresh snapshot for it."""
+    publish(database)
+    return database
+
+
+def publish(database: Path, *entries: Any, written_at: str | None = None) -> None:
+    entries = entries or (("aa11", "confirmed", "advert"), ("bb22", "suspected", "path"))
+    stamp = timestamp.now() if written_at is None else written_at
+    put(document(*entries, written_at=stamp), snapshot_of(database))
+
+
+def snapshot_of(database: Path) -> Path:
+    return database.parent / SNAPSHOT_DIR_NAME / "snapshot.json"
+
+
+class Report(list[Finding]):
+    """Findings that a test asks for by subject."""
+
+    def __call__(self, subject: str, level: str) -> str:
+        """Return what is said about the subject, at this level."""
+        found = [f for f in self if f.subject == subject and f.level == level]
+        assert found, f"no {level} about {subject} in\n{shown(self)}"
+        assert all(bool(each.remedy) is (level != "ok") for each in found)
+        return " ".join(f"{each.text} -> {each.remedy}" for each in found)
+
+    @property
+    def worse(self) -> set[tuple[str, str]]:
+        return {(each.subject, each.level) for each in self if each.level != "ok"}
+
+
+async def report_on(database: Path, **settings: Any) -> Report:
+    made = Settings.from_mapping({"database": database, **settings})
+    return Report(await check.examine(made, {}))
+
+
+def shown(findings: Sequence[Finding], encoding: str = "utf-8") -> str:
+    class File(StringIO):
+        @property
+        def encoding(self) -> str:  # type: ignore[override]
+            return encoding
+
+    file = File()
+    check.render(findings, Console(file=file, width=40))
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def ingestor(database: Path, script: str = INGESTOR) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the database open for writing, and has written."""
+    with other_process(script, str(database)) as process:
+        assert read_line(process) == "open"
+        yield process
+
+
+# ------------------------------------------------------------------------------ all is well
+
+
+async def test_a_sound_installation(installation: Path) -> None:
+    with ingestor(installation) as process:
+        report = await report_on(installation)
+    assert not report.worse, shown(report)
+    assert "2 rows would change; of 2 keys 0 are in no table" in report("preview", "ok")
+    assert f"pid {process.pid}" in report("open by", "ok")
+    assert report("watch", "ok").startswith("inotify: ")
+    assert check.exit_code(report) == 0
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("state", ["closed", "in use", "crashed", "rollback"])
+async def test_nothing_is_changed(tmp_path: Path, state: str) -> None:
+    mode = "delete" if state == "rollback" else "wal"
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)], journal_mode=mode)
+    publish(database, ("aa11", "confirmed"))
+    with ingestor(database) if state != "closed" else contextlib.nullcontext() as process:
+        if process is not None and state == "crashed":
+            process.kill()
+            process.wait()
+        before = everything_in(tmp_path)
+        report = await report_on(database)
+        assert "1 rows would change" in report("preview", "ok")
+        assert everything_in(tmp_path) == before
+    assert report.worse == ({("journal mode", "warning")} if state == "rollback" else set())
+
+
+def everything_in(directory: Path) -> dict[str, object]:
+    """What must be as it was, times included; but -shm is where even a reader marks its place."""
+    return {
+        path.name: (
+            path.name.endswith("-shm")
+            or (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes())
+        )
+        for path in directory.rglob("*")
+    }
+
+
+# ------------------------------------------------------------------------------ one thing wrong
+
+
+def sql(*statements: str) -> Callable[[Path], None]:
+    def run(database: Path) -> None:
+        with connect(database) as connection:
+            for statement in statements:
+                connection.execute(statement)
+
+    return run
+
+
+DROP = "ALTER TABLE {} DROP COLUMN multibyte_evidence"
+
+
+def published(*entries: Any, written_at: str | None = None) -> Callable[[Path], None]:
+    return lambda database: publish(database, *entries, written_at=written_at)
+
+
+def written(data: bytes) -> Callable[[Path], None]:
+    return lambda database: put(data, snapshot_of(database))
+
+
+def touched(days: float) -> Callable[[Path], None]:
+    return lambda database: os.utime(database, (0, time.time() + days * 86_400))
+
+
+ONE_LACKS = sql(DROP.format("inactive_nodes"))
+BOTH_LACK = sql(DROP.format("nodes"), DROP.format("inactive_nodes"))
+ANOTHER = sql("ALTER TABLE nodes RENAME TO recipes", "DROP TABLE inactive_nodes")
+STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    "breaks, subject, level, words",
+    [
+        ("rm meshcore.db", "database", "problem", ["does not exist", "there is", "other.db"]),
+        ("rm meshcore.db; mkdir meshcore.db", "database", "problem", ["bind mount", "rmdir"]),
+        ("rm meshcore.db; mkfifo meshcore.db", "database", "problem", ["no regular file"]),
+        ("ln -sf gone.db meshcore.db", "database", "problem", ["a link on the way", "gone.db"]),
+        ("rm m*.db; ln -s meshcore.db meshcore.db", "database", "problem", ["symbolic links"]),
+        ("truncate -s 0 meshcore.db", "database", "problem", ["is empty", "by mistake"]),
+        ("seq 1000 > meshcore.db", "tables", "problem", ["is not an SQLite", "set --database"]),
+        ("truncate -s 8192 meshcore.db", "tables", "problem", ["is corrupt", "restore a backup"]),
+        (ANOTHER, "tables", "problem", ["there is recipes", "set the path"]),
+        (BOTH_LACK, "tables", "problem", ["nodes lacks multibyte_evidence; inactive_", "upgrade"]),
+        (ONE_LACKS, "tables", "warning", ["inactive_nodes lacks multibyte_evidence", "upgrade"]),
+        (sql("PRAGMA journal_mode = delete"), "journal mode", "warning", ["delete, not WAL"]),
+        (sql("DELETE FROM nodes", "DELETE FROM inactive_nodes"), "preview", "warning", ["no rows"]),
+        (touched(-5), "activity", "warning", ["for 5 d", "old copy"]),
+        (touched(+1), "clock", "warning", [" later: it jumped", "timedatectl"]),
+        ("seq 400 > meshcore.db-wal", "wal", "warning", ["left by a crash", "never delete"]),
+        ("rm mbcap-snapshot/*", "snapshot", "warning", ["does not exist", "CoreScope's server"]),
+        ("rm -r mbcap-snapshot", "snapshot dir", "warning", ["the publisher creates it"]),
+        ("rm -r mbcap*; touch mbcap-snapshot", "snapshot dir", "problem", ["not a directory"]),
+        ("cd mbcap*; rm *; mkfifo snapshot.json", "snapshot", "problem", ["is a FIFO", "remove"]),
+        (written(b""), "snapshot", "problem", ["malformed", "is empty", "rename it over"]),
+        (written(b'{"entries": ['), "snapshot", "problem", ["malformed", "truncated"]),
+        (written(b"x" * 2_000_000), "snapshot", "problem", ["refused", "raise max_bytes"]),
+        (written(b"{}"), "snapshot", "warning", ["nothing to write"]),
+        (published(("aa11", "Confirmed")), "snapshot", "warning", ["another format"]),
+        (published(*STRANGERS), "preview", "problem", ["none matches", "the same CoreScope"]),
+        (published(*STRANGERS, ("aa11", "confirmed")), "preview", "warning", ["20 are in no"]),
+        (published(written_at="2024-01-01T00:00:00Z"), "age", "warning", ["stale", "put back"]),
+        (published(written_at="2099-01-01T00:00:00Z"), "age", "warning", ["in the future", "NTP"]),
+    ],
+)
+async def test_one_thing_wrong(
+    installation: Path,
+    breaks: str | Callable[[Path], None],
+    subject: str,
+    level: str,
+    words: list[str],
+) -> None:
+    make_database(installation.with_name("other.db"))
+    if isinstance(breaks, str):
+        subprocess.run(["sh", "-ec", breaks], cwd=installation.parent, check=True)
+    else:
+        breaks(installation)
+    before = everything_in(installation.parent)
+    report = await report_on(installation, max_bytes=1_000_000)
+    said = report(subject, level)
+    assert all(word in said for word in words), said
+    assert report.worse == {(subject, level)}, shown(report)
+    assert check.exit_code(report) == (level == "problem")
+    assert everything_in(installation.parent) == before
+
+
+async def test_the_database_that_corescope_is_told(tmp_path: Path) -> None:
+    settings = Settings(database=tmp_path / "data" / "meshcore.db")
+    report = Report(await check.examine(settings, {"DB_PATH": "/elsewhere/m.db"}))
+    said = report("database", "problem")
+    assert "DB_PATH says /elsewhere/m.db" in said
+    assert f"{tmp_path}/data is missing or empty" in said
+    assert not list(tmp_path.iterdir())
+
+
+async def test_the_snapshot_directory_that_was_meant(installation: Path, tmp_path: Path) -> None:
+    said = (await report_on(installation, snapshot_dir=tmp_path / "typo"))(
+        "snapshot dir", "warning"
+    )
+    assert f"there is {snapshot_of(installation).parent}" in said
+
+
+async def test_a_linked_database_is_judged_by_where_it_leads(
+    installation: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "m.db").symlink_to(installation)
+    report = await report_on(tmp_path / "link" / "m.db")
+    assert f"which is {installation}" in report("database", "ok")
+    assert str(snapshot_of(installation).parent) in report("snapshot dir", "warning")
+
+
+# ------------------------------------------------------------------------------ other processes
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+async def test_a_lock_that_nobody_lets_go(tmp_path: Path, mode: str) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)], journal_mode=mode)
+    with locked(database) as release:
+        said = (await report_on(database))("lock", "problem")
+        assert "by pid" in said
+        assert "sqlite3" in said
+        release()
+    (await report_on(database))("lock", "ok")
+
+
+async def test_a_database_that_is_locked_against_readers(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", journal_mode="delete")
+    with ingestor(
+        database, INGESTOR.replace("UPDATE nodes SET name = 'written'", "BEGIN EXCLUSIVE")
+    ):
+        report = await report_on(database)
+    assert "is locked by another connection" in report("tables", "problem")
+    report("lock", "problem")
+
+
+async def test_a_reader_that_keeps_the_wal_growing(installation: Path) -> None:
+    with ingestor(installation, READER) as process:
+        os.truncate(f"{installation}-wal", 65 << 20)
+        said = (await report_on(installation))("wal", "warning")
+    assert "has grown to 65 MiB" in said
+    assert f"pid {process.pid}" in said
+
+
+async def test_a_database_replaced_under_the_ingestor(installation: Path, tmp_path: Path) -> None:
+    backup = make_database(tmp_path / "backup.db", [("nodes", "aa11", 0, None)])
+    with ingestor(installation) as process:
+        os.replace(backup, installation)
+        said = (await report_on(installation))("open by", "problem")
+    assert str(process.pid) in said
+    assert "restart it" in said
+
+
+@contextlib.contextmanager
+def daemon(*arguments: object, inside: Sequence[str] = (), **variables: str) -> Iterator[int]:
+    """Run a bridge until the end of the block."""
+    command = [*inside, sys.executable, "-m", "mbcap_watch", "run", *map(str, arguments)]
+    environ = {**os.environ, **variables}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            assert process.stderr is not None
+            process.stderr.readline()
+            yield process.pid
+        finally:
+            process.terminate()
+
+
+async def test_two_daemons(installation: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(installation)
+    config = tmp_path / "config.toml"
+    config.write_text(f'database = "{tmp_path}/link.db"')
+    with daemon("--database", installation) as first, daemon(f"--database={tmp_path}/no.db"):
+        report = await report_on(installation)
+        assert f"pid {first} (user" in report("daemons", "ok")
+        assert f"for {tmp_path}/no.db" in report("daemons", "ok")
+        with daemon("--config", config) as second, daemon(DB_PATH=str(installation)) as third:
+            said = (await report_on(installation))("daemons", "problem")
+    assert said.startswith("3 serve this database")
+    assert all(str(pid) in said for pid in (first, second, third))
+    assert "stop all but one" in said
+
+
+async def test_a_daemon_that_is_paused(installation: Path) -> None:
+    with daemon("--database", installation) as pid:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            said = (await report_on(installation))("daemons", "problem")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert "it is paused" in said
+    assert f"kill -CONT {pid}" in said
+
+
+async def test_a_daemon_that_was_killed(installation: Path) -> None:
+    with daemon("--database", installation) as pid:
+        await service(installation, "running, healthy", "ok")
+        os.kill(pid, signal.SIGKILL)
+    said = await service(installation, "is there no more", "problem")
+    assert "start it again" in said
+
+
+async def service(database: Path, words: str, level: str, **settings: Any) -> str:
+    """Check until the line about the service has these words."""
+    deadline = time.monotonic() + 10
+    while True:
+        made = Settings.from_mapping({"database": database, **settings})
+        report = await check.examine(made, os.environ)
+        said = [each for each in report if each.subject == "service" and words in each.text]
+        if said:
+            assert said[0].level == level
+            return f"{said[0].text} -> {said[0].remedy}"
+        assert time.monotonic() < deadline, shown(report)
+
+
+async def test_what_only_the_daemon_knows(installation: Path) -> None:
+    """Rows that a trigger refuses: nothing shows it until somebody writes."""
+    with connect(installation) as connection:
+        connection.execute("CREATE TRIGGER aa BEFORE UPDATE ON nodes BEGIN"
+                           " SELECT RAISE(ABORT, 'no thanks'); END")  # fmt: skip
+        connection.execute("CREATE TRIGGER bb AFTER INSERT ON nodes BEGIN"
+                           " UPDATE nodes SET name = 1; END")  # fmt: skip
+    with daemon("--database", installation):
+        said = await service(installation, "no thanks", "problem")
+        assert "sqlite3 -readonly" in said
+        said = (await report_on(installation))("triggers", "warning")
+        assert "the trigger aa runs at each update of nodes" in said
+        assert "bb" not in said
+        # With other settings there is none, but there is one that may be meant.
+        elsewhere = installation.parent / "elsewhere"
+        said = await service(installation, "from another", "warning", snapshot_dir=elsewhere)
+        assert str(snapshot_of(installation).parent) in said
+
+
+# ------------------------------------------------------------------------------ another user
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """An installation that another user can reach."""
+    if not ROOT:
+        pytest.skip("becoming another user takes root")
+    with tempfile.TemporaryDirectory(prefix="mbcap-check-") as directory:
+        os.chmod(directory, 0o755)
+        database = make_database(Path(directory) / "m.db", [("nodes", "aa11", 0, None)])
+        publish(database, ("aa11", "confirmed"))
+        yield database
+
+
+# Becomes the other user when all is imported: the interpreter may be out of that user's reach.
+CHECK = """if True:
+    import anyio._backends._asyncio, dataclasses, encodings.ascii, json, os, sys
+    from mbcap_watch import Settings
+    from mbcap_watch.doctor import check
+    uid = int(sys.argv[2])
+    if uid:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+    findings = anyio.run(check.examine, Settings(sys.argv[1]), os.environ)
+    print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
+"""
+
+
+def check_as(database: Path, uid: int = 0, *, inside: Sequence[str] = ()) -> Report:
+    """Check as another user, or inside of other namespaces."""
+    command = [*inside, sys.executable, "-c", CHECK, str(database), str(uid)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=40)
+    assert done.returncode == 0, done.stderr
+    return Report(Finding(**finding) for finding in json.loads(done.stdout))
+
+
+def test_what_belongs_to_somebody_else(shared: Path) -> None:
+    os.chmod(shared, 0o666)
+    said = check_as(shared, NOBODY)("permissions", "problem")
+    assert f"user {NOBODY} may not create -wal and -shm in {shared.parent} (user 0" in said
+    assert "as the database's owner, user 0" in said
+    os.chmod(shared, 0o600)
+    os.chmod(snapshot_of(shared), 0o600)
+    report = check_as(shared, NOBODY)
+    assert f"may not read {shared}" in report("permissions", "problem")
+    assert f"chmod 644 {snapshot_of(shared)}" in report("snapshot", "problem")
+    os.chmod(snapshot_of(shared).parent, 0o711)
+    assert "may not list" in check_as(shared, NOBODY)("snapshot dir", "problem")
+    os.chmod(shared.parent, 0o700)
+    report = check_as(shared, NOBODY)
+    assert f"may not enter {shared.parent}" in report("database", "problem")
+    assert "Permission denied" in report("watch", "ok")  # not that it does not exist
+    assert report.worse == {("database", "problem"), ("snapshot dir", "problem")}
+
+
+def test_an_owner_who_may_not_write_the_directory(shared: Path) -> None:
+    """To run as the owner is no remedy: that is what it does."""
+    os.chown(shared, NOBODY, NOBODY)
+    os.chmod(shared.parent, 0o755)
+    said = check_as(shared, NOBODY)("permissions", "problem")
+    assert said.endswith(f"-> as root: chown {NOBODY} {shared.parent}")
+    os.chown(shared.parent, NOBODY, NOBODY)
+    os.chmod(shared.parent, 0o555)
+    os.chmod(shared, 0o444)
+    said = check_as(shared, NOBODY)("permissions", "problem")
+    assert said.endswith(f"chmod u+rw {shared}; chmod u+rwx {shared.parent}")
+
+
+def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
+    """From here all looks well."""
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    tried = [*runs, sys.executable, "-c", "import mbcap_watch"]
+    if subprocess.run(tried, check=False, capture_output=True).returncode:
+        pytest.skip("the interpreter is out of the other user's reach")
+    runtime = shared.parent / "runtime"
+    runtime.mkdir()
+    os.chown(runtime, NOBODY, NOBODY)
+    script = f"export RUNTIME_DIRECTORY={runtime}"
+    with daemon("--database", shared, inside=runs, RUNTIME_DIRECTORY=str(runtime)):
+        deadline = time.monotonic() + 10
+        report = check_with(shared, script)
+        while ("service", "problem") not in report.worse:
+            assert time.monotonic() < deadline, shown(report)
+            report = check_with(shared, script)
+    assert f"user {NOBODY} may not write {shared}" in report("service", "problem")
+    assert {subject for subject, level in report.worse if level == "problem"} == {"service"}
+
+
+def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
+    os.chown(shared, 12345, 12345)
+    with ingestor(shared):
+        os.chown(f"{shared}-shm", NOBODY, NOBODY)
+        os.chmod(f"{shared}-shm", 0o644)
+        report = check_as(shared)
+    assert f"chown 12345:12345 {shared}-shm (never delete it)" in report("owner", "problem")
+
+
+def test_a_daemon_of_another_user(shared: Path) -> None:
+    with daemon("--database", shared) as pid:
+        said = check_as(shared, NOBODY)("daemons", "warning")
+    assert f"pid {pid} (user 0" in said
+    assert f"sudo -u '#0' mbcap-watch check --database {shared}" in said
+
+
+# ------------------------------------------------------------------------------ filesystems
+
+
+def namespaces(script: str, *options: str) -> list[str]:
+    """Return what runs a command on a changed machine: in namespaces that end with it."""
+    unshare = ["unshare", *(options or ("-m",))]
+    if not ROOT or shutil.which("unshare") is None:
+        pytest.skip("mounting takes root and unshare(1)")
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    return [*unshare, "sh", "-ec", f'{script}; exec "$@"', "sh"]
+
+
+def check_with(database: Path, script: str, *options: str) -> Report:
+    return check_as(database, inside=namespaces(script, *options))
+
+
+def test_a_full_disk(installation: Path) -> None:
+    near = installation.parent / "near"
+    near.mkdir()
+    script = f"mount -t tmpfs -o size=1m none {near}; cp {installation} {near}/m.db"
+    script += f"; head -c 2m /dev/zero > {near}/fill 2>/dev/null || true"
+    report = check_with(near / "m.db", script)
+    assert "the disk is full" in report("disk space", "problem")
+    assert f"df -h {near}" in report("disk space", "problem")
+
+
+def test_a_disk_without_inodes(installation: Path) -> None:
+    near = installation.parent / "near"
+    near.mkdir()
+    script = f"mount -t tmpfs -o nr_inodes=6 none {near}; cp {installation} {near}/m.db"
+    script += f"; touch {near}/1 {near}/2 {near}/3 {near}/4 {near}/5 2>/dev/null || true"
+    said = check_with(near / "m.db", script)("disk space", "problem")
+    assert "no inode is left" in said
+    assert f"df -i {near}" in said
+
+
+def test_a_read_only_volume(installation: Path) -> None:
+    path = installation.parent
+    report = check_with(
+        installation, f"mount --bind {path} {path}; mount -o remount,ro,bind {path}"
+    )
+    assert f"ReadWritePaths={path}" in report("permissions", "problem")
+
+
+@pytest.mark.parametrize(
+    "mounts, words",
+    [
+        ("mount --bind {0} {0}; mount -o remount,ro,bind {0}", "may only read"),
+        ("mount -t tmpfs none {0}", "does not see"),
+    ],
+)
+async def test_a_daemon_whose_unit_keeps_it_away(
+    installation: Path, mounts: str, words: str
+) -> None:
+    inside = namespaces(mounts.format(installation.parent))
+    with daemon("--database", installation, inside=inside):
+        said = (await report_on(installation))("daemons", "problem")
+    assert f"{words} the database where it runs" in said
+    assert f"ReadWritePaths={installation.parent}" in said
+
+
+def test_a_volume_that_is_a_single_file(installation: Path) -> None:
+    report = check_with(installation, f"mount --bind {installation} {installation}")
+    assert "mounted as a single file" in report("filesystem", "problem")
+
+
+def test_no_inotify_instance_left(installation: Path) -> None:
+    script = "echo 0 > /proc/sys/user/max_inotify_instances"
+    report = check_with(installation, script, "-U", "-r")
+    assert report("watch", "warning").startswith("poll: no inotify watch on")
+    assert "sysctl -w user.max_inotify_instances=512" in report("inotify", "warning")
+
+
+@contextlib.contextmanager
+def bindfs(far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
+    if shutil.which("bindfs") is None or not os.access("/dev/fuse", os.W_OK):
+        pytest.skip("needs bindfs and /dev/fuse")
+    near.mkdir()
+    with subprocess.Popen(["bindfs", "-f", str(far), str(near)]) as process:
+        try:
+            wait_until(lambda: os.path.ismount(near) or process.poll() is not None, "the mount")
+            if not os.path.ismount(near):
+                pytest.skip("cannot mount FUSE filesystems here")
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            subprocess.run(["umount", "-l", near], check=False)
+            process.terminate()
+
+
+async def test_fuse(installation: Path, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    with bindfs(installation.parent, near):
+        report = await report_on(near / installation.name)
+        assert "fuse" in report("filesystem", "warning")
+        assert "inotify does not see every change" in report("watch", "ok")
+        report = await report_on(
+            installation, snapshot_dir=near / SNAPSHOT_DIR_NAME, mode="inotify"
+        )
+        assert "set mode to auto or poll" in report("watch", "problem")
+
+
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_mount_that_does_not_answer(
+    installation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "DATA_SECONDS", 1.0)
+    near = tmp_path / "near"
+    with bindfs(snapshot_of(installation).parent, near) as process:
+        process.send_signal(signal.SIGSTOP)
+        # If it hangs, this test shall fail and not hang.
+        rescue = threading.Timer(8, process.send_signal, [signal.SIGCONT])
+        rescue.start()
+        started = time.monotonic()
+        report = await report_on(installation, snapshot_dir=near)
+        rescue.cancel()
+        rescue.join()
+        assert time.monotonic() - started < 6
+    assert f"mounted on {near}) did not answer" in report("filesystem", "problem")
+    report("tables", "ok")
+
+
+# ------------------------------------------------------------------------------ judgements
+
+NOW = 1_800_000_000.0
+
+
+@pytest.mark.parametrize(
+    "written_at, placed_ago, level, words",
+    [
+        ("2027-01-15T07:59:00.123456789+00:00", 60, "ok", "written 1 min ago"),
+        (None, 60, "ok", "no writtenAt"),
+        ("0001-01-01T00:00:00Z", 60, "ok", "no writtenAt"),
+        ("0001-01-01T00:00:00+14:00", 60, "warning", "written 739995 d 22 h ago"),
+        ("0000-01-01T00:00:00Z", 60, "ok", "no writtenAt"),
+        ("2027-01-15T07:00:00Z", 3600, "warning", "publisher has stopped"),
+        (None, 3600, "warning", "publisher has stopped"),
+        ("2027-01-15T07:00:00Z", 5, "warning", "old snapshot was put back"),
+        ("2027-01-15T08:00:00Z", 3600, "warning", "NTP"),
+        ("2027-01-15T08:00:00Z", -600, "warning", "put in place 10 min in the future"),
+        ("2027-01-15T08:00:30Z", -30, "ok", "put in place"),
+    ],
+)
+def test_ages(written_at: str | None, placed_ago: float, level: str, words: str) -> None:
+    finding = snapshot.judge_age(written_at, NOW - placed_ago, NOW)
+    assert finding.level == level
+    assert words in finding.text + finding.remedy
+
+
+def nfs(*options: str) -> Mount:
+    return Mount("nfs4", "/mnt", ("rw", "rw", "vers=4.2", *options))
+
+
+@pytest.mark.parametrize(
+    "mount, levels, words",
+    [
+        (nfs("acregmax=60"), [], ""),
+        (nfs("nocto"), ["problem"], "without nocto"),
+        (nfs("acregmax=600", "acdirmax=60"), ["warning"], "acregmax=600 (seconds)"),
+        (nfs("nocto", "actimeo=3600"), ["problem", "warning"], "actimeo=3600"),
+        (Mount("ext4", "/", ("nocto", "actimeo=3600")), [], ""),
+    ],
+)
+def test_mount_options(mount: Mount, levels: list[str], words: str) -> None:
+    findings = list(snapshot.judge_options(mount))
+    assert [finding.level for finding in findings] == levels
+    assert words in str(findings)
+
+
+@pytest.mark.parametrize(
+    "kind, level",
+    [
+        *(("ext4", "ok"), ("vfat", "ok"), ("nfs4", "problem"), ("cifs", "problem")),
+        *(("fuse.sshfs", "problem"), ("fuse.shfs", "warning"), ("overlay", "warning")),
+    ],
+)
+def test_filesystems(kind: str, level: str) -> None:
+    assert check_database.judge_filesystem(Mount(kind, "/", ())).level == level
+
+
+@pytest.mark.parametrize(
+    "uid, gid, mode, levels",
+    [
+        (1000, 1000, 0o644, []),
+        (0, 0, 0o644, []),
+        (33, 33, 0o644, ["warning"]),
+        (33, 1000, 0o664, []),
+        (33, 33, 0o664, ["warning"]),
+        (33, 33, 0o666, []),
+    ],
+)
+def test_whose_files_would_be_left(uid: int, gid: int, mode: int, levels: list[str]) -> None:
+    status = os.stat_result((0o100000 | mode, 2, 3, 1, 1000, 1000, 1, 0, 0, 0))
+    directory = check_database.Place(Path("/d"))
+    findings = list(check_database.judge_owner(status, directory, [], uid, gid))
+    assert [finding.level for finding in findings] == levels
+
+
+def test_scarce_limits() -> None:
+    few = machine.judge_inotify("watches", 10, 1000, "fs.inotify.max_user_watches")
+    assert few.level == "ok"
+    many = machine.judge_inotify("instances", 120, 128, "fs.inotify.max_user_instances")
+    assert "fs.inotify.max_user_instances=512" in many.remedy
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("/usr/bin/python3 /usr/bin/mbcap-watch run --json", True),
+        ("python3 -m mbcap_watch run", True),
+        ("mbcap-watch check", False),
+        ("vim run mbcap-watch", False),
+    ],
+)
+def test_what_a_daemon_looks_like(arguments: str, expected: bool) -> None:
+    assert machine.is_daemon(arguments.split()) is expected
+
+
+# ------------------------------------------------------------------------------ the report
+
+
+async def test_an_examination_that_fails_is_a_problem(
+    installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("of all things")
+
+    monkeypatch.setattr(machine, "examine", fail)
+    report = await report_on(installation)
+    assert "ZeroDivisionError: of all things" in report("check", "problem")
+    report("tables", "ok")
+
+
+async def test_a_database_that_takes_too_long(
+    installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(installation) as connection:
+        connection.execute("BEGIN")
+        keys = [(f"k{number}",) for number in range(30_000)]
+        connection.executemany("INSERT INTO nodes (public_key) VALUES (?)", keys)
+        connection.execute("COMMIT")
+    monkeypatch.setattr(contents, "SQL_SECONDS", -1.0)
+    assert "takes too long" in (await report_on(installation))("tables", "problem")
+
+
+def test_rendering() -> None:
+    findings = [
+        ok("one", "fine"),
+        warning("longer", "[red]so[/] é\x1b[31m\n", "mend it"),
+        problem(
+            "two", "bad \udcff", "do something that takes more than the forty columns there are"
+        ),
+    ]
+    assert shown(findings).splitlines() == [
+        "ok      one     fine",
+        r"warning longer  [red]so[/] é\x1b[31m\n",
+        "                -> mend it",
+        r"problem two     bad \udcff",
+        "                -> do something that takes more than the forty columns there are",
+        "1 problem, 1 warning",
+    ]
+    assert shown(findings, "ascii").isascii()
+    assert shown(findings[:1]).endswith("everything is in order\n")
+
+
+def test_quantities() -> None:
+    sizes = [size(count) for count in (0, 2048, 5 << 20, 3 << 30)]
+    assert sizes == ["0 bytes", "2 KiB", "5 MiB", "3.0 GiB"]
+
+
+def test_the_command(installation: Path) -> None:
+    command = [sys.executable, "-m", "mbcap_watch", "check", "--database"]
+    done = subprocess.run(
+        [*command, str(installation)], capture_output=True, check=False, cwd=TESTS
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().startswith(f"ok      database      {installation}, ")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, "/no.db"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    done = subprocess.run([*command, "/no/such.db", "--json"], capture_output=True, check=False)
+    assert done.returncode == 1
+    body = json.loads(done.stdout)
+    assert body["ok"] is False
+    assert set(body["findings"][0]) == {"level", "subject", "text", "remedy"}

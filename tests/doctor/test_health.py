@@ -1,0 +1,399 @@
+"""What `status` says: the cause by its name, and what to do about it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from mbcap_watch import Settings
+from mbcap_watch.doctor.findings import duration
+from mbcap_watch.doctor.health import Health, judge, judge_search
+from mbcap_watch.doctor.remedies import REMEDIES
+from mbcap_watch.doctor.status import as_json, render
+from mbcap_watch.errors import Cause
+from mbcap_watch.results import Outcome, PersistResult, Timings, WatchState
+from mbcap_watch.telemetry.discover import Found, Search
+from mbcap_watch.telemetry.metrics import Metrics
+from mbcap_watch.telemetry.runtime import Unfit
+from mbcap_watch.telemetry.statsfile import Record
+
+if TYPE_CHECKING:
+    from mbcap_watch.telemetry.stats import Stats
+
+NOW = 1_800_000_000.0  # 2027-01-15T08:00:00Z
+SETTINGS = Settings(Path("/data/meshcore.db"))
+ELSEWHERE = Settings(Path("/data/meshcore.db"), Path("/nfs/mbcap-snapshot"))
+INOTIFY = WatchState(mode="inotify", why="the filesystem delivers it", armed_since=1.0)
+
+
+class Bridge:
+    """A bridge that lives by a clock of the test's."""
+
+    def __init__(self, settings: Settings = SETTINGS, pid: int = 42) -> None:
+        self.clock = 0.0
+        self.metrics = Metrics(settings, version="1.2.3", pid=pid, clock=lambda: self.clock)
+
+    def result(self, outcome: Outcome, error: str | None = None, **fields: Any) -> Bridge:
+        values = {"outcome": outcome, "reason": "rename", "error": error} | fields
+        self.metrics.on_result(PersistResult(**values))
+        return self.look(INOTIFY)
+
+    def look(self, state: WatchState) -> Bridge:
+        self.metrics.on_state(replace(state, last_look=self.clock + 1))
+        return self
+
+    def later(self, seconds: float, *, looks: bool = True) -> Bridge:
+        self.clock += seconds
+        return self.look(self.stats.watch) if looks else self
+
+    @property
+    def stats(self) -> Stats:
+        return self.metrics.snapshot(NOW)
+
+    def health(self, max_age: float | None = None) -> Health:
+        return judge(self.stats, 0.0, max_age)
+
+    def found(self, *, age: float = 0.0) -> Found:
+        class Aged(Record, frozen=True):
+            @property
+            def age(self) -> float:
+                return age
+
+        record = Aged(**msgspec.structs.asdict(self.stats), monotonic=0.0)
+        return Found(Path("/run/x.json"), 1000, record)
+
+
+def codes(health: Health) -> tuple[list[str], list[str]]:
+    return [each.code for each in health.problems], [each.code for each in health.warnings]
+
+
+def text(health: Health) -> str:
+    return " ".join(f"{each.text}; {each.remedy}" for each in health.problems + health.warnings)
+
+
+def well(settings: Settings = SETTINGS, pid: int = 42) -> Bridge:
+    return Bridge(settings, pid).result("applied", written_at="2027-01-15T07:59:00Z")
+
+
+@pytest.mark.parametrize("fate, words", [("gone", "is there no more"), ("paused", "kill -CONT 42")])
+def test_what_became_of_the_process(fate: Literal["gone", "paused"], words: str) -> None:
+    health = judge_search(search(well().found(age=60)._replace(fate=fate)), SETTINGS)
+    assert (health.state, codes(health)[0]) == ("stale", [fate])
+    assert words in text(health)
+    # While it gives signs of life, it is not asked what the process table says.
+    assert judge_search(search(well().found()._replace(fate=fate)), SETTINGS).healthy
+
+
+def search(*found: Found, others: tuple[Found, ...] = (), hidden: tuple[Unfit, ...] = ()) -> Search:
+    return Search(found, others, hidden, (Unfit(Path("/run/y"), "is odd", "look at it"),))
+
+
+def test_all_is_well() -> None:
+    health = well().health()
+    assert (health.healthy, health.state) == (True, "running")
+    assert codes(health) == ([], [])
+
+
+def test_nothing_runs() -> None:
+    health = judge_search(search(), SETTINGS)
+    assert (health.healthy, health.state) == (False, "not running")
+    assert codes(health)[0] == ["not_running", "obstacle"]
+    assert "--database /data/meshcore.db" in text(health)
+    assert "/run/y: is odd; look at it" in text(health)
+
+
+def test_a_wrong_path_is_named() -> None:
+    other = well(Settings(Path("/app/data/meshcore.db")), pid=7)
+    health = judge_search(search(others=(other.found(),)), SETTINGS)
+    assert codes(health)[0] == ["not_running", "other_settings", "obstacle"]
+    assert "process 7 (uid 1000) runs with --database /app/data/meshcore.db" in text(health)
+    # One that has ended is no hint.
+    assert "process 7" not in text(judge_search(search(others=(other.found(age=60),)), SETTINGS))
+
+
+def test_what_another_user_keeps_is_not_said_to_be_missing() -> None:
+    unfit = Unfit(Path("/run/x.json"), "belongs to uid 7", "ask as root, or as uid 7")
+    health = judge_search(search(hidden=(unfit,)), SETTINGS)
+    assert (health.state, codes(health)[0]) == ("unknown", ["not_permitted"])
+
+
+@pytest.mark.parametrize(
+    "age, state, said",
+    [
+        (0, "running", ""),
+        (5, "running", ""),
+        (5.1, "stale", "5 s ago"),
+        (7500, "stale", "2 h 5 min ago"),
+        (-1, "stale", "before the machine was started"),
+    ],
+)
+def test_a_sample_is_stale_after_five_seconds(age: float, state: str, said: str) -> None:
+    health = judge(well().stats, age)
+    assert (health.state, health.healthy) == (state, state == "running")
+    assert said in text(health)
+
+
+@pytest.mark.parametrize("same_snapshot", [True, False])
+def test_two_daemons_are_named(same_snapshot: bool) -> None:
+    bridge, twin = well().later(100), well(SETTINGS if same_snapshot else ELSEWHERE, pid=43)
+
+    def health(age: float, other_age: float) -> Health:
+        first, second = bridge.found(age=age), twin.found(age=other_age)
+        both = search(first, second) if same_snapshot else search(first, others=(second,))
+        return judge_search(both, SETTINGS)
+
+    assert codes(health(1, 2))[0] == ["two_daemons"]
+    assert "process 42 and 43 (uid 1000, /" in text(health(1, 2))
+    assert health(1, 6).healthy
+    assert health(7, 8).state == "stale"
+
+
+def test_one_killed_just_before_this_one_was_started_is_no_second_daemon() -> None:
+    both = search(well().later(1).found(), well(pid=43).found(age=2))
+    assert judge_search(both, SETTINGS).healthy
+
+
+def test_long_work_is_not_stuck() -> None:
+    assert well().later(100, looks=False).health().healthy
+
+
+def test_alive_but_not_looking() -> None:
+    health = well().later(316, looks=False).health()
+    assert (health.state, codes(health)[0]) == ("stuck", ["no_look"])
+    assert "the last look was 5 min 16 s ago, and one is due every 5 s" in text(health)
+    never = Bridge().later(316, looks=False).health()
+    assert "the last look was never" in text(never)
+
+
+def test_a_call_that_does_not_come_back() -> None:
+    bridge = well()
+    bridge.metrics.on_state(replace(bridge.stats.watch, stuck_since=5.0))
+    health = bridge.later(65, looks=False).health()
+    assert (health.state, codes(health)[0]) == ("stuck", ["stuck"])
+    assert "does not come back; the last look was 1 min" in text(health)
+    # `ls` would hang as well; the doctor does not.
+    assert "mbcap-watch check --database /data/meshcore.db" in text(health)
+
+
+@pytest.mark.parametrize(
+    "outcome, code, remedy",
+    [
+        ("database_missing", "database_missing", "DB_PATH"),
+        ("schema_missing", "schema_missing", "ingestor"),
+        ("busy", "busy", "mbcap-watch check --database /data/meshcore.db"),
+        ("failed", "failed", "mbcap-watch check --database /data/meshcore.db"),
+        ("malformed", "malformed", "renamed"),
+        ("refused", "refused", "--max-bytes"),
+        ("no_snapshot", "snapshot_misplaced", "stands in the way"),
+    ],
+)
+def test_trouble_that_persists(outcome: Outcome, code: str, remedy: str) -> None:
+    bridge = well().result(outcome, "/some/path: the cause").later(65)
+    health = bridge.health(30)  # that it is not applied is not told twice
+    assert codes(health) == ([code], [])
+    assert "for 1 min 5 s: /some/path: the cause" in text(health)
+    assert remedy in text(health)
+    assert bridge.result("unchanged").health().healthy
+
+
+def test_every_kind_of_trouble_has_a_remedy() -> None:
+    for outcome in well().stats.outcomes:
+        for fields in ({}, {"failed_rows": 1}):
+            assert "the cause" in text(well().result(outcome, "the cause", **fields).health())
+
+
+def test_a_snapshot_that_may_not_be_read() -> None:
+    bridge = well().result("failed", "/s/snapshot.json: permission denied")
+    health = bridge.look(replace(INOTIFY, read_errors=1)).health()
+    assert codes(health)[0] == ["snapshot_unreadable"]
+    assert "namei" in text(health)
+
+
+@pytest.mark.parametrize(
+    "cause, remedy",
+    [
+        ("disk_full", "df -h /data"),
+        ("read_only", "findmnt -T /data"),
+        ("not_permitted", "stat /data/meshcore.db"),
+        ("not_a_file", "rmdir"),
+        ("not_a_database", "--database"),
+        ("corrupt", "restore a backup"),
+        ("disk_error", "dmesg"),
+        ("limit", "LimitNOFILE"),
+    ],
+)
+def test_each_cause_of_a_failure_has_its_own_remedy(cause: Cause, remedy: str) -> None:
+    health = well().result("failed", "the cause", cause=cause).health()
+    assert codes(health)[0] == [cause]
+    assert remedy in health.problems[0].remedy
+
+
+def test_every_cause_is_known_to_the_remedies() -> None:
+    assert set(get_args(Cause)) <= REMEDIES.keys()
+
+
+def test_paths_in_remedies_are_quoted() -> None:
+    settings = Settings(Path("/my data/{x}.db"))
+    health = Bridge(settings).result("failed", "full", cause="disk_full").health()
+    assert "df -h '/my data'" in health.problems[0].remedy
+
+
+def test_a_snapshot_of_another_mesh() -> None:
+    bridge = well().result("unchanged", entries=3, unmatched=3)
+    assert codes(bridge.health()) == ([], ["no_match"])
+    bridge = well().result("unchanged", entries=3, unmatched=2, matched_inactive=1)
+    assert codes(bridge.health()) == ([], [])
+
+
+def test_neither_a_snapshot_nor_a_database() -> None:
+    """A wrong path of the database moves the directory of the snapshot along."""
+    bridge = Bridge().result("no_snapshot", cause="no_database")
+    assert codes(bridge.health()) == (["no_database"], ["no_snapshot"])
+    assert codes(bridge.result("no_snapshot").health()) == ([], ["no_snapshot"])
+
+
+def test_polling_only_because_inotify_cannot_be_had() -> None:
+    state = WatchState(why="no inotify watch on /x for now: limit reached", degraded=True)
+    assert codes(well().look(state).health()) == ([], ["no_inotify"])
+    assert codes(well().look(replace(state, degraded=False)).health()) == ([], [])
+
+
+def test_a_look_of_many_minutes_that_gets_on() -> None:
+    bridge = well().later(1000, looks=False)
+    assert bridge.health().state == "stuck"
+    bridge.metrics.on_state(replace(bridge.stats.watch, last_progress=bridge.clock))
+    assert codes(bridge.later(100, looks=False).health()) == ([], [])
+
+
+@pytest.mark.parametrize("outcome", ["applied", "unchanged", "failed"])
+def test_rows_that_are_refused(outcome: Outcome) -> None:
+    bridge = Bridge().result(outcome, "nodes: the row 'a' could not be written", failed_rows=1)
+    assert codes(bridge.health()) == (["rows_refused"], [])
+
+
+def test_a_locked_database_is_not_blamed_on_rows() -> None:
+    assert codes(well().result("busy", "locked", failed_rows=1).health())[0] == ["busy"]
+
+
+def test_a_table_that_waits_for_its_columns_is_no_failure() -> None:
+    health = Bridge().result("unchanged", "no table inactive_nodes").health()
+    assert codes(health) == ([], ["table_waits"])
+
+
+def test_the_last_apply_is_too_old() -> None:
+    bridge = well().later(599)
+    assert bridge.health(600).healthy
+    health = bridge.later(2).health(600)
+    assert codes(health)[0] == ["no_apply"]
+    assert "10 min 1 s ago" in text(health)
+    assert bridge.health().healthy  # 3 times 5 min of the resync, and 5 min
+    assert not bridge.later(600).health().healthy
+
+
+def test_waiting_for_the_first_snapshot_is_healthy_unless_an_age_is_demanded() -> None:
+    bridge = Bridge().result("no_snapshot").later(7200)
+    assert codes(bridge.health()) == ([], ["no_snapshot"])
+    health = bridge.health(600)
+    assert codes(health)[0] == ["no_snapshot"]
+    assert "there is none at /data/mbcap-snapshot/snapshot.json" in text(health)
+
+
+@pytest.mark.parametrize(
+    "written_at, warnings",
+    [
+        ("2027-01-15T07:01:00Z", []),
+        ("2027-01-15T06:59:00Z", ["old_snapshot"]),
+        ("2027-01-15T08:00:30Z", []),
+        ("2027-01-15T09:00:00+01:00", []),
+        ("2027-01-15T08:02:00Z", ["clocks"]),
+        ("0001-01-01T00:00:00Z", []),
+        (None, []),
+    ],
+)
+def test_a_publisher_that_is_stale_is_no_error_of_ours(
+    written_at: str | None, warnings: list[str]
+) -> None:
+    health = Bridge().result("applied", written_at=written_at).health()
+    assert codes(health) == ([], warnings)
+
+
+def test_locks_and_missed_changes_are_warnings() -> None:
+    bridge = well().look(replace(INOTIFY, sweep_hits=2))
+    bridge.metrics.on_timings(Timings(lag=None, waits=(0.3,), holds=(0.6,)))
+    assert codes(bridge.health()) == ([], ["sweep_hits", "slow_holds", "contention"])
+
+
+def shown(stats: Stats | None, health: Health) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    render(stats, health, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table() -> None:
+    bridge = well()
+    bridge.metrics.on_timings(Timings(lag=0.0123, waits=(0.001, 0.2), holds=(0.004,)))
+    out = shown(bridge.stats, bridge.health())
+    for part in (
+        "running, healthy",
+        "42, mbcap-watch 1.2.3",
+        "/data/mbcap-snapshot/snapshot.json",
+        "2027-01-15T07:59:00Z (1 min ago)",
+        "inotify: the filesystem delivers it",
+        "0 s ago (applied)",
+        "applied 1",
+        "p50 12.3, p95 12.3, p99 12.3, max 12.3 ms",
+        "count 2, contention_total 1",
+    ):
+        assert part in out, part
+
+
+def test_a_remedy_stands_below_its_problem() -> None:
+    bridge = well().result("busy", "/db: is locked")
+    lines = shown(bridge.stats, bridge.health()).splitlines()
+    assert lines[0] == "running, unhealthy"
+    assert "/db: is locked" in lines[1]
+    assert lines[2].startswith("  → ")
+
+
+def test_what_is_in_an_error_commands_no_terminal_and_is_no_markup() -> None:
+    bridge = well().result("failed", "\x1b[2J[red]/db[/red] \x07\udcff\x9b")
+    out = shown(bridge.stats, bridge.health())
+    assert "\x1b" not in out
+    assert "\\x1b[2J[red]/db[/red] \\x07\\udcff\\x9b" in out
+
+
+def test_json_has_everything() -> None:
+    bridge = well().result("busy", "/db: is locked").later(3)
+    made = json.loads(json.dumps(as_json(bridge.stats, bridge.health())))
+    assert (made["healthy"], made["state"]) == (False, "running")
+    assert made["problems"][0]["code"] == "busy"
+    assert made["ages"]["last_apply"] == 3
+    assert made["stats"]["sampledAt"] == "2027-01-15T08:00:00Z"
+    assert made["stats"]["mbcap_persist"]["contention_total"] == 0
+    assert as_json(None, judge_search(search(), SETTINGS))["stats"] is None
+
+
+@pytest.mark.parametrize(
+    "seconds, shown_as",
+    [
+        (-3, "0 s"),
+        (0.00029, "0 s"),
+        (0.25, "0.25 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (125, "2 min 5 s"),
+        (3600, "1 h"),
+        (15_000, "4 h 10 min"),
+        (180_000, "2 d 2 h"),
+    ],
+)
+def test_durations(seconds: float, shown_as: str) -> None:
+    assert duration(seconds) == shown_as

@@ -1,0 +1,156 @@
+"""The package as others meet it: what an import costs, what the files beside it say."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import aiosqlite
+import pytest
+from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
+
+import mbcap_watch
+from mbcap_watch import Settings
+from mbcap_watch.cli import config
+from mbcap_watch.settings import SETTING_NAMES
+from support import TESTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROOT = TESTS.parent
+
+
+def python(script: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_publishing_half_needs_neither_aiosqlite_nor_watchdog(tmp_path: Path) -> None:
+    out = python(f"""if True:
+        import sys
+        for name in ("aiosqlite", "watchdog", "anyio", "typer", "rich"):
+            sys.modules[name] = None
+        from mbcap_watch import Entry, Snapshot, read_snapshot, write_snapshot
+        write_snapshot({str(tmp_path / "m.db")!r}, Snapshot((Entry("aa", "confirmed"),)))
+        print(read_snapshot({str(tmp_path / "m.db")!r}).entries)
+    """)
+    assert "aa" in out
+
+
+def test_importing_the_library_loads_no_command_line() -> None:
+    loaded = python("""if True:
+        import sys
+        import mbcap_watch
+        mbcap_watch.run, mbcap_watch.persist_once
+        print(*sys.modules)
+    """).split()
+    assert not {"typer", "rich", "click"} & set(loaded)
+    assert "watchdog" in loaded
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mbcap_watch.__all__:
+        assert getattr(mbcap_watch, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        mbcap_watch.no_such_name  # noqa: B018
+
+
+def test_every_error_derives_from_one() -> None:
+    names = [name for name in mbcap_watch.__all__ if name.startswith(("Snapshot", "Database"))]
+    errors = [getattr(mbcap_watch, name) for name in names if name != "Snapshot"]
+    assert all(issubclass(error, mbcap_watch.MbcapWatchError) for error in errors)
+    assert len(errors) > 8
+
+
+def test_the_private_names_of_watchdog_are_there() -> None:
+    observer = InotifyObserver()
+    try:
+        assert observer._emitter_class is InotifyEmitter
+        assert isinstance(observer._inotify_fd._inotify_fd, int)
+        assert callable(InotifyEmitter.get_event_mask_from_filter)
+    finally:
+        observer.stop()
+
+
+def test_the_private_names_of_aiosqlite_are_there() -> None:
+    async def main() -> int:
+        connection: Any
+        async with aiosqlite.connect(":memory:") as connection:
+            answer = await connection._execute(lambda raw: raw.total_changes, connection._conn)
+            return int(answer)
+
+    assert asyncio.run(main()) == 0
+
+
+def test_the_configuration_file_shows_every_setting_with_its_default(tmp_path: Path) -> None:
+    text = (ROOT / "config" / "mbcap-watch.toml").read_text()
+    settings = re.sub(r"^#(?=[a-z_]+ = )", "", text, flags=re.MULTILINE)
+    shown = tomllib.loads(settings)
+
+    assert set(shown) == {*SETTING_NAMES, *config.CLI_ONLY}
+    (tmp_path / "c.toml").write_text(settings)
+    loaded = config.load({}, {}, tmp_path / "c.toml")
+    default = config.load({"database": shown["database"]}, {})
+    assert (loaded.settings, loaded.log_level) == (default.settings, default.log_level)
+
+
+def test_the_configuration_file_as_it_stands_changes_nothing() -> None:
+    loaded = config.load({}, {}, ROOT / "config" / "mbcap-watch.toml")
+    assert loaded.settings == config.load({}, {}).settings
+
+
+def test_the_readme_knows_every_setting_and_its_default() -> None:
+    table = dict(
+        re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
+    assert set(SETTING_NAMES) <= set(table)
+    defaults = Settings(database="x")
+    for name in SETTING_NAMES:
+        if name in ("database", "snapshot_dir"):
+            continue
+        shown = table[name].strip().strip("`")
+        made = Settings(database="x", **{name: shown})
+        assert getattr(made, name) == getattr(defaults, name), name
+
+
+# What msgspec, the C library and watchdog say, and a message put together by logging.
+OTHERS = {
+    *("Input data was truncated", "Permission denied", "inotify instance limit reached"),
+    "watching by poll",
+    # The problem, and a guess at what is behind it, are put together.
+    "cannot be read or written, the disk reports an error",
+}
+
+
+def test_the_messages_of_the_troubleshooting_table_are_those_of_the_code() -> None:
+    sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    sources = re.sub(r'"\n\s*f?"', "", sources)  # text that goes on in the next line
+    table = (
+        (ROOT / "README.md").read_text().partition("### Troubleshooting")[2].partition("\n## ")[0]
+    )
+    told = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
+    quoted = {text for cell in told for text in re.findall(r"`([^`]*)`", cell)}
+    pieces = {piece.strip() for text in quoted for piece in re.split(r"…|: |:$|; | \(", text)}
+    # With the name of a table or a file in it, a text is put together at run time.
+    fixed = {
+        piece for piece in pieces if " " in piece and not re.search("nodes|mbcap-|ls -", piece)
+    }
+    assert len(fixed) > 20
+    assert {piece for piece in fixed - OTHERS if piece.strip("()") not in sources} == set()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_no_path_of_a_developers_machine_is_in_the_project() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    for name in listed.stdout.split():
+        text = (ROOT / name).read_bytes()
+        assert b"/wo" + b"rk/main" not in text, name

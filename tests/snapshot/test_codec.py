@@ -1,0 +1,444 @@
+"""The bytes of a snapshot: what they mean, and that ours are those of Go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from mbcap_watch.errors import SnapshotMalformed
+from mbcap_watch.snapshot import timestamp
+from mbcap_watch.snapshot.codec import Entry, Snapshot, encode, parse, parse_entries, stamped
+
+KEY = "5f3a" * 16
+EXAMPLE = (
+    '{"writtenAt": "2026-07-18T08:47:37.123456789Z",\n'
+    f' "entries": [{{"public_key": "{KEY}", "status": "confirmed", "evidence": "advert"}},\n'
+    '             {"public_key": "b", "status": "suspected", "evidence": "path"},\n'
+    '             {"public_key": "c", "status": "unknown"}]}\n'
+).encode()
+
+
+def entry_of(text: str) -> Entry:
+    """Parse one entry in a snapshot of its own."""
+    (entry,) = parse(f'{{"entries": [{text}]}}'.encode()).entries
+    return entry
+
+
+def test_the_example_of_the_contract() -> None:
+    assert parse(EXAMPLE) == Snapshot(
+        (
+            Entry(KEY, "confirmed", "advert"),
+            Entry("b", "suspected", "path"),
+            Entry("c", "unknown", None),
+        ),
+        "2026-07-18T08:47:37.123456789Z",
+    )
+
+
+# ------------------------------------------------------------------------------ malformed
+
+MALFORMED = {
+    "empty": b"",
+    "blank": b" \n",
+    "truncated": EXAMPLE[:60],
+    "all but the last brace": EXAMPLE.rstrip()[:-1],
+    "not JSON": b"hello",
+    "single quotes": b"{'entries': []}",
+    "comment": b"{} // fine",
+    "trailing comma": b'{"entries": [],}',
+    "NaN": b'{"x": NaN}',
+    "leading zero": b'{"x": 01}',
+    "trailing byte": b"{}x",
+    "trailing document": b"{}{}",
+    "trailing NUL": b"{}\0",
+    "a NUL-filled tail": EXAMPLE[:60] + bytes(100),  # what a power cut leaves on some filesystems
+    "BOM": b"\xef\xbb\xbf{}",
+    "UTF-16": "{}".encode("utf-16"),
+    "no-break space around": b"\xc2\xa0{}",
+    "top level list": b"[]",
+    "top level string": b'"x"',
+    "top level number": b"0",
+    "top level true": b"true",
+    "top level false": b"false",
+    "entries an object": b'{"entries": {}}',
+    "entries a string": b'{"entries": ""}',
+    "entries false": b'{"entries": false}',
+    "entry a list": b'{"entries": [[]]}',
+    "entry a string": b'{"entries": ["x"]}',
+    "entry a number": b'{"entries": [0]}',
+    "one bad entry among good ones": b'{"entries": [{"status": "confirmed"}, 1, {}]}',
+    "public_key a number": b'{"entries": [{"public_key": 1}]}',
+    "status true": b'{"entries": [{"status": true}]}',
+    "status a list": b'{"entries": [{"status": []}]}',
+    "evidence an object": b'{"entries": [{"evidence": {}}]}',
+    "evidence zero": b'{"entries": [{"evidence": 0}]}',
+    "writtenAt empty": b'{"writtenAt": ""}',
+    "writtenAt a number": b'{"writtenAt": 1752828457}',
+    "writtenAt no date": b'{"writtenAt": "2026-02-30T00:00:00Z"}',
+    "writtenAt in lower case": b'{"writtenAt": "2026-02-20t00:00:00z"}',
+    "raw control character": b'{"entries": [{"status": "a\nb"}]}',
+    "raw control character, skipped": b'{"x": "a\nb"}',
+    "unknown escape, skipped": b'{"x": "\\q"}',
+    "invalid UTF-8": b'{"entries": [{"status": "\xff"}]}',
+    "invalid UTF-8, skipped value": b'{"x": "\xff"}',
+    "invalid UTF-8, skipped deep": b'{"x": [{"y": "\xc3"}]}',
+    "invalid UTF-8, unknown key": b'{"\xff": 1}',
+    "invalid UTF-8, unknown key of an entry": b'{"entries": [{"\xff": 1}]}',
+    "overlong UTF-8": b'{"x": "\xc0\xaf"}',
+    "surrogate in UTF-8": b'{"x": "\xed\xa0\x80"}',
+    "lone high surrogate": b'{"entries": [{"public_key": "\\ud800"}]}',
+    "lone low surrogate": b'{"entries": [{"public_key": "\\udc00"}]}',
+    "high surrogate and a letter": b'{"entries": [{"public_key": "\\ud800\\u0041"}]}',
+    "lone surrogate, skipped value": b'{"x": "\\ud800"}',
+    "lone surrogate, unknown key": b'{"\\udfff": 1}',
+    "nested too deep": b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "nested too deep in an entry": b'{"entries": [{"x": ' + b'{"y":' * 100_000,
+}
+
+
+@pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_as_a_whole(data: bytes) -> None:
+    with pytest.raises(SnapshotMalformed, match=r"^/a/snapshot\.json: ."):
+        parse(data, source="/a/snapshot.json")
+
+
+# ------------------------------------------------------------------------------ lenient
+
+EMPTY = {
+    "null": b"null",
+    "no fields": b"{}",
+    "entries null": b'{"entries": null}',
+    "entries empty": b'{"entries": []}',
+    "writtenAt null": b'{"writtenAt": null, "entries": []}',
+    "white space around": b" \t\r\n{} \t\r\n",
+    "unknown field": b'{"version": 2, "entries": []}',
+    "unknown field, nested": b'{"x": [{"entries": [1, {"public_key": 5}]}, 1e999, null]}',
+    "unknown field, 64 deep": b'{"x": ' + b"[" * 64 + b"]" * 64 + b"}",
+    "unknown field, a number of 9,999 digits": b'{"x": ' + b"9" * 9999 + b"}",
+    "another letter case": b'{"Entries": [{"public_key": "a"}], "WRITTENAT": 5}',
+    "the last duplicate wins": b'{"entries": [{}], "entries": []}',
+}
+
+
+@pytest.mark.parametrize("data", EMPTY.values(), ids=EMPTY.keys())
+def test_an_empty_snapshot(data: bytes) -> None:
+    assert parse(data) == Snapshot()
+
+
+@pytest.mark.parametrize(
+    "text, entry",
+    [
+        ("null", Entry()),
+        ("{}", Entry()),
+        ('{"public_key": null, "status": null, "evidence": null}', Entry()),
+        ('{"public_key": "a"}', Entry("a", None, None)),
+        ('{"status": "confirmed"}', Entry(None, "confirmed", None)),
+        ('{"public_key": "", "status": "", "evidence": ""}', Entry("", "", "")),
+        ('{"public_key": "a", "rssi": -3.5, "x": [{"status": 1}]}', Entry("a", None, None)),
+        ('{"Public_Key": "a", "STATUS": 1}', Entry()),
+        ('{"public_key": "a", "public_key": "b"}', Entry("b", None, None)),
+        ('{"evidence": "x", "evidence": null}', Entry()),
+        ('{"evidence": "\\ud83d\\ude00\\u00e9"}', Entry(None, None, "😀é")),
+        ('{"evidence": "\\u0000"}', Entry(None, None, "\0")),
+        ('{"\\u0073tatus": "a"}', Entry(None, "a", None)),  # an escaped key is the same key
+        ('{"status": " confirmed"}', Entry(None, " confirmed", None)),
+    ],
+)
+def test_an_entry(text: str, entry: Entry) -> None:
+    assert entry_of(text) == entry
+
+
+def test_an_unusable_entry_leaves_the_others_alone() -> None:
+    document = b'{"entries": [null, {"public_key": "a", "status": "confirmed"}, {}]}'
+    assert parse(document).entries == (Entry(), Entry("a", "confirmed"), Entry())
+
+
+def test_a_duplicate_of_the_wrong_type_is_malformed_even_where_it_loses() -> None:
+    with pytest.raises(SnapshotMalformed):
+        entry_of('{"status": 1, "status": "confirmed"}')
+
+
+def test_written_at_is_kept_as_it_is_in_the_file() -> None:
+    text = "2026-07-18T08:47:37.1000000000000+00:00"
+    assert parse(f'{{"writtenAt": "{text}"}}'.encode()).written_at == text
+
+
+# ------------------------------------------------------------------------------ a bare list
+
+
+@pytest.mark.parametrize(
+    "data, entries",
+    [
+        (b"[]", ()),
+        (b" \r\n\t[ null, {} ]\n", (Entry(), Entry())),
+        (b'[{"public_key": "a", "status": "confirmed"}]', (Entry("a", "confirmed"),)),
+        (b'{"entries": [{"public_key": "a"}]}', (Entry("a"),)),
+        (b"null", ()),
+    ],
+)
+def test_a_bare_list_of_entries(data: bytes, entries: tuple[Entry, ...]) -> None:
+    assert parse_entries(data) == Snapshot(entries)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[", b"[1]", b"[]x", b"[[]]", b'["\xff"]', b"\xef\xbb\xbf[]"]
+)
+def test_a_bare_list_that_is_malformed(data: bytes) -> None:
+    with pytest.raises(SnapshotMalformed, match=r"^stdin: "):
+        parse_entries(data, source="stdin")
+
+
+# ------------------------------------------------------------------------------ any bytes
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+maybe_text = st.none() | st.text() | st.sampled_from(["confirmed", "suspected", "unknown"])
+# Mostly what a field should hold, now and then what it should not.
+loose_entries = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "public_key": maybe_text | scalars,
+        "status": maybe_text,
+        "evidence": maybe_text,
+        "Status": values,
+    },
+)
+stamps = st.datetimes().map(lambda moment: moment.isoformat() + "Z")
+loose_documents = st.fixed_dictionaries(
+    {},
+    optional={
+        "writtenAt": st.none() | stamps | values,
+        "entries": st.none() | st.lists(loose_entries, max_size=4) | values,
+        "x": values,
+    },
+)
+
+
+def by_the_contract(document: Any) -> Snapshot | None:
+    """Return what the table "Reading" makes of a JSON value; None for malformed."""
+    fields = {} if document is None else document
+    if not isinstance(fields, dict):
+        return None
+    written_at = fields.get("writtenAt")
+    listed = fields.get("entries")
+    items = [] if listed is None else listed
+    if not isinstance(items, list) or not all(map(is_loose_entry, items)):
+        return None
+    if written_at is not None and not (
+        isinstance(written_at, str) and timestamp.is_valid(written_at)
+    ):
+        return None
+    entries = [Entry(*map((item or {}).get, FIELDS)) for item in items]
+    return Snapshot(tuple(entries), written_at)
+
+
+FIELDS = ("public_key", "status", "evidence")
+
+
+def is_loose_entry(item: Any) -> bool:
+    """Tell whether an entry is null or an object whose fields are text, null or missing."""
+    return item is None or (
+        isinstance(item, dict) and all(isinstance(item.get(name), str | None) for name in FIELDS)
+    )
+
+
+@given(document=loose_documents | values, ascii_only=st.booleans())
+def test_parse_does_what_the_contract_says(document: Any, ascii_only: bool) -> None:
+    data = json.dumps(document, ensure_ascii=ascii_only).encode()
+    expected = by_the_contract(document)
+    if expected is None:
+        with pytest.raises(SnapshotMalformed):
+            parse(data)
+    else:
+        assert parse(data) == expected
+
+
+def survives(data: bytes) -> None:
+    """Parse; any other exception than the one that is promised fails the test."""
+    for reader in (parse, parse_entries):
+        with contextlib.suppress(SnapshotMalformed):
+            assert isinstance(reader(data), Snapshot)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_parse_survives_random_bytes(data: bytes) -> None:
+    survives(data)
+
+
+@given(st.binary(max_size=8), st.integers(0, len(EXAMPLE)), st.integers(0, 8))
+@example(b"", 0, 0)
+def test_parse_survives_a_mutated_document(patch: bytes, at: int, removed: int) -> None:
+    survives(EXAMPLE[:at] + patch + EXAMPLE[at + removed :])
+
+
+@pytest.mark.parametrize("length", range(len(EXAMPLE.rstrip())))
+def test_no_torn_document_is_a_snapshot(length: int) -> None:
+    with pytest.raises(SnapshotMalformed):
+        parse(EXAMPLE[:length])
+
+
+# ------------------------------------------------------------------------------ encode
+
+GO_ESCAPES = {
+    '"': '\\"',
+    "\\": "\\\\",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+}
+
+
+def go_string(text: str) -> str:
+    """Write a JSON string as Go's `encoding/json` (1.22 and later) does: `appendString`."""
+
+    def char(value: str) -> str:
+        if value in GO_ESCAPES:
+            return GO_ESCAPES[value]
+        if value < " " or value in "<>&\u2028\u2029":
+            return f"\\u{ord(value):04x}"
+        return value
+
+    return '"' + "".join(map(char, text)) + '"'
+
+
+def go_bytes(snapshot: Snapshot) -> bytes:
+    """Write a snapshot as Go does, field by field, apart from the code under test."""
+    entries = []
+    for entry in snapshot.entries:
+        fields = f'"public_key":{go_string(entry.public_key or "")}'
+        fields += f',"status":{go_string(entry.status or "")}'
+        if entry.evidence:
+            fields += f',"evidence":{go_string(entry.evidence)}'
+        entries.append(f"{{{fields}}}")
+    written_at = timestamp.canonical(snapshot.written_at or timestamp.ZERO)
+    return f'{{"writtenAt":"{written_at}","entries":[{",".join(entries)}]}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "snapshot, data",
+    [
+        (Snapshot(), '{"writtenAt":"0001-01-01T00:00:00Z","entries":[]}'),
+        (
+            Snapshot(
+                (
+                    Entry("a", "confirmed", "advert"),
+                    Entry("b", "suspected", ""),
+                    Entry("c", "unknown", None),
+                    Entry(),
+                ),
+                "2026-07-18T08:47:37.1200+00:00",
+            ),
+            (
+                '{"writtenAt":"2026-07-18T08:47:37.12Z","entries":['
+                '{"public_key":"a","status":"confirmed","evidence":"advert"},'
+                '{"public_key":"b","status":"suspected"},'
+                '{"public_key":"c","status":"unknown"},'
+                '{"public_key":"","status":""}]}'
+            ),
+        ),
+    ],
+)
+def test_encode(snapshot: Snapshot, data: str) -> None:
+    assert encode(snapshot) == data.encode()
+
+
+@pytest.mark.parametrize(
+    "text, written",
+    [
+        ("<>&", r"\u003c\u003e\u0026"),
+        ("\u2028\u2029", r"\u2028\u2029"),
+        ("\b\f\n\r\t", r"\b\f\n\r\t"),
+        ("\0\x01\x0b\x1b\x1f", r"\u0000\u0001\u000b\u001b\u001f"),
+        ('"\\/', r"\"\\/"),
+        ("\x7f\x80é😀", "\x7f\x80é😀"),
+        ("\\u003c", r"\\u003c"),  # text that looks like an escape stays text
+        ("\\<", r"\\\u003c"),
+        ("\ufeff\ufffd", "\ufeff\ufffd"),
+    ],
+)
+def test_encode_escapes_as_go_does(text: str, written: str) -> None:
+    assert f'"evidence":"{written}"'.encode() in encode(Snapshot((Entry("k", "x", text),)))
+
+
+chars = st.sampled_from('"\\/<>&\u2028\u2029\x7f\b\f\n\r\t\0\x1f😀') | st.characters(
+    exclude_categories=["Cs"]
+)
+texts = st.none() | st.text(chars, max_size=12)
+snapshots = st.builds(
+    Snapshot,
+    st.lists(st.builds(Entry, texts, texts, texts), max_size=4).map(tuple),
+    st.none() | stamps,
+)
+
+
+@given(snapshots)
+def test_encode_writes_the_bytes_of_go(snapshot: Snapshot) -> None:
+    assert encode(snapshot) == go_bytes(snapshot)
+
+
+@given(snapshots)
+def test_encode_then_parse_is_the_same_snapshot(snapshot: Snapshot) -> None:
+    entries = tuple(
+        Entry(entry.public_key or "", entry.status or "", entry.evidence or None)
+        for entry in snapshot.entries
+    )
+    written_at = timestamp.canonical(snapshot.written_at or timestamp.ZERO)
+    data = encode(snapshot)
+    assert parse(data) == Snapshot(entries, written_at)
+    assert encode(parse(data)) == data
+
+
+BAD: dict[str, Snapshot] = {
+    "lone surrogate as key": Snapshot((Entry("\ud800", "confirmed"),)),
+    "lone surrogate as status": Snapshot((Entry("a", "\udfff"),)),
+    "lone surrogate as evidence": Snapshot((Entry("a", "confirmed", "x\udcff"),)),
+    "lone surrogate as time": Snapshot((), "\ud800"),
+    "no time": Snapshot((), "yesterday"),
+    "no date": Snapshot((), "2026-02-30T00:00:00Z"),
+    "key a number": Snapshot((Entry(5, "confirmed"),)),  # type: ignore[arg-type]
+    "status a list": Snapshot((Entry("a", ["confirmed"]),)),  # type: ignore[arg-type]
+    "evidence an object": Snapshot((Entry("a", "confirmed", object()),)),  # type: ignore[arg-type]
+    "evidence true": Snapshot((Entry("a", "confirmed", True),)),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("snapshot", BAD.values(), ids=BAD.keys())
+def test_encode_refuses_what_no_reader_would_take(snapshot: Snapshot) -> None:
+    with pytest.raises(SnapshotMalformed):
+        encode(snapshot)
+
+
+# ------------------------------------------------------------------------------ stamped
+
+
+@pytest.mark.parametrize("written_at", [None, timestamp.ZERO])
+def test_stamped_fills_in_the_time(written_at: str | None) -> None:
+    entries = (Entry("a", "confirmed"),)
+    before = timestamp.now()
+    result = stamped(Snapshot(entries, written_at))
+    assert result.entries == entries
+    assert result.written_at is not None
+    # To the second: trailing zeros are dropped, so that the full texts do not sort as times.
+    assert before[:19] <= result.written_at[:19] <= timestamp.now()[:19]
+
+
+def test_stamped_keeps_a_time() -> None:
+    snapshot = Snapshot((), "2026-07-18T08:47:37+02:00")
+    assert stamped(snapshot) == snapshot

@@ -1,0 +1,233 @@
+"""What a snapshot wants written, and which rows differ from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mbcap_watch.snapshot.codec import Entry
+from mbcap_watch.store.plan import Change, Comparison, Row, Value, compare, targets
+
+if TYPE_CHECKING:
+    from random import Random
+
+if TYPE_CHECKING:
+    from mbcap_watch.settings import Downgrade
+
+# ------------------------------------------------------------------------------ targets
+
+
+@pytest.mark.parametrize(
+    "entry, values, unknown, unrecognized",
+    [
+        (Entry("k", "confirmed", "advert"), {"k": (2, "advert")}, 0, 0),
+        (Entry("k", "suspected", "path"), {"k": (1, "path")}, 0, 0),
+        (Entry("k", "confirmed", None), {"k": (2, "")}, 0, 0),
+        (Entry("k", "confirmed", ""), {"k": (2, "")}, 0, 0),
+        (Entry("", "confirmed", "x"), {"": (2, "x")}, 0, 0),  # a key like any other
+        (Entry("k", "unknown", "x"), {}, 1, 0),
+        (Entry(None, "unknown"), {}, 1, 0),
+        (Entry("k", "Confirmed"), {}, 0, 1),
+        (Entry("k", "UNKNOWN"), {}, 0, 1),
+        (Entry("k", " confirmed"), {}, 0, 1),
+        (Entry("k", "suspected "), {}, 0, 1),
+        (Entry("k", ""), {}, 0, 1),
+        (Entry("k", None), {}, 0, 1),
+        (Entry("k", "2"), {}, 0, 1),
+        (Entry(None, "confirmed"), {}, 0, 1),
+        (Entry(), {}, 0, 1),
+    ],
+)
+def test_what_an_entry_means(
+    entry: Entry, values: dict[str, Value], unknown: int, unrecognized: int
+) -> None:
+    assert targets([entry]) == (values, 1, unknown, unrecognized)
+
+
+@pytest.mark.parametrize(
+    "statuses, value",
+    [
+        (["confirmed", "suspected"], (1, "1")),
+        (["suspected", "confirmed"], (2, "1")),
+        (["confirmed", "unknown"], (2, "0")),
+        (["confirmed", "suspected", "unknown", "CONFIRMED", None], (1, "1")),
+        (["confirmed", "confirmed"], (2, "1")),
+    ],
+)
+def test_of_several_entries_of_a_key_the_last_written_one_wins(
+    statuses: list[str | None], value: Value
+) -> None:
+    entries = [Entry("k", status, str(number)) for number, status in enumerate(statuses)]
+    assert targets(entries).values == {"k": value}
+
+
+def test_no_entries() -> None:
+    assert targets([]) == ({}, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------ compare
+
+
+@pytest.mark.parametrize(
+    "row, after, written",
+    [
+        (Row(1, "k", 0, None), (2, "advert"), True),
+        (Row(1, "k", 0, ""), (1, "path"), True),
+        (Row(1, "k", 1, "path"), (2, "advert"), True),
+        (Row(1, "k", 2, "advert"), (1, "path"), True),  # a real downgrade
+        (Row(1, "k", 2, "advert"), (2, "path"), True),
+        (Row(1, "k", 2, None), (2, ""), True),
+        (Row(1, "k", 2, ""), (2, ""), False),
+        (Row(1, "k", 2, "advert"), (2, "advert"), False),
+        (Row(1, "k", 1, "path"), (1, "path"), False),
+    ],
+)
+def test_a_row_is_written_where_it_differs(row: Row, after: Value, written: bool) -> None:
+    changes = [Change(1, "k", (row.sup, row.evidence), after)] if written else []
+    assert compare({"k": after}, [row], "allow") == Comparison(["k"], changes)
+
+
+@pytest.mark.parametrize(
+    "before, after, written",
+    [
+        ((2, "advert"), (1, "path"), False),
+        ((3, "later"), (2, "advert"), False),
+        ((2, "advert"), (2, "path"), True),
+        ((1, "path"), (1, "other"), True),
+        ((1, "path"), (2, "advert"), True),
+        ((0, None), (1, "path"), True),
+    ],
+)
+def test_downgrade_never_writes_only_what_does_not_lower(
+    before: Value, after: Value, written: bool
+) -> None:
+    comparison = compare({"k": after}, [Row(7, "k", *before)], "never")
+    assert comparison.matched == ["k"]  # the snapshot knows the row, even if it may not lower it
+    assert comparison.changes == ([Change(7, "k", before, after)] if written else [])
+
+
+@pytest.mark.parametrize("key", ["K", "k ", " k", "k\0", "", "\u212a"])  # the Kelvin sign
+def test_keys_compare_exactly(key: str) -> None:
+    assert compare({"k": (2, "")}, [Row(1, key, 0, None)], "allow") == Comparison([], [])
+
+
+def test_rows_may_be_plain_tuples() -> None:
+    assert compare({"k": (2, "")}, [(5, "k", 0, None)], "allow").changes == [  # type: ignore[list-item]
+        Change(5, "k", (0, None), (2, ""))
+    ]
+
+
+# ------------------------------------------------------------------------------ properties
+
+keys = st.sampled_from(["a", "b", "c", "d", "A", ""])
+evidences = st.sampled_from([None, "", "advert", "path"])
+statuses = st.sampled_from(["confirmed", "suspected", "unknown", "Unknown", "", None])
+written = st.builds(Entry, keys, st.sampled_from(["confirmed", "suspected"]), evidences)
+blank = st.builds(Entry, keys, st.sampled_from(["unknown", "Confirmed", "", None]), evidences)
+entries = st.lists(st.builds(Entry, st.none() | keys, statuses, evidences), max_size=8)
+tables = st.dictionaries(keys, st.tuples(st.integers(0, 3), evidences), max_size=6)
+downgrades: st.SearchStrategy[Downgrade] = st.sampled_from(["allow", "never"])
+
+Table = dict[str, Value]
+
+
+def rows_of(table: Table) -> list[Row]:
+    """Return the rows as a database would, numbered."""
+    return [Row(number, key, *value) for number, (key, value) in enumerate(table.items())]
+
+
+def changes_of(listed: list[Entry], table: Table, downgrade: Downgrade) -> list[Change]:
+    """Plan."""
+    return compare(targets(listed).values, rows_of(table), downgrade).changes
+
+
+def applied(listed: list[Entry], table: Table, downgrade: Downgrade) -> Table:
+    """Plan, and do it; every change has to fit the row that it names."""
+    result = dict(table)
+    for change in changes_of(listed, table, downgrade):
+        assert rows_of(table)[change.rowid].public_key == change.public_key
+        assert result[change.public_key] == change.before
+        result[change.public_key] = change.after
+    return result
+
+
+@given(entries, tables)
+def test_every_row_ends_as_the_last_entry_that_counts_says(
+    listed: list[Entry], table: Table
+) -> None:
+    expected = dict(table)
+    for entry in listed:  # one by one, as the contract puts it
+        sup = {"confirmed": 2, "suspected": 1}.get(entry.status or "")
+        if sup is not None and entry.public_key in expected:
+            expected[entry.public_key] = (sup, entry.evidence or "")
+    assert applied(listed, table, "allow") == expected
+
+
+@given(st.lists(blank, max_size=8), tables, downgrades)
+def test_blanks_never_change_a_row(listed: list[Entry], table: Table, downgrade: Downgrade) -> None:
+    assert changes_of(listed, table, downgrade) == []
+
+
+@given(entries, st.lists(blank, max_size=4), tables, st.randoms(use_true_random=False))
+def test_blanks_never_change_what_the_others_do(
+    listed: list[Entry], blanks: list[Entry], table: Table, random: Random
+) -> None:
+    mixed = list(listed)
+    for entry in blanks:
+        mixed.insert(random.randint(0, len(mixed)), entry)
+    assert applied(mixed, table, "allow") == applied(listed, table, "allow")
+
+
+@given(entries, tables, downgrades)
+def test_a_plan_that_was_applied_leaves_nothing_to_do(
+    listed: list[Entry], table: Table, downgrade: Downgrade
+) -> None:
+    once = applied(listed, table, downgrade)
+    assert changes_of(listed, once, downgrade) == []
+
+
+@given(entries, tables)
+def test_downgrade_never_never_lowers(listed: list[Entry], table: Table) -> None:
+    after = applied(listed, table, "never")
+    assert all(after[key][0] >= value[0] for key, value in table.items())
+    # and otherwise does what `allow` does
+    allowed = applied(listed, table, "allow")
+    assert all(
+        after[key] == (value if allowed[key][0] < value[0] else allowed[key])
+        for key, value in table.items()
+    )
+
+
+@given(entries, written)
+def test_the_last_written_entry_wins(listed: list[Entry], last: Entry) -> None:
+    assert last.public_key is not None
+    sup = {"confirmed": 2, "suspected": 1}[last.status or ""]
+    wanted = targets([*listed, last]).values[last.public_key]
+    assert wanted == (sup, last.evidence or "")
+
+
+@given(entries)
+def test_every_entry_is_counted_once(listed: list[Entry]) -> None:
+    wanted = targets(listed)
+    countable = [
+        entry
+        for entry in listed
+        if entry.status in ("confirmed", "suspected") and entry.public_key is not None
+    ]
+    assert wanted.entries == len(listed)
+    assert wanted.skipped_unknown == sum(entry.status == "unknown" for entry in listed)
+    skipped = wanted.skipped_unknown + wanted.skipped_unrecognized
+    assert skipped + len(countable) == len(listed)
+    assert set(wanted.values) == {entry.public_key for entry in countable}
+
+
+@given(entries, tables, downgrades)
+def test_matched_are_the_rows_that_the_snapshot_has_a_value_for(
+    listed: list[Entry], table: Table, downgrade: Downgrade
+) -> None:
+    values = targets(listed).values
+    matched = compare(values, rows_of(table), downgrade).matched
+    assert matched == [key for key in table if key in values]

@@ -1,0 +1,602 @@
+"""The database side: real SQLite in WAL mode, real other processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import pytest
+
+from mbcap_watch import DatabaseFailed, PersistResult, Settings, persist_once, snapshot_path
+from mbcap_watch.bridge.run import preview_once
+from mbcap_watch.store import reconcile
+from mbcap_watch.store.connection import open_database
+from mbcap_watch.store.ledger import Ledger
+from support import (
+    connect,
+    document,
+    locked,
+    make_database,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mbcap_watch.store.plan import Value
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+async def apply(database: Path, *entries: tuple[str, ...], **settings: Any) -> PersistResult:
+    put(document(*entries), snapshot_path(database))  # type: ignore[arg-type]
+    return await persist_once(Settings(database=database, **settings))
+
+
+def wal_size(database: Path) -> int:
+    path = database.with_name(database.name + "-wal")
+    return path.stat().st_size if path.exists() else -1
+
+
+# ------------------------------------------------------------------------------ what is written
+
+
+async def test_a_key_in_both_tables_is_updated_in_both(database: Path) -> None:
+    result = await apply(database, ("ee55", "confirmed", "advert"))
+
+    assert (result.outcome, result.changed_active, result.changed_inactive) == ("applied", 1, 1)
+    assert {row for row in read_rows(database) if row[1] == "ee55"} == {
+        ("nodes", "ee55", 2, "advert"),
+        ("inactive_nodes", "ee55", 2, "advert"),
+    }
+
+
+async def test_the_counts_tell_everything_apart(database: Path) -> None:
+    result = await apply(
+        database,
+        ("aa11", "confirmed", "advert"),
+        ("bb22", "suspected", "path"),
+        ("cc33", "confirmed", "advert"),
+        ("dd44", "unknown"),
+        ("ee55", "Confirmed"),
+        ("0000", "confirmed"),
+    )
+
+    assert result.entries == 6
+    assert (result.skipped_unknown, result.skipped_unrecognized) == (1, 1)
+    assert (result.matched_active, result.matched_inactive, result.unmatched) == (2, 1, 1)
+    assert (result.changed_active, result.changed_inactive, result.failed_rows) == (1, 1, 0)
+    assert result.lock_seconds > 0
+
+
+@pytest.mark.parametrize("policy, sup", [("allow", 1), ("never", 2)])
+async def test_a_downgrade_is_written_unless_told_otherwise(
+    database: Path, policy: str, sup: int
+) -> None:
+    await apply(database, ("cc33", "suspected", "path"), downgrade=policy)
+
+    assert ("nodes", "cc33", sup, "path" if sup == 1 else "advert") in read_rows(database)
+
+
+async def test_unchanged_costs_no_lock_and_no_byte(database: Path) -> None:
+    entries = [("aa11", "confirmed", "advert"), ("ee55", "suspected", "path")]
+    with connect(database) as other:
+        other.execute("SELECT * FROM nodes").fetchall()  # keeps the WAL in place
+        await apply(database, *entries)
+        before = wal_size(database)
+        with locked(database):  # and a lock that somebody holds is no obstacle
+            result = await apply(database, *entries)
+
+        assert (result.outcome, result.lock_seconds) == ("unchanged", 0.0)
+        assert wal_size(database) == before
+        assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+
+async def test_the_journal_mode_stays_what_it_is(tmp_path: Path) -> None:
+    database = make_database(
+        tmp_path / "meshcore.db", [("nodes", "aa11", 0, None)], journal_mode="delete"
+    )
+    result = await apply(database, ("aa11", "confirmed"))
+
+    assert result.outcome == "applied"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mbcap-snapshot", "meshcore.db"]
+    with connect(database) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+async def test_a_path_with_all_kinds_of_characters(tmp_path: Path) -> None:
+    directory = tmp_path / "100% ?mode=memory #1 über"
+    directory.mkdir()
+    database = make_database(directory / "mesh core.db", [("nodes", "aa11", 0, None)])
+
+    assert (await apply(database, ("aa11", "confirmed"))).outcome == "applied"
+
+
+@pytest.mark.parametrize(
+    "key", ["", " aa11", "AA11", "aa11\0", "'; DROP TABLE nodes; --", "ключ🔑"]
+)
+async def test_keys_compare_byte_for_byte(tmp_path: Path, key: str) -> None:
+    database = make_database(
+        tmp_path / "m.db", [("nodes", "aa11", 0, None), ("inactive_nodes", key, 0, None)]
+    )
+    result = await apply(database, (key, "confirmed", "advert"))
+
+    assert (result.matched_active, result.changed_inactive) == (0, 1)
+    assert read_rows(database) == {("nodes", "aa11", 0, None), ("inactive_nodes", key, 2, "advert")}
+
+
+async def test_text_in_the_database_that_is_not_utf8_is_in_nobodys_way(database: Path) -> None:
+    with connect(database) as connection:
+        connection.execute("UPDATE nodes SET multibyte_evidence = CAST(x'ff41' AS TEXT)")
+        connection.execute("UPDATE nodes SET public_key = CAST(x'fe' AS TEXT) WHERE rowid = 2")
+    result = await apply(database, ("aa11", "confirmed", "advert"))
+
+    assert (result.outcome, result.changed_active) == ("applied", 1)
+
+
+# ------------------------------------------------------------------------------ two ways to read
+
+
+ROWS = 1000
+KEYS = [f"{number:064x}" for number in range(ROWS)]
+
+
+@pytest.mark.parametrize("ratio", [0, 10**9], ids=["lookup", "scan"])
+@pytest.mark.parametrize("page", [1, 7, 2000])
+async def test_both_ways_to_compare_find_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: int, page: int
+) -> None:
+    monkeypatch.setattr(reconcile, "SCAN_ROWS_PER_KEY", ratio)
+    monkeypatch.setattr(reconcile, "PAGE_ROWS", page)
+    monkeypatch.setattr(reconcile, "PAGE_KEYS", min(page, 900))
+    database = make_database(
+        tmp_path / "m.db",
+        [("nodes" if n % 3 else "inactive_nodes", key, n % 3, None) for n, key in enumerate(KEYS)],
+    )
+    wanted: dict[str, Value] = {key: (n % 2 + 1, "e") for n, key in enumerate(KEYS) if n % 5 == 0}
+    ledger = Ledger()
+
+    await reconcile.apply(
+        database, {**wanted, "none": (1, "")}, ledger, batch_rows=13, downgrade="allow"
+    )
+
+    after = {key: (sup, evidence) for _, key, sup, evidence in read_rows(database)}
+    assert after == {key: wanted.get(key, (n % 3, None)) for n, key in enumerate(KEYS)}
+    assert ledger.changed.total() == ledger.matched.total() == len(wanted)
+    assert ledger.unmatched == 1
+
+
+async def test_news_is_written_first_and_the_rest_all_the_same(tmp_path: Path) -> None:
+    """The news says in which order, and nothing else: here it names one key and half is new."""
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    wanted: dict[str, Value] = dict.fromkeys(KEYS[::2], (2, "e"))
+    first = KEYS[-2]
+    with connect(database) as connection:
+        connection.execute("CREATE TABLE written (key TEXT)")
+        connection.execute(
+            "CREATE TRIGGER tell AFTER UPDATE ON nodes"
+            " BEGIN INSERT INTO written VALUES (new.public_key); END"
+        )
+    ledger = Ledger()
+
+    await reconcile.apply(
+        database,
+        wanted,
+        ledger,
+        news={first: wanted[first], "none": (1, "")},
+        batch_rows=500,
+        downgrade="allow",
+    )
+
+    with connect(database) as connection:
+        order = [key for (key,) in connection.execute("SELECT key FROM written ORDER BY rowid")]
+    assert order == [first, *(key for key in wanted if key != first)]
+    assert ledger.changed.total() == ledger.matched.total() == len(wanted)
+    assert ledger.unmatched == 0
+
+
+async def test_no_statement_scans_a_table_for_a_handful_of_keys(database: Path) -> None:
+    by_rowid = "SEARCH nodes USING INTEGER PRIMARY KEY (rowid"
+    plans = {
+        f"SELECT {reconcile._SIZE}": "SEARCH nodes",
+        reconcile._PROBE: "SCAN pragma_table_info VIRTUAL TABLE INDEX 0:",
+        reconcile._SCAN: by_rowid + ">?)",
+        reconcile._LOOKUP: "SEARCH nodes USING INDEX sqlite_autoindex_nodes_1 (public_key=?)",
+        reconcile._UPDATE: by_rowid + "=?)",
+        reconcile._UPDATE + reconcile._NEVER_LOWER: by_rowid + "=?)",
+    }
+    with connect(database) as connection:
+        for sql, expected in plans.items():
+            statement = sql.format(table="nodes", keys="?, ?, ?")
+            parameters = [None] * statement.count("?")
+            details = connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            steps = [row[3] for row in details]
+            reads = {step for step in steps if step.startswith(("SCAN", "SEARCH"))}
+            assert reads - {"SCAN CONSTANT ROW"} == {expected}
+
+
+# ------------------------------------------------------------------------------ states to wait in
+
+
+async def test_no_database_is_never_created(tmp_path: Path) -> None:
+    result = await apply(tmp_path / "m.db", ("aa11", "confirmed"))
+
+    assert result.outcome == "database_missing"
+    assert str(tmp_path / "m.db") in str(result.error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mbcap-snapshot"]
+
+
+COLUMNS = [
+    (table, column)
+    for table in ("nodes", "inactive_nodes")
+    for column in ("multibyte_sup", "multibyte_evidence")
+]
+
+
+@pytest.mark.parametrize(
+    "present",
+    list(itertools.product([True, False], repeat=4)),
+    ids=lambda p: "".join("01"[x] for x in p),
+)
+async def test_any_subset_of_the_columns(database: Path, present: tuple[bool, ...]) -> None:
+    """Served is the table that has both; the columns may come at any time."""
+    with connect(database) as connection:
+        for (table, column), there in zip(COLUMNS, present, strict=True):
+            if not there:
+                connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        result = await apply(database, ("aa11", "confirmed"), ("bb22", "confirmed"))
+        active, inactive = all(present[:2]), all(present[2:])
+
+        assert result.outcome == ("applied" if active or inactive else "schema_missing")
+        assert (result.changed_active, result.changed_inactive) == (int(active), int(inactive))
+        for (_, column), there in zip(COLUMNS, present, strict=True):
+            assert there or column in str(result.error)
+
+        for (table, column), there in zip(COLUMNS, present, strict=True):
+            if not there:
+                kind = "INTEGER NOT NULL DEFAULT 0" if column == "multibyte_sup" else "TEXT"
+                connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+    healed = await apply(database, ("aa11", "confirmed"), ("bb22", "confirmed"))
+
+    assert healed.error is None
+    assert {("nodes", "aa11", 2, ""), ("inactive_nodes", "bb22", 2, "")} < read_rows(database)
+
+
+@pytest.mark.parametrize("tables", ["nodes", "inactive_nodes", "both"])
+async def test_tables_that_are_not_there(database: Path, tables: str) -> None:
+    with connect(database) as connection:
+        for table in ("nodes", "inactive_nodes"):
+            if tables in (table, "both"):
+                connection.execute(f"DROP TABLE {table}")
+    result = await apply(database, ("aa11", "confirmed"), ("bb22", "confirmed"))
+
+    assert result.outcome == ("schema_missing" if tables == "both" else "applied")
+    assert "no table" in str(result.error)
+
+
+async def test_an_empty_file_is_a_database_without_tables(tmp_path: Path) -> None:
+    (tmp_path / "m.db").write_bytes(b"")
+
+    assert (await apply(tmp_path / "m.db", ("aa11", "confirmed"))).outcome == "schema_missing"
+    assert (tmp_path / "m.db").stat().st_size == 0
+
+
+async def test_not_a_database(tmp_path: Path) -> None:
+    (tmp_path / "m.db").write_bytes(b"hello" * 1000)
+    result = await apply(tmp_path / "m.db", ("aa11", "confirmed"))
+
+    assert result.outcome == "failed"
+    assert "not an SQLite database" in str(result.error)
+
+
+async def test_a_directory_in_place_of_the_database(tmp_path: Path) -> None:
+    (tmp_path / "m.db").mkdir()
+    result = await apply(tmp_path / "m.db", ("aa11", "confirmed"))
+
+    assert (result.outcome, "not a regular file" in str(result.error)) == ("failed", True)
+
+
+async def test_a_corrupt_database(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    with open(database, "r+b") as file:
+        file.seek(8192)
+        file.write(b"\xff" * 16384)
+    result = await apply(database, *((key, "confirmed") for key in KEYS))
+
+    assert (result.outcome, "corrupt" in str(result.error)) == ("failed", True)
+
+
+# ------------------------------------------------------------------------------ rows that refuse
+
+
+async def test_one_bad_row_does_not_stop_the_others(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    bad = KEYS[123]
+    with connect(database) as connection:
+        connection.execute(
+            f"CREATE TRIGGER t BEFORE UPDATE ON nodes WHEN OLD.public_key = '{bad}'"
+            " BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+        )
+    entries = [(key, "confirmed") for key in KEYS]
+    result = await apply(database, *entries)
+
+    assert (result.outcome, result.changed_active, result.failed_rows) == ("applied", ROWS - 1, 1)
+    assert bad in str(result.error)
+    assert "not this one" in str(result.error)
+    assert {row[1] for row in read_rows(database) if row[2] == 0} == {bad}
+
+    again = await apply(database, *entries)
+    assert (again.outcome, again.changed_active, again.failed_rows) == ("failed", 0, 1)
+
+    with connect(database) as connection:
+        connection.execute("DROP TRIGGER t")
+    assert (await apply(database, *entries)).changed_active == 1
+
+
+@pytest.mark.parametrize("action", ["ABORT, 'no'", "FAIL, 'no'", "ROLLBACK, 'no'", "IGNORE"])
+async def test_every_way_a_trigger_can_refuse(database: Path, action: str) -> None:
+    with connect(database) as connection:
+        connection.execute(
+            "CREATE TRIGGER t BEFORE UPDATE ON nodes WHEN OLD.public_key = 'dd44'"
+            f" BEGIN SELECT RAISE({action}); END"
+        )
+    result = await apply(
+        database, *((key, "confirmed", "new") for key in ("aa11", "cc33", "dd44", "ee55"))
+    )
+
+    assert (result.outcome, result.failed_rows) == ("applied", 1)
+    assert "dd44" in str(result.error)
+    assert {row[1] for row in read_rows(database) if row[3] == "new"} == {"aa11", "cc33", "ee55"}
+
+
+# ------------------------------------------------------------------------------ neighbours
+
+
+async def test_busy_until_the_deadline(database: Path) -> None:
+    with locked(database):
+        result = await apply(database, ("aa11", "confirmed"), busy_deadline=0.3)
+
+    assert (result.outcome, result.changed_active) == ("busy", 0)
+    assert "locked" in str(result.error)
+
+
+async def test_a_lock_that_is_released_in_time_costs_nothing(database: Path) -> None:
+    with locked(database) as release:
+        put(document(("aa11", "confirmed")), snapshot_path(database))
+        results: list[PersistResult] = []
+        async with anyio.create_task_group() as group:
+
+            async def persist() -> None:
+                results.append(await persist_once(Settings(database=database)))
+
+            group.start_soon(persist)
+            # Two of our waits inside SQLite are over by then.
+            await anyio.sleep(0.3)
+            assert not results
+            release()
+
+    assert (results[0].outcome, results[0].changed_active) == ("applied", 1)
+
+
+NEIGHBOUR = """
+    import sqlite3, sys, time
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=5)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("CREATE TABLE IF NOT EXISTS packets (id INTEGER PRIMARY KEY, t REAL)")
+    print("ready", flush=True)
+    worst = count = 0
+    end = time.monotonic() + float(sys.argv[2])
+    while time.monotonic() < end:
+        started = time.monotonic()
+        connection.execute("INSERT INTO packets (t) VALUES (?)", (started,))
+        worst = max(worst, time.monotonic() - started)
+        count += 1
+        time.sleep(0.001)
+    connection.close()
+    print(count, worst, flush=True)
+"""
+
+
+async def test_a_writer_that_never_rests_is_not_held_up(tmp_path: Path) -> None:
+    keys = [f"{number:064x}" for number in range(20_000)]
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    with other_process(NEIGHBOUR, str(database), "4") as neighbour:
+        assert read_line(neighbour) == "ready"
+        result = await apply(database, *((key, "confirmed", "advert") for key in keys))
+        count, worst = read_line(neighbour).split()
+
+    assert (result.outcome, result.changed_active) == ("applied", len(keys))
+    assert {row[2] for row in read_rows(database)} == {2}
+    assert int(count) > 100
+    assert float(worst) < 5, "the neighbour's own busy timeout"
+
+
+async def test_a_database_that_is_replaced_is_never_written_through_the_old_file(
+    database: Path, tmp_path: Path
+) -> None:
+    """The file changes under an open connection: the batch is given up, the next look is right."""
+    backup = tmp_path / "backup.db"
+    shutil.copy(database, backup)
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    old = tmp_path / "old.db"
+    os.link(database, old)
+    ledger = Ledger()
+
+    async with open_database(database, ledger) as access:
+        os.replace(backup, database)
+        with pytest.raises(DatabaseFailed, match="replaced"):
+            await access.write("UPDATE nodes SET multibyte_sup = ?", [(2,)])
+
+    assert {row[2] for row in read_rows(old)} == {row[2] for row in read_rows(database)}
+    assert (await persist_once(Settings(database=database))).outcome == "applied"
+    assert ("nodes", "aa11", 2, "") in read_rows(database)
+    assert ("nodes", "aa11", 0, None) in read_rows(old)
+
+
+async def test_a_row_that_moves_while_it_is_compared_is_found_again(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rowid belongs to somebody else by the time of the write; the key guards it."""
+    original = reconcile._write
+    moves = iter([True])
+
+    async def write(connection: Any, table: str, changes: Any, *args: Any) -> int:
+        if next(moves, False):
+            with connect(database) as other:
+                other.execute("UPDATE nodes SET rowid = rowid + 100 WHERE public_key = 'aa11'")
+                other.execute("UPDATE nodes SET rowid = 1 WHERE public_key = 'ee55'")
+        return await original(connection, table, changes, *args)
+
+    monkeypatch.setattr(reconcile, "_write", write)
+    result = await apply(database, ("aa11", "confirmed", "advert"))
+
+    assert (result.outcome, result.changed_active) == ("applied", 1)
+    assert ("nodes", "aa11", 2, "advert") in read_rows(database)
+    assert ("nodes", "ee55", 0, None) in read_rows(database)
+
+
+# ------------------------------------------------------------------------------ preview
+
+
+async def test_a_preview_tells_all_and_touches_nothing(database: Path) -> None:
+    put(
+        document(("aa11", "confirmed", "advert"), ("bb22", "suspected"), ("cc33", "unknown")),
+        snapshot_path(database),
+    )
+    before = database.read_bytes()
+    result, changes = await preview_once(Settings(database=database))
+
+    assert (result.changed_active, result.changed_inactive, result.lock_seconds) == (1, 1, 0.0)
+    assert [(table, c.public_key, c.before, c.after) for table, c in changes] == [
+        ("nodes", "aa11", (0, None), (2, "advert")),
+        ("inactive_nodes", "bb22", (0, None), (1, "")),
+    ]
+    assert database.read_bytes() == before
+
+
+async def test_a_wal_that_nobody_else_checkpoints_does_not_grow_for_ever(database: Path) -> None:
+    """As when the ingestor is down and a reader keeps the WAL in place."""
+    with connect(database) as other:
+        other.execute("PRAGMA wal_autocheckpoint = 0")
+        other.execute("UPDATE nodes SET name = ?", ("x" * 1_500_000,))
+        assert wal_size(database) > 4 << 20
+        assert database.stat().st_size < 1 << 20
+        await apply(database, ("aa11", "confirmed"))
+        assert database.stat().st_size > 4 << 20, "the rows have been moved over"
+
+
+async def test_a_checkpoint_that_fails_takes_nothing_back(database: Path) -> None:
+    """The disk takes the rows, in the WAL, and is full when they are to be moved over."""
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    script = """
+        import asyncio, resource, sys
+        from mbcap_watch import Settings, persist_once
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, resource.RLIM_INFINITY))
+        print(asyncio.run(persist_once(Settings(database=sys.argv[1]))).to_json(), flush=True)
+    """
+    with connect(database) as other:
+        other.execute("PRAGMA wal_autocheckpoint = 0")
+        other.execute("UPDATE inactive_nodes SET name = ?", ("x" * 3_000_000,))
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        large = "UPDATE nodes SET name = ? WHERE public_key <> 'aa11'"
+        other.execute(large, ("x" * 3_000_000,))
+        assert 4 << 20 < wal_size(database) < 15 << 20
+        assert wal_size(database) + database.stat().st_size > 17 << 20
+        with other_process(script, str(database)) as process:
+            result = msgspec.json.decode(read_line(process), type=PersistResult)
+        assert (result.outcome, result.changed, result.error) == ("applied", 1, None)
+        assert ("nodes", "aa11", 2, "") in read_rows(database)
+
+
+async def test_no_file_is_left_beside_an_idle_database(database: Path) -> None:
+    """It would belong to us, and could lock out an ingestor that runs as somebody else."""
+    before = sorted(path.name for path in database.parent.iterdir())
+    for entries in ([("aa11", "confirmed")], [("aa11", "confirmed")], [("zz", "confirmed")]):
+        await apply(database, *entries)
+        await preview_once(Settings(database))
+        assert sorted(path.name for path in database.parent.iterdir()) == before
+
+
+# ------------------------------------------------------------------------------ odd databases
+
+
+@pytest.mark.parametrize("policy, written", [("allow", True), ("never", True)])
+async def test_a_value_that_is_no_number(database: Path, policy: str, written: bool) -> None:
+    with connect(database) as connection:
+        connection.execute("UPDATE nodes SET multibyte_sup = 'abc' WHERE public_key = 'aa11'")
+        connection.execute("UPDATE nodes SET multibyte_sup = x'00' WHERE public_key = 'ee55'")
+    result = await apply(database, ("aa11", "suspected"), ("ee55", "confirmed"), downgrade=policy)
+
+    assert result.outcome == "applied"
+    assert (("nodes", "aa11", 1, "") in read_rows(database)) is written
+    assert ("nodes", "ee55", 2, "") in read_rows(database)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "SELECT json('bad{')",
+        "SELECT abs(-9223372036854775807 - 1)",
+        "SELECT zeroblob(2000000000)",
+        "INSERT INTO packets SELECT * FROM packets",
+    ],
+)
+async def test_a_trigger_that_fails_in_any_way_stops_one_row(database: Path, failure: str) -> None:
+    with connect(database) as connection:
+        connection.execute("CREATE TABLE packets (id INTEGER PRIMARY KEY)")
+        connection.execute("INSERT INTO packets VALUES (1)")
+        connection.execute(
+            "CREATE TRIGGER t BEFORE UPDATE ON nodes WHEN OLD.public_key = 'dd44'"
+            f" BEGIN {failure}; END"
+        )
+    keys = ("aa11", "bb22", "cc33", "dd44", "ee55")
+    result = await apply(database, *((key, "confirmed", "new") for key in keys))
+
+    assert (result.outcome, result.failed_rows) == ("applied", 1)
+    assert {row[1] for row in read_rows(database) if row[3] == "new"} == {*keys} - {"dd44"}
+
+
+async def test_a_table_that_refuses_everything_does_not_stop_the_other(tmp_path: Path) -> None:
+    database = make_database(
+        tmp_path / "m.db",
+        [("nodes", key, 0, None) for key in KEYS] + [("inactive_nodes", KEYS[0], 0, None)],
+    )
+    with connect(database) as connection:
+        connection.execute(
+            "CREATE TRIGGER t BEFORE UPDATE ON nodes BEGIN INSERT INTO nowhere VALUES (1); END"
+        )
+    result = await apply(database, *((key, "confirmed") for key in KEYS), batch_rows=7)
+
+    assert (result.changed_active, result.changed_inactive) == (0, 1)
+    assert result.failed_rows == ROWS
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="cannot be told to SQLite before 3.12")
+async def test_only_reading_leaves_a_leftover_wal_alone(database: Path, tmp_path: Path) -> None:
+    """A process was killed with rows in its WAL; a dry run is not the one to move them."""
+    left = tmp_path / "left"
+    left.mkdir()
+    with connect(database) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        for path in database.parent.glob("meshcore.db*"):
+            shutil.copy(path, left)
+    put(document(("aa11", "confirmed"), ("in the wal", "unknown")), snapshot_path(left / "m"))
+    before = (left / "meshcore.db").read_bytes()
+    result, changes = await preview_once(Settings(database=left / "meshcore.db"))
+
+    assert (result.outcome, len(changes)) == ("applied", 1)
+    assert (left / "meshcore.db").read_bytes() == before
+    assert wal_size(left / "meshcore.db") > 0

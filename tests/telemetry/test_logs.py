@@ -1,0 +1,294 @@
+"""What is logged: news, not ticks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mbcap_watch.results import Outcome, PersistResult, WatchState
+from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter, _TextFormatter, summary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Lines = list[tuple[str, str]]
+
+
+def result(outcome: Outcome, error: str | None = None, **fields: Any) -> PersistResult:
+    """Make a result."""
+    return PersistResult(outcome=outcome, reason="rename", error=error, **fields)
+
+
+def logged(caplog: pytest.LogCaptureFixture, *results: PersistResult) -> Lines:
+    """Return level and text of the lines that a run with these results logs at `info`."""
+    caplog.clear()
+    log = ResultLog()
+    with caplog.at_level(logging.INFO, logger="mbcap_watch"):
+        for each in results:
+            log(each)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def starts(lines: Lines) -> Lines:
+    """Keep the level and what stands before the first colon."""
+    return [(level, text.partition(":")[0]) for level, text in lines]
+
+
+APPLIED = result("applied", changed_active=1, entries=1)
+UNCHANGED = result("unchanged")
+WAITING = result("no_snapshot")
+LOST = result("no_snapshot", cause="no_database")
+STRANGE = result("unchanged", unmatched=3)
+MISPLACED = result("no_snapshot", "/x: is not a directory")
+TORN = result("malformed", "/x: truncated")
+BUSY = result("busy", "/db: locked")
+REFUSED_ROW = result("unchanged", "nodes: the row 'a' could not be written: no")
+PARTLY = result("applied", "nodes: the row 'a' could not be written: no", failed_rows=1)
+
+CASES: dict[str, tuple[list[PersistResult], Lines]] = {
+    "one line per applied snapshot": (
+        [APPLIED, APPLIED, APPLIED],
+        [("INFO", "applied")] * 3,
+    ),
+    "nothing where nothing changes": ([UNCHANGED] * 5, []),
+    "waiting is said once, and is no warning": (
+        [WAITING] * 3,
+        [("INFO", "waiting for a snapshot")],
+    ),
+    "trouble is said once": ([TORN] * 3, [("WARNING", "malformed")]),
+    "trouble of another kind is news": (
+        [TORN, TORN, BUSY, BUSY, TORN],
+        [("WARNING", "malformed"), ("WARNING", "busy"), ("WARNING", "malformed")],
+    ),
+    "the same outcome for another reason is news": (
+        [result("failed", "/db: disk I/O error"), result("failed", "/db: not a database")],
+        [("WARNING", "failed")] * 2,
+    ),
+    "waiting for another reason is news": (
+        [WAITING, MISPLACED, MISPLACED, WAITING],
+        [("INFO", "waiting for a snapshot")] * 3,
+    ),
+    "no database either is news": (
+        [WAITING, LOST, LOST],
+        [
+            ("INFO", "waiting for a snapshot"),
+            ("INFO", "waiting for a snapshot; there is no database either"),
+        ],
+    ),
+    "a snapshot of another mesh is said once": (
+        [STRANGE, STRANGE, UNCHANGED],
+        [("WARNING", "no_match"), ("INFO", "recovered")],
+    ),
+    "recovery is said": (
+        [TORN, UNCHANGED, UNCHANGED],
+        [("WARNING", "malformed"), ("INFO", "recovered")],
+    ),
+    "recovery by applying takes no line of its own": (
+        [WAITING, APPLIED, UNCHANGED],
+        [("INFO", "waiting for a snapshot"), ("INFO", "applied")],
+    ),
+    "trouble that comes back is said again": (
+        [BUSY, UNCHANGED, BUSY],
+        [("WARNING", "busy"), ("INFO", "recovered"), ("WARNING", "busy")],
+    ),
+    "a row that is refused is trouble, said once": (
+        [REFUSED_ROW, REFUSED_ROW],
+        [("WARNING", "unchanged")],
+    ),
+    "applied with trouble is both": (
+        [PARTLY],
+        [("INFO", "applied"), ("WARNING", "applied")],
+    ),
+}
+
+
+@pytest.mark.parametrize("results, lines", CASES.values(), ids=CASES.keys())
+def test_changes_of_state(
+    caplog: pytest.LogCaptureFixture, results: list[PersistResult], lines: Lines
+) -> None:
+    assert starts(logged(caplog, *results)) == lines
+
+
+def test_a_warning_tells_the_error(caplog: pytest.LogCaptureFixture) -> None:
+    assert logged(caplog, TORN) == [("WARNING", "malformed: /x: truncated")]
+    assert logged(caplog, MISPLACED) == [("INFO", "waiting for a snapshot: /x: is not a directory")]
+
+
+def test_every_look_is_logged_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
+    log = ResultLog()
+    with caplog.at_level(logging.DEBUG, logger="mbcap_watch"):
+        log(UNCHANGED)
+        log(UNCHANGED)
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG"]
+
+
+def test_two_logs_know_nothing_of_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    assert logged(caplog, TORN) == logged(caplog, TORN)
+
+
+def test_the_line_of_an_applied_snapshot_has_all_the_counts() -> None:
+    line = summary(
+        result(
+            "applied",
+            entries=100,
+            skipped_unknown=11,
+            skipped_unrecognized=12,
+            unmatched=13,
+            changed_active=14,
+            changed_inactive=15,
+            failed_rows=16,
+            written_at="2026-07-18T08:47:37Z",
+            seconds=0.0171,
+            lock_seconds=0.0182,
+        )
+    )
+    assert line == (
+        "applied: 29 rows changed (14 active, 15 inactive, 16 refused) of 100 entries,"
+        " 11 unknown, 12 unrecognized, 13 unmatched; 17.1 ms, lock held for at most 18.2 ms;"
+        " rename, written at 2026-07-18T08:47:37Z"
+    )
+    assert "refused" not in summary(APPLIED)
+
+
+POLLING = WatchState(mode="poll", why="asked for")
+WATCHING = WatchState(mode="inotify", why="ext4", armed_since=1.0)
+BY_POLL = ("INFO", "watching by poll: asked for")
+BY_INOTIFY = ("INFO", "watching by inotify: ext4")
+STATES: dict[str, tuple[list[WatchState], Lines]] = {
+    "one line per change": ([POLLING, POLLING, WATCHING], [BY_POLL, BY_INOTIFY]),
+    "none per look": (
+        [replace(POLLING, last_look=float(second), read_errors=second) for second in range(3)],
+        [BY_POLL],
+    ),
+    "a lost watch": (
+        [WATCHING, replace(WATCHING, rearms=1, armed_since=2.0, last_problem="moved")],
+        [BY_INOTIFY, ("INFO", "watching by inotify: ext4 (armed anew: moved)")],
+    ),
+    "a change that the watch missed": (
+        [WATCHING, replace(WATCHING, sweep_hits=1), replace(WATCHING, sweep_hits=1)],
+        [BY_INOTIFY, ("INFO", "the sweep found a change that no event told of")],
+    ),
+    "a filesystem that does not answer for a while": (
+        [POLLING, *[replace(POLLING, stuck_since=5.0)] * 2, POLLING, POLLING],
+        [
+            BY_POLL,
+            ("WARNING", "the filesystem does not answer; waiting for it"),
+            ("INFO", "the filesystem answers again"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("states, lines", STATES.values(), ids=STATES.keys())
+def test_the_way_of_watching(
+    caplog: pytest.LogCaptureFixture, states: list[WatchState], lines: Lines
+) -> None:
+    log = StateLog()
+    with caplog.at_level(logging.DEBUG, logger="mbcap_watch"):
+        for state in states:
+            log(state)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == lines
+
+
+# ------------------------------------------------------------------------------ formats
+
+
+def record_of(caplog: pytest.LogCaptureFixture, each: PersistResult) -> logging.LogRecord:
+    """Return the record that a result is logged with."""
+    logged(caplog, each)
+    return caplog.records[0]
+
+
+def test_json_has_the_fields_of_the_result(caplog: pytest.LogCaptureFixture) -> None:
+    each = result("malformed", 'line one\n"line two" \u2028 é\0', seconds=0.5)
+    line = _JsonFormatter().format(record_of(caplog, each))
+    assert "\n" not in line
+    fields = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", fields.pop("time"))
+    assert fields.pop("level") == "warning"
+    assert fields.pop("logger") == "mbcap_watch"
+    assert fields.pop("message") == f"malformed: {each.error}"
+    assert fields == json.loads(each.to_json())  # and nothing else
+
+
+def test_json_has_the_fields_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="mbcap_watch"):
+        StateLog()(WatchState(mode="inotify", why="ext4", armed_since=1.5, rearms=2))
+    fields = json.loads(_JsonFormatter().format(caplog.records[0]))
+    assert fields.items() >= {"mode": "inotify", "armed_since": 1.5, "rearms": 2}.items()
+
+
+@pytest.fixture
+def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Pacific/Kiritimati")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_greenwich")
+@pytest.mark.parametrize("formatter", [_JsonFormatter(), _TextFormatter()])
+def test_times_are_utc_with_milliseconds(
+    caplog: pytest.LogCaptureFixture, formatter: logging.Formatter
+) -> None:
+    record = record_of(caplog, TORN)
+    record.created = 1_752_828_457.0625
+    assert "2025-07-18T08:47:37.062Z" in formatter.format(record)
+
+
+SCRIPT = """
+import logging, sys
+from mbcap_watch.telemetry.logs import configure
+configure("info", sys.argv[1])
+logger = logging.getLogger("mbcap_watch")
+logger.debug("too quiet")
+logger.info("%s rows", 5, extra={"data": {"rows": 5}})
+try:
+    1 / 0
+except ZeroDivisionError:
+    logger.exception("oh")
+logging.getLogger("other").info("too quiet for a guest")
+logging.getLogger("other").warning("a guest")
+"""
+
+
+def run(style: str) -> list[str]:
+    """Run the script in a process of its own: `configure` changes the whole process."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, style],
+        check=True,
+        text=True,
+        capture_output=True,
+        timeout=20,
+    )
+    assert done.stdout == ""  # standard output is for results
+    return done.stderr.splitlines()
+
+
+def test_json_is_one_object_a_line() -> None:
+    lines = [json.loads(line) for line in run("json")]
+    assert [(line["level"], line["logger"], line["message"]) for line in lines] == [
+        ("info", "mbcap_watch", "5 rows"),
+        ("error", "mbcap_watch", "oh"),
+        ("warning", "other", "a guest"),
+    ]
+    assert lines[0]["rows"] == 5
+    assert lines[1]["traceback"].endswith("ZeroDivisionError: division by zero")
+    assert "traceback" not in lines[2]
+
+
+def test_text_is_for_people() -> None:
+    lines = run("text")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO 5 rows", lines[0])
+    assert lines[1].endswith(" ERROR oh")
+    assert lines[2] == "Traceback (most recent call last):"
+    assert lines[-1].endswith(" WARNING a guest")

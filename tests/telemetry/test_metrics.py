@@ -1,0 +1,308 @@
+"""What a bridge has done: counted rightly, in bounded memory, whatever the clocks do."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+import pytest
+
+from mbcap_watch import Settings, run
+from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
+from mbcap_watch.telemetry.metrics import Metrics
+from mbcap_watch.telemetry.stats import RECENT, WINDOW, Recent, Stats, seconds_of
+from support import QUIET, document, put, until
+
+NOW = 1_800_000_000.0
+
+
+class Clock:
+    """Monotonic seconds that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(clock: Clock | None = None) -> Metrics:
+    settings = Settings(Path("/data/meshcore.db"))
+    return Metrics(settings, version="1.2.3", pid=42, clock=clock or Clock())
+
+
+def result(outcome: Outcome, error: str | None = None, **fields: Any) -> PersistResult:
+    return PersistResult(**{"outcome": outcome, "reason": "rename", "error": error} | fields)
+
+
+def test_a_bridge_that_has_done_nothing() -> None:
+    stats = make().snapshot(NOW)
+    assert (stats.version, stats.pid, stats.sampled) == ("1.2.3", 42, NOW)
+    assert (stats.database, stats.snapshot_dir) == ("/data/meshcore.db", "/data/mbcap-snapshot")
+    assert stats.started_at == NOW
+    assert (stats.last_apply, stats.last_result, stats.trouble) == (None, None, None)
+    assert (stats.lag_ms.count, stats.lag_ms.max, stats.mbcap_persist.wait_ms_p50) == (
+        0,
+        None,
+        None,
+    )
+    assert set(stats.outcomes.values()) == {0}
+
+
+def test_results_are_counted() -> None:
+    metrics = make()
+    metrics.on_result(result("applied", changed_active=3, changed_inactive=2, failed_rows=1))
+    metrics.on_result(result("unchanged", reason="resync"))
+    metrics.on_result(result("applied", changed_active=1))
+    stats = metrics.snapshot(NOW)
+    assert (stats.outcomes["applied"], stats.outcomes["unchanged"]) == (2, 1)
+    assert (stats.reasons["rename"], stats.reasons["resync"], stats.reasons["poll"]) == (2, 1, 0)
+    assert (stats.changed_active, stats.changed_inactive, stats.failed_rows) == (4, 2, 1)
+    assert stats.last_result is not None
+    assert stats.last_result.changed_active == 1
+
+
+def test_rows_written_before_the_database_was_busy_are_counted_once() -> None:
+    """Each result of a busy database tells of all the work so far, and so does the last."""
+    metrics = make()
+    for _ in range(3):
+        metrics.on_result(result("busy", "is locked", changed_active=500, failed_rows=1))
+    metrics.on_result(result("applied", changed_active=1000, failed_rows=1))
+    stats = metrics.snapshot(NOW)
+    assert (stats.changed_active, stats.failed_rows) == (1000, 1)
+
+
+@pytest.mark.parametrize(
+    "count, p50, p95, p99, largest",
+    [(1, 1, 1, 1, 1), (2, 1, 2, 2, 2), (100, 50, 95, 99, 100), (1000, 500, 950, 990, 1000)],
+)
+def test_percentiles_are_values_that_were_seen(
+    count: int, p50: float, p95: float, p99: float, largest: float
+) -> None:
+    metrics = make()
+    for value in reversed(range(1, count + 1)):
+        metrics.on_timings(Timings(lag=value / 1000))
+    lag = metrics.snapshot(NOW).lag_ms
+    assert (lag.count, lag.p50, lag.p95, lag.p99, lag.max) == (count, p50, p95, p99, largest)
+
+
+def test_percentiles_are_of_the_latest_and_totals_of_all() -> None:
+    metrics = make()
+    metrics.on_timings(Timings(lag=9.0))
+    for _ in range(WINDOW):
+        metrics.on_timings(Timings(lag=0.001))
+    lag = metrics.snapshot(NOW).lag_ms
+    assert (lag.count, lag.max) == (WINDOW + 1, 1.0)
+    assert lag.total == pytest.approx(9000 + WINDOW)
+
+
+def test_the_lock_as_corescope_shows_it() -> None:
+    metrics = make()
+    metrics.on_timings(Timings(lag=None, waits=(0.1, 0.101, 2.0), holds=(0.5, 0.501)))
+    lock = metrics.snapshot(NOW).mbcap_persist
+    assert (lock.count, lock.contention_total, lock.slow_hold_total) == (3, 2, 1)
+    assert (lock.wait_ms_p50, lock.wait_ms_max, lock.hold_ms_p50) == (101.0, 2000.0, 500.0)
+    names = {"count", "contention_total"}
+    for what in ("wait", "hold"):
+        names |= {f"{what}_ms_{name}" for name in ("p50", "p95", "p99", "max")}
+    assert names <= set(msgspec.to_builtins(lock))
+    assert (lock.waits.count, lock.holds.count, lock.holds.max) == (3, 2, 501.0)
+
+
+def test_the_latest_results_are_kept_with_their_timings() -> None:
+    clock = Clock()
+    metrics = make(clock)
+    for number in range(RECENT + 1):
+        clock.now += 1
+        metrics.on_result(result("applied", changed_active=2, changed_inactive=1))
+        metrics.on_timings(Timings(lag=number / 1000, holds=(0.001, 0.003, 0.002)))
+    recent = metrics.snapshot(NOW).recent
+    assert len(recent) == RECENT
+    assert recent[-1] == Recent(
+        at=NOW, reason="rename", outcome="applied", changed=3, lag_ms=RECENT, hold_ms=3.0
+    )
+    assert recent[0].at == NOW - RECENT + 1
+
+
+def test_results_alike_that_changed_nothing_take_one_place() -> None:
+    clock = Clock()
+    metrics = make(clock)
+
+    def tell(outcome: Outcome, reason: Reason, changed: int = 0) -> None:
+        clock.now += 5
+        metrics.on_result(result(outcome, reason=reason, changed_active=changed))
+        if outcome in ("applied", "unchanged"):
+            metrics.on_timings(Timings(lag=None))
+
+    tell("malformed", "rename")
+    for _ in range(3):
+        tell("malformed", "retry")
+    for _ in range(2):
+        tell("unchanged", "resync")
+    for _ in range(2):
+        tell("applied", "resync", changed=1)
+    recent = metrics.snapshot(NOW).recent
+    assert [(each.outcome, each.reason, each.times, NOW - each.at) for each in recent] == [
+        ("malformed", "rename", 1, 35),
+        ("malformed", "retry", 3, 20),
+        ("unchanged", "resync", 2, 10),
+        ("applied", "resync", 1, 5),
+        ("applied", "resync", 1, 0),
+    ]
+
+
+def test_times_of_results_follow_a_clock_that_is_set() -> None:
+    metrics = make()
+    metrics.on_result(result("applied"))
+    first = metrics.snapshot(5.0).recent
+    assert metrics.snapshot(5.01).recent is first  # an idle daemon makes nothing anew
+    assert metrics.snapshot(NOW).recent[0].at == NOW
+
+
+def test_ages_survive_a_clock_that_is_set() -> None:
+    clock = Clock()
+    metrics = make(clock)
+    metrics.on_result(result("applied"))
+    metrics.on_state(WatchState(mode="inotify", armed_since=5.0, last_look=6.0))  # in 1970
+    clock.now += 10
+    metrics.on_state(WatchState(mode="inotify", armed_since=5.0, last_look=6.0, stuck_since=9.0))
+    clock.now += 2
+    stats = metrics.snapshot(NOW)  # and now the time is known
+    assert (stats.started_at, stats.last_apply, stats.watch.last_look) == (NOW - 12,) * 3
+    assert (stats.watch.armed_since, stats.watch.stuck_since) == (NOW - 12, NOW - 2)
+
+
+def test_what_the_state_no_longer_has_is_gone() -> None:
+    metrics = make()
+    metrics.on_state(WatchState(stuck_since=1.0))
+    metrics.on_state(WatchState(last_look=2.0))
+    watch = metrics.snapshot(NOW).watch
+    assert (watch.stuck_since, watch.last_look) == (None, NOW)
+
+
+def test_trouble_begins_lasts_and_ends() -> None:
+    clock = Clock()
+    metrics = make(clock)
+    metrics.on_result(result("busy", "/db: locked"))
+    clock.now += 5
+    metrics.on_result(result("busy", "/db: still locked"))
+    trouble = metrics.snapshot(NOW).trouble
+    assert trouble is not None
+    assert (trouble.outcome, trouble.error, trouble.persists) == ("busy", "/db: still locked", True)
+    assert (trouble.since, trouble.at) == (NOW - 5, NOW)
+    clock.now += 1
+    metrics.on_result(result("unchanged"))
+    trouble = metrics.snapshot(NOW).trouble
+    assert trouble is not None
+    assert (trouble.persists, trouble.error) == (False, "/db: still locked")
+    metrics.on_result(result("busy", "/db: locked again"))
+    trouble = metrics.snapshot(NOW).trouble
+    assert trouble is not None
+    assert trouble.since == NOW
+
+
+def test_a_snapshot_that_may_not_be_read_is_told_from_a_database_that_fails() -> None:
+    metrics = make()
+    for read_errors, unreadable in ((0, False), (1, True), (2, True), (2, False)):
+        metrics.on_result(result("failed", "no"))
+        metrics.on_state(WatchState(read_errors=read_errors))
+        trouble = metrics.snapshot(NOW).trouble
+        assert trouble is not None
+        assert trouble.unreadable is unreadable, read_errors
+
+
+def test_the_snapshot_that_was_read_last_is_remembered() -> None:
+    metrics = make()
+
+    def after(outcome: Outcome, written_at: str | None) -> str | None:
+        metrics.on_result(result(outcome, written_at=written_at))
+        return metrics.snapshot(NOW).snapshot_written_at
+
+    assert after("applied", "2026-07-18T08:47:37Z") == "2026-07-18T08:47:37Z"
+    assert after("malformed", None) == "2026-07-18T08:47:37Z"
+    assert after("busy", "2026-07-18T09:00:00Z") == "2026-07-18T09:00:00Z"
+    assert after("no_snapshot", None) is None
+
+
+@pytest.mark.parametrize(
+    "written_at, seconds",
+    [
+        (None, None),
+        ("0001-01-01T00:00:00Z", None),
+        ("0000-02-29T00:00:00Z", None),
+        ("0001-01-01T00:00:00+23:59", -62135683140.0),
+        ("9999-12-31T23:59:59.999999999-23:59", 253402387139.999999),
+        ("1970-01-01T00:01:00.5Z", 60.5),
+        ("1970-01-01T02:00:00.123456789+02:00", 0.123456),
+    ],
+)
+def test_the_time_of_a_snapshot(written_at: str | None, seconds: float | None) -> None:
+    assert seconds_of(written_at) == pytest.approx(seconds)
+
+
+def test_memory_is_bounded() -> None:
+    metrics = make()
+    text, digits = "x" * 100_000, "1" * 100_000
+    long: dict[str, Any] = {"written_at": f"2026-01-01T00:00:00.{digits}Z"}
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            metrics.on_result(result("failed", text, changed_active=1, **long))
+            metrics.on_state(WatchState(why=text, last_problem=text))
+            metrics.on_timings(Timings(lag=0.1, waits=(0.1,) * 100, holds=(0.1,) * 100))
+
+    work(RECENT + WINDOW)
+    tracemalloc.start()
+    work(500)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # What was replaced was not traced when it was made, so its successors count as growth.
+    assert grown < 400_000
+    assert len(msgspec.json.encode(metrics.snapshot(NOW))) < 50_000
+
+
+def test_stats_are_json_and_back() -> None:
+    metrics = make()
+    metrics.on_result(result("failed", "a \udcff path"))
+    metrics.on_state(WatchState(mode="inotify", why="\udcff", last_look=1.0))
+    metrics.on_timings(Timings(lag=0.1, waits=(0.1,), holds=(0.1,)))
+    stats = metrics.snapshot(NOW)
+    data = msgspec.json.encode(stats)
+    assert b'"sampledAt":"2027-01-15T08:00:00Z"' in data
+    assert msgspec.json.decode(data, type=Stats).mbcap_persist == stats.mbcap_persist
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_leaks")
+async def test_the_hooks_of_a_real_bridge(database: Path) -> None:
+    settings = Settings.from_mapping({"database": database, **QUIET, "poll_interval": 0.02})
+    metrics = Metrics(settings, version="1", pid=1)
+    path = database.parent / "mbcap-snapshot" / "snapshot.json"
+    async with anyio.create_task_group() as group:
+
+        async def bridge() -> None:
+            await run(
+                settings,
+                on_result=metrics.on_result,
+                on_state=metrics.on_state,
+                on_timings=metrics.on_timings,
+            )
+
+        group.start_soon(bridge)
+        await until(lambda: metrics.snapshot(NOW).outcomes["no_snapshot"])
+        put(document(("aa11", "confirmed", "advert"), written_at="2026-07-18T08:47:37Z"), path)
+        await until(lambda: metrics.snapshot(NOW).last_apply)
+        put(b"{", path)
+        await until(lambda: metrics.snapshot(NOW).outcomes["malformed"])
+        group.cancel_scope.cancel()
+    stats = metrics.snapshot(NOW)
+    assert stats.watch.last_look is not None
+    assert stats.trouble is not None
+    assert (stats.trouble.outcome, stats.trouble.persists) == ("malformed", True)
+    assert stats.snapshot_written_at == "2026-07-18T08:47:37Z"
+    assert (stats.changed_active, stats.changed_inactive, stats.mbcap_persist.count) == (1, 0, 1)
+    assert stats.lag_ms.count == 1
+    assert [each.outcome for each in stats.recent if each.lag_ms is not None] == ["applied"]

@@ -1,0 +1,412 @@
+"""What the service manager gets to hear: a real socket in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from mbcap_watch import PersistResult, Settings, WatchState, run
+from mbcap_watch.bridge.thread import STUCK_SECONDS
+from mbcap_watch.store import plan, reconcile
+from mbcap_watch.telemetry.systemd import Notifier
+from support import QUIET, connect, document, put, until, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+RESULT = PersistResult(outcome="applied", reason="start")
+BEFORE = WatchState(mode="inotify", why="because")
+LOOKED = WatchState(mode="inotify", why="because", last_look=1.0)
+STUCK = WatchState(mode="poll", why="because", last_look=1.0, stuck_since=1_800_000_000.0)
+WEEK = "WATCHDOG_USEC=604800000000"
+
+
+class Manager:
+    """Receives what a service manager would."""
+
+    def __init__(self, address: str | bytes) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+        self._socket.setblocking(False)
+
+    def read(self) -> list[str]:
+        """Return the lines of all datagrams that have come."""
+        lines: list[str] = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                lines += self._socket.recv(65536).decode().split("\n")
+        return lines
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "n"
+
+
+@pytest.fixture
+def manager(path: Path) -> Iterator[Manager]:
+    with contextlib.closing(Manager(os.fspath(path))) as manager:
+        yield manager
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic clock that the notifier reads; tests turn it."""
+    now = [1000.0]
+    monkeypatch.setattr("mbcap_watch.telemetry.systemd.time.monotonic", lambda: now[0])
+    return now
+
+
+def notifier(path: Path | str, watchdog: float = 0, sweep: str = "5s", **environ: str) -> Notifier:
+    environ["NOTIFY_SOCKET"] = str(path)
+    if watchdog:
+        environ["WATCHDOG_USEC"] = str(int(watchdog * 1_000_000))
+    return Notifier(environ, Settings.from_mapping({"database": "x", "sweep_interval": sweep}))
+
+
+def looks(count: int) -> list[WatchState]:
+    return [WatchState(mode="inotify", why="because", last_look=100.0 + n) for n in range(count)]
+
+
+def test_ready_once_the_first_look_is_done(path: Path, manager: Manager) -> None:
+    told = notifier(path)
+    told.on_result(RESULT)
+    told.on_state(BEFORE)
+    assert manager.read() == ["STATUS=applied; starting"]
+    told.on_state(LOOKED)
+    assert manager.read() == ["READY=1", "STATUS=applied; watching by inotify"]
+    told.on_state(LOOKED)
+    assert manager.read() == []
+
+
+def test_stopping(path: Path, manager: Manager) -> None:
+    notifier(path).stopping()
+    assert manager.read() == ["STOPPING=1", "STATUS=stopping"]
+
+
+def test_a_name_in_the_abstract_namespace() -> None:
+    name = f"mbcap-watch-{secrets.token_hex(8)}"
+    with contextlib.closing(Manager(b"\0" + name.encode())) as manager:
+        notifier(f"@{name}").on_state(LOOKED)
+        assert manager.read()[0] == "READY=1"
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_inert_without_a_socket(caplog: pytest.LogCaptureFixture) -> None:
+    told = Notifier({"WATCHDOG_USEC": "1000000"}, Settings.from_mapping({"database": "x"}))
+    told.on_result(RESULT)
+    told.on_state(LOOKED)
+    told.stopping()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("given", ["relative", "vsock:2:1234", "@"])
+def test_an_address_that_cannot_be_used_is_named(
+    given: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = notifier(given)
+    told.on_state(LOOKED)
+    told.stopping()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert given in caplog.text
+
+
+def test_an_error_is_shown_on_one_line(path: Path, manager: Manager) -> None:
+    told = notifier(path)
+    error = "/a\udcffb: cannot\nREADY=0"
+    told.on_result(PersistResult(outcome="failed", reason="start", error=error))
+    told.on_state(LOOKED)
+    assert manager.read() == [
+        "READY=1",
+        "STATUS=failed: /a\\udcffb: cannot READY=0; watching by inotify",
+    ]
+
+
+# ------------------------------------------------------------------------------ the watchdog
+
+
+def test_looks_feed_the_watchdog_and_nothing_else_does(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(LOOKED)
+    manager.read()
+
+    clock[0] += 29
+    told.on_state(looks(1)[0])
+    assert manager.read() == []  # a look, but too soon
+
+    clock[0] += 2
+    told.on_state(looks(1)[0])
+    assert manager.read() == []  # late enough, but not a new look
+
+    told.on_state(looks(2)[1])
+    assert manager.read() == ["WATCHDOG=1"]
+
+
+@pytest.mark.parametrize("sweep", [0.01, 1.0, 5.0, 20.0, 300.0, 86400.0])
+def test_whatever_the_sweep_a_bridge_that_looks_is_never_restarted(
+    path: Path, manager: Manager, clock: list[float], sweep: float
+) -> None:
+    """The longest gaps: a look of twice STUCK_SECONDS that starts a sweep after the last one."""
+    told = notifier(path, watchdog=60, sweep=f"{sweep}s")
+    patience, due = 60.0, None
+    for state in looks(50):
+        told.on_state(state)
+        for line in manager.read():
+            name, _, value = line.partition("=")
+            if name == "WATCHDOG_USEC":
+                patience = int(value) / 1_000_000
+            if name in ("READY", "WATCHDOG", "WATCHDOG_USEC"):
+                due = clock[0] + patience
+        assert due is not None
+        clock[0] += sweep + 2 * STUCK_SECONDS - 0.001
+        assert clock[0] < due
+
+
+def test_the_watchdog_is_lengthened_only_if_it_must_be(path: Path, manager: Manager) -> None:
+    notifier(path, watchdog=60).on_state(LOOKED)
+    assert "WATCHDOG_USEC" not in "".join(manager.read())
+    notifier(path, watchdog=60, sweep="5m").on_state(LOOKED)
+    assert "WATCHDOG_USEC=620000000" in manager.read()
+
+
+def test_a_watchdog_meant_for_another_process_is_not_fed(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    for pid, fed in ((str(os.getpid()), True), ("1", False)):
+        told = notifier(path, watchdog=60, WATCHDOG_PID=pid)
+        told.on_state(LOOKED)
+        clock[0] += 1000
+        told.on_state(looks(1)[0])
+        assert ("WATCHDOG=1" in manager.read()) is fed
+
+
+@pytest.mark.parametrize("given", ["", "-5", "soon", "1.5", "²"])
+def test_a_bad_watchdog_time(given: str, path: Path, manager: Manager) -> None:
+    notifier(path, WATCHDOG_USEC=given).on_state(LOOKED)
+    assert [line.partition("=")[0] for line in manager.read()] == ["READY", "STATUS"]
+
+
+def test_no_restart_while_the_filesystem_does_not_answer(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(LOOKED)
+    manager.read()
+
+    clock[0] += 40
+    told.on_state(STUCK)
+    put_off, status = manager.read()  # and no WATCHDOG=1: that would be no progress
+    assert put_off == WEEK
+    assert status == (
+        "STATUS=stuck: the filesystem has not answered a call (noticed at 2027-01-15T08:00:00Z);"
+        " waiting"
+    )
+    clock[0] += 4000
+    told.on_state(LOOKED)
+    assert manager.read() == ["WATCHDOG_USEC=60000000", "STATUS=watching by inotify"]
+    told.on_state(looks(1)[0])
+    assert manager.read() == ["WATCHDOG=1"]
+
+
+def test_a_start_that_hangs_is_given_time_and_is_not_ready(path: Path, manager: Manager) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(WatchState(stuck_since=1_800_000_000.0))
+    lines = manager.read()
+    assert lines[0] == "EXTEND_TIMEOUT_USEC=604800000000"
+    assert lines[1].startswith("STATUS=stuck")
+    assert len(lines) == 2
+    told.on_state(WatchState())
+    assert manager.read() == ["STATUS=starting"]
+    told.on_state(LOOKED)
+    assert manager.read()[0] == "READY=1"
+
+
+def test_a_long_look_feeds_the_watchdog_as_it_gets_on(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(LOOKED)
+    manager.read()
+    for _ in range(3):
+        clock[0] += 31
+        told.on_state(dataclasses.replace(LOOKED, last_progress=clock[0]))
+        assert manager.read() == ["WATCHDOG=1"]
+        told.on_state(dataclasses.replace(LOOKED, last_progress=clock[0]))
+        assert manager.read() == []
+
+
+def test_a_long_first_look_is_given_time_as_it_gets_on(
+    path: Path, manager: Manager, clock: list[float]
+) -> None:
+    told = notifier(path, watchdog=60)
+    told.on_state(WatchState(stuck_since=1.0))
+    manager.read()
+    for _ in range(3):
+        clock[0] += 31
+        told.on_state(WatchState(last_progress=clock[0]))
+        assert "EXTEND_TIMEOUT_USEC=60000000" in manager.read()
+    told.on_state(WatchState(last_progress=clock[0]))
+    assert manager.read() == []
+    told.on_state(LOOKED)
+    assert manager.read()[0] == "READY=1"
+
+
+# ------------------------------------------------------------------------------ trouble
+
+
+def test_what_cannot_be_sent_goes_with_the_next(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    told = notifier(path)
+    told.on_result(RESULT)
+    told.on_state(LOOKED)
+    told.on_state(STUCK)
+    with contextlib.closing(Manager(os.fspath(path))) as manager:
+        told.on_state(looks(1)[0])
+        lines = manager.read()
+    assert sorted(lines) == ["READY=1", "STATUS=applied; watching by inotify"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the service manager cannot be told: No such file or directory; trying on"
+    ]
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_manager_that_does_not_read_holds_nobody_up(path: Path, manager: Manager) -> None:
+    told = notifier(path)
+    told.on_state(LOOKED)
+    started = time.monotonic()
+    for n in range(2000):
+        told.on_result(PersistResult(outcome="failed", reason="retry", error=f"{n}" * 100))
+        told.on_state(LOOKED)
+    assert time.monotonic() - started < 5
+    assert manager.read()[0] == "READY=1"
+    told.on_result(RESULT)
+    told.on_state(LOOKED)
+    assert manager.read()[-1] == "STATUS=applied; watching by inotify"
+
+
+# ------------------------------------------------------------------------------ a real bridge
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_leaks")
+async def test_with_a_running_bridge(path: Path, manager: Manager, database: Path) -> None:
+    put(document(("aa11", "confirmed")), database.parent / "mbcap-snapshot" / "snapshot.json")
+    values = {**QUIET, "database": database, "sweep_interval": "20ms"}
+    settings = Settings.from_mapping(values)
+    # 25 s is more than twice what this sweep needs, so it stays, and half of it is not over soon.
+    told = Notifier({"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "25000000"}, settings)
+    states: list[WatchState] = []
+
+    def on_state(state: WatchState) -> None:
+        states.append(state)
+        told.on_state(state)
+
+    async with anyio.create_task_group() as group:
+        hooks = partial(run, settings, on_result=told.on_result, on_state=on_state)
+        await group.start(hooks)
+        lines = manager.read()
+        assert lines[0] == "READY=1"
+        assert lines[1].startswith("STATUS=applied; watching by ")
+        await until(lambda: len(states) > 5, "looks")
+        assert manager.read() == []
+        told._fed -= 13
+        await until(lambda: manager.read() == ["WATCHDOG=1"], "the watchdog's food")
+        group.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_bridge_with_much_to_do_at_its_start(
+    path: Path, manager: Manager, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every page takes as long as a slow machine takes for thousands of rows."""
+    monkeypatch.setattr("mbcap_watch.bridge.thread.STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(reconcile, "PAGE_ROWS", 1)
+    compare = plan.compare
+
+    def compare_slowly(*args: Any) -> plan.Comparison:
+        time.sleep(0.2)
+        return compare(*args)
+
+    monkeypatch.setattr(plan, "compare", compare_slowly)
+    keys = [f"k{number}" for number in range(10)]
+    with connect(database) as other:
+        for key in keys:
+            other.execute("INSERT INTO nodes (public_key) VALUES (?)", (key,))
+    put(
+        document(*((key, "confirmed") for key in keys)),
+        database.parent / "mbcap-snapshot" / "snapshot.json",
+    )
+    settings = Settings.from_mapping({**QUIET, "database": database})
+    told = Notifier({"NOTIFY_SOCKET": str(path)}, settings)
+    lines: list[str] = []
+
+    def on_state(state: WatchState) -> None:
+        told.on_state(state)
+        lines.extend(manager.read())
+
+    async with anyio.create_task_group() as group:
+        await group.start(partial(run, settings, on_result=told.on_result, on_state=on_state))
+        assert lines.count("EXTEND_TIMEOUT_USEC=60000000") >= 3
+        assert lines.index("READY=1") > lines.index("EXTEND_TIMEOUT_USEC=60000000")
+        assert not any("stuck" in line for line in lines)
+        group.cancel_scope.cancel()
+
+
+def test_in_a_process_of_its_own(path: Path, manager: Manager, database: Path) -> None:
+    """As systemd runs it: ready with the first look, stopping on SIGTERM."""
+    script = """if True:
+        import os, signal, sys, anyio
+        from mbcap_watch import Settings, run
+        from mbcap_watch.telemetry.systemd import Notifier
+        settings = Settings(database=sys.argv[1])
+        told = Notifier(os.environ, settings)
+        async def main():
+            with anyio.CancelScope() as scope, anyio.open_signal_receiver(signal.SIGTERM) as got:
+                async with anyio.create_task_group() as group:
+                    async def stop():
+                        async for _ in got:
+                            told.stopping()
+                            scope.cancel()
+                    group.start_soon(stop)
+                    await run(settings, on_result=told.on_result, on_state=told.on_state)
+        anyio.run(main)
+    """
+    environ = {**os.environ, "NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "60000000"}
+    command = [sys.executable, "-c", script, str(database)]
+    with subprocess.Popen(command, env=environ) as process:
+        lines: list[str] = []
+
+        def came(line: str) -> bool:
+            lines.extend(manager.read())
+            return line in lines
+
+        try:
+            wait_until(lambda: came("READY=1"), "READY=1")
+            assert any(line.startswith("STATUS=no_snapshot; watching by ") for line in lines)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == 0
+            assert came("STOPPING=1")
+        finally:
+            process.kill()

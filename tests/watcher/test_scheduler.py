@@ -1,0 +1,315 @@
+"""When the bridge looks next: a clock that only the test moves.
+
+All times are multiples of 1/64 s, which binary fractions hold exactly, so that "at once" and
+"not before" can be asserted without a tolerance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mbcap_watch.settings import Settings
+from mbcap_watch.watcher.scheduler import Agenda, Appointment
+
+if TYPE_CHECKING:
+    from mbcap_watch.results import Reason
+
+START = 1000.0
+DEBOUNCE = 0.125
+MAX_WAIT = 1.0
+TICK = 1 / 64
+
+
+def agenda(**changes: Any) -> Agenda:
+    """Make an agenda that nothing but the test disturbs, unless it asks for that."""
+    quiet: dict[str, Any] = {"sweep_interval": 100_000, "poll_interval": 100_000, "resync": 200_000}
+    times = {"debounce": DEBOUNCE, "max_wait": MAX_WAIT}
+    return Agenda(Settings.from_mapping({"database": "x"} | quiet | times | changes), START)
+
+
+def look(plan: Agenda, reason: Reason, at: float, *, seconds: float = 0, **end: Any) -> None:
+    """Serve one look that takes `seconds`."""
+    plan.begin(reason, at)
+    plan.end(at + seconds, **({"idle": False, "compared": True, "retry_in": None} | end))
+
+
+# ------------------------------------------------------------------------------ rings
+
+
+def test_a_lone_ring_is_served_at_once() -> None:
+    plan = agenda()
+    plan.ring(START + 3)
+    assert plan.next(polling=False) == (START + 3, "rename")
+    look(plan, "rename", START + 3)
+    assert plan.next(polling=False).reason != "rename"
+
+
+def test_ringing_tells_whether_a_ring_waits() -> None:
+    plan = agenda()
+    told = [plan.ringing]
+    plan.ring(START)
+    told.append(plan.ringing)
+    plan.begin("poll", START + 1)  # any look serves a ring
+    told.append(plan.ringing)
+    plan.ring(START + 2)
+    plan.end(START + 3, idle=False, compared=True, retry_in=None)
+    told.append(plan.ringing)
+    assert told == [False, True, False, True]
+
+
+def test_a_ring_long_after_the_last_look_is_served_at_once() -> None:
+    plan = agenda()
+    look(plan, "start", START)
+    plan.ring(START + DEBOUNCE)
+    assert plan.next(polling=False) == (START + DEBOUNCE, "rename")
+
+
+def test_more_rings_before_the_first_is_served_do_not_postpone_it() -> None:
+    plan = agenda()
+    for number in range(5):
+        plan.ring(START + number * TICK)
+    assert plan.next(polling=False) == (START, "rename")
+
+
+def test_rings_soon_after_a_look_merge_into_one_that_waits_for_quiet() -> None:
+    plan = agenda()
+    look(plan, "rename", START)
+    for number in range(1, 5):
+        plan.ring(START + number * TICK)
+        assert plan.next(polling=False) == (START + number * TICK + DEBOUNCE, "rename")
+    look(plan, "rename", START + 4 * TICK + DEBOUNCE)
+    assert not plan.ringing
+
+
+def test_a_ring_during_a_look_wants_another_one() -> None:
+    plan = agenda()
+    plan.ring(START)
+    plan.begin("rename", START)
+    plan.ring(START + 1)
+    plan.end(START + 1 + TICK, idle=False, compared=True, retry_in=None)
+    assert plan.next(polling=False) == (START + 1 + DEBOUNCE, "rename")
+
+
+def test_a_ring_early_in_a_long_look_is_due_when_it_ends() -> None:
+    plan = agenda()
+    plan.begin("rename", START)
+    plan.ring(START + 1)
+    plan.end(START + 5, idle=False, compared=True, retry_in=None)
+    assert plan.next(polling=False).at <= START + 5
+
+
+def test_an_unending_burst_cannot_postpone_a_look_beyond_max_wait() -> None:
+    plan = agenda()
+    look(plan, "rename", START)
+    first = START + TICK
+    for number in range(1, 1000):
+        now = START + number * TICK
+        due, _ = plan.next(polling=False)
+        if due <= now:
+            break
+        plan.ring(now)
+    assert plan.next(polling=False) == (first + MAX_WAIT, "rename")
+
+
+def test_without_debounce_every_ring_is_served_at_once() -> None:
+    plan = agenda(debounce=0)
+    look(plan, "rename", START, seconds=TICK)
+    plan.ring(START + TICK)
+    assert plan.next(polling=False) == (START + TICK, "rename")
+
+
+def serve(
+    plan: Agenda, rings: list[float], durations: list[float]
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Play `rings` to `plan`, as the service would; return them and the looks (begin, end)."""
+    looks: list[tuple[float, float]] = []
+    waiting = sorted(rings)
+    free = START
+    while waiting or plan.ringing:
+        due = max(plan.next(polling=False).at, free) if plan.ringing else math.inf
+        if waiting and waiting[0] <= due:
+            plan.ring(waiting.pop(0))
+            continue
+        seconds = durations[len(looks) % len(durations)]
+        plan.begin("rename", due)
+        free = due + seconds
+        while waiting and waiting[0] <= free:
+            plan.ring(waiting.pop(0))
+        plan.end(free, idle=False, compared=True, retry_in=None)
+        looks.append((due, free))
+    return sorted(rings), looks
+
+
+ticks = st.integers(0, 6 * 64).map(lambda number: START + number * TICK)
+lengths = st.sampled_from([0.0, TICK, DEBOUNCE, 0.5, 3.0])
+
+
+@given(st.lists(ticks, max_size=60), st.lists(lengths, min_size=1, max_size=4))
+def test_every_ring_is_followed_by_a_look_in_time(
+    rings: list[float], durations: list[float]
+) -> None:
+    rings, looks = serve(agenda(), rings, durations)
+    for ring in rings:
+        # A look that begins at the very moment of the ring reads what it announced.
+        begin = next(begin for begin, _ in looks if begin >= ring)
+        busy_until = next((end for start, end in looks if start < ring <= end), ring)
+        assert begin <= max(ring + MAX_WAIT, busy_until)
+    if rings:  # the last state does not even wait that long
+        busy_until = next((end for start, end in looks if start < rings[-1] <= end), rings[-1])
+        assert looks[-1][0] <= max(rings[-1] + DEBOUNCE, busy_until)
+
+
+@given(st.lists(ticks, max_size=60), st.lists(lengths, min_size=1, max_size=4))
+def test_the_number_of_looks_is_bounded(rings: list[float], durations: list[float]) -> None:
+    rings, looks = serve(agenda(), rings, durations)
+    assert len(looks) <= len(rings)
+    begins = [begin for begin, _ in looks]
+    assert all(after - before >= DEBOUNCE for before, after in itertools.pairwise(begins))
+
+
+@given(st.lists(ticks, min_size=1, max_size=20))
+def test_no_look_without_a_ring(rings: list[float]) -> None:
+    rings, looks = serve(agenda(), rings, [TICK])
+    before = -math.inf
+    for begin, _ in looks:
+        assert any(before < ring <= begin for ring in rings)
+        before = begin
+
+
+# ------------------------------------------------------------------------------ poll, sweep
+
+
+@pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
+def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bool) -> None:
+    plan = agenda(**{f"{reason}_interval": 1})
+    at = plan.next(polling=polling).at
+    assert plan.next(polling=polling) == (at, reason)
+    for late in (0, TICK, 0.5, 1 - TICK):
+        look(plan, reason, at + late, compared=False)
+        at += 1
+        assert plan.next(polling=polling) == (at, reason)
+
+
+@pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
+def test_missed_beats_are_skipped_not_made_up_for(reason: Reason, polling: bool) -> None:
+    plan = agenda(**{f"{reason}_interval": 1})
+    at = plan.next(polling=polling).at
+    look(plan, reason, at + 7.25, compared=False)
+    assert plan.next(polling=polling) == (at + 8, reason)
+
+
+def test_the_first_poll_is_at_once_the_first_sweep_is_not() -> None:
+    plan = agenda(poll_interval=1, sweep_interval=5)
+    assert plan.next(polling=True) == (START, "poll")
+    assert plan.next(polling=False) == (START + 5, "sweep")
+
+
+def test_there_are_sweeps_between_polls() -> None:
+    plan = agenda(poll_interval=2, sweep_interval=5)
+    served: list[Appointment] = []
+    while len(served) < 6:
+        served.append(plan.next(polling=True))
+        look(plan, served[-1].reason, served[-1].at, compared=False)
+    assert [(at - START, reason) for at, reason in served] == [
+        (0, "poll"),
+        (2, "poll"),
+        (4, "poll"),
+        (5, "sweep"),
+        (6, "poll"),
+        (8, "poll"),
+    ]
+
+
+def test_polling_that_sets_in_later_begins_at_once_and_keeps_pace() -> None:
+    plan = agenda(poll_interval=1)
+    at, reason = plan.next(polling=True)
+    assert (at <= START + 50.5, reason) == (True, "poll")
+    look(plan, "poll", START + 50.5, compared=False)
+    assert plan.next(polling=True) == (START + 51, "poll")
+
+
+def test_a_ring_goes_before_a_poll_that_is_due_at_the_same_time() -> None:
+    plan = agenda(poll_interval=1)
+    plan.ring(START)
+    assert plan.next(polling=True) == (START, "rename")
+
+
+# ------------------------------------------------------------------------------ resync
+
+
+def test_resync_counts_from_the_last_comparison() -> None:
+    plan = agenda(resync=10)
+    assert plan.next(polling=False) == (START + 10, "resync")
+    look(plan, "rename", START + 4, seconds=1)
+    assert plan.next(polling=False) == (START + 15, "resync")
+    look(plan, "poll", START + 6, compared=False)  # the file had not changed: nothing compared
+    assert plan.next(polling=False) == (START + 15, "resync")
+    look(plan, "resync", START + 15)
+    assert plan.next(polling=False) == (START + 25, "resync")
+
+
+def test_a_resync_that_failed_is_not_due_again_at_once() -> None:
+    plan = agenda(resync=10)
+    look(plan, "resync", START + 10, seconds=1, compared=False)
+    assert plan.next(polling=False) == (START + 21, "resync")
+
+
+# ------------------------------------------------------------------------------ retry
+
+
+def test_a_retry_is_due_once() -> None:
+    plan = agenda()
+    look(plan, "rename", START, seconds=1, compared=False, retry_in=0.5)
+    assert plan.next(polling=False) == (START + 1.5, "retry")
+    look(plan, "retry", START + 1.5, compared=False)
+    assert plan.next(polling=False).reason != "retry"
+
+
+def test_a_retry_that_fails_too_may_ask_for_another() -> None:
+    plan = agenda()
+    look(plan, "rename", START, compared=False, retry_in=1)
+    look(plan, "retry", START + 1, compared=False, retry_in=2)
+    assert plan.next(polling=False) == (START + 3, "retry")
+
+
+def test_success_on_the_way_makes_the_retry_needless() -> None:
+    plan = agenda()
+    look(plan, "rename", START, compared=False, retry_in=5)
+    look(plan, "rename", START + 2)
+    assert plan.next(polling=False).reason != "retry"
+
+
+def test_a_look_that_had_nothing_to_do_leaves_the_retry_alone() -> None:
+    plan = agenda()
+    look(plan, "rename", START, compared=False, retry_in=5)
+    look(plan, "sweep", START + 2, compared=False)
+    assert plan.next(polling=False) == (START + 5, "retry")
+
+
+def test_a_late_sweep_does_not_swallow_the_retry() -> None:
+    """A sweep may find nothing new and do nothing; what is to be retried still is."""
+    plan = agenda()
+    look(plan, "rename", START, compared=False, retry_in=1)
+    look(plan, "sweep", START + 1, compared=False)
+    assert plan.next(polling=False) == (START + 1, "retry")
+
+
+def test_a_comparison_makes_the_retry_needless() -> None:
+    plan = agenda()
+    look(plan, "rename", START, compared=False, retry_in=1)
+    look(plan, "rename", START + 0.5, compared=True)
+    assert plan.next(polling=False).reason != "retry"
+
+
+def test_a_rename_just_after_an_idle_look_is_served_at_once() -> None:
+    """Measured before: one rename in thirty met a sweep that had found nothing, and waited."""
+    plan = agenda()
+    look(plan, "sweep", START + 1, idle=True, compared=False)
+    plan.ring(START + 1 + TICK)
+    assert plan.next(polling=False) == (START + 1 + TICK, "rename")

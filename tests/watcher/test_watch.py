@@ -1,0 +1,634 @@
+"""A watch that never goes blind: what can happen to the directory, and how it heals.
+
+The mechanism under test is alone: the other clocks are switched off for a day.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from mbcap_watch import Settings, snapshot_path
+from mbcap_watch.bridge import reading, thread
+from mbcap_watch.bridge import sync as look
+from mbcap_watch.results import WatchState
+from mbcap_watch.telemetry import discover
+from mbcap_watch.watcher import inotify
+from mbcap_watch.watcher.inotify import InotifyWatch
+from support import (
+    Results,
+    bridge,
+    document,
+    open_descriptors,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+    rename_from_another_process,
+    until,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """What the filesystem does is the same on every loop; test_run and test_host try two."""
+    return "asyncio"
+
+
+SWEEP = {"sweep_interval": "50ms", "poll_interval": "20ms"}
+ROOT = os.geteuid() == 0
+
+
+def entry(evidence: str) -> bytes:
+    return document(("aa11", "confirmed", evidence))
+
+
+async def landed(database: Path, evidence: str) -> None:
+    await until(lambda: ("nodes", "aa11", 2, evidence) in read_rows(database), evidence)
+
+
+async def armed(results: Results, *, rearms: int = 0) -> None:
+    await until(
+        lambda: results.state.mode == "inotify" and results.state.rearms >= rearms, "the watch"
+    )
+
+
+# ------------------------------------------------------------------------------ one contract
+
+ALONE = [
+    pytest.param({"mode": "inotify"}, id="inotify"),
+    pytest.param({"mode": "poll", "poll_interval": "20ms"}, id="poll"),
+]
+
+
+@pytest.mark.parametrize("alone", ALONE)
+async def test_a_rename_within_the_directory(database: Path, alone: dict[str, str]) -> None:
+    async with bridge(database, **alone):
+        rename_from_another_process(entry("new"), snapshot_path(database))
+        await landed(database, "new")
+
+
+@pytest.mark.parametrize("alone", ALONE)
+async def test_a_rename_from_another_directory(database: Path, alone: dict[str, str]) -> None:
+    outside = database.with_name("outside.json")
+    outside.write_bytes(entry("new"))
+    async with bridge(database, **alone):
+        os.replace(outside, snapshot_path(database))
+        await landed(database, "new")
+
+
+@pytest.mark.parametrize("alone", ALONE)
+async def test_a_directory_that_is_a_link(database: Path, alone: dict[str, str]) -> None:
+    real = snapshot_path(database).parent
+    real.rename(database.with_name("real"))
+    real.symlink_to(database.with_name("real"))
+    async with bridge(database, **alone):
+        rename_from_another_process(entry("new"), database.with_name("real") / "snapshot.json")
+        await landed(database, "new")
+
+
+@pytest.mark.parametrize("alone", ALONE)
+async def test_files_that_kubernetes_swaps_by_a_link(database: Path, alone: dict[str, str]) -> None:
+    """snapshot.json -> ..data/snapshot.json, and ..data is replaced by rename."""
+    directory = snapshot_path(database).parent
+    for name in ("v1", "v2"):
+        (directory / name).mkdir()
+        (directory / name / "snapshot.json").write_bytes(entry(name))
+    (directory / "..data").symlink_to("v1")
+    snapshot_path(database).symlink_to("..data/snapshot.json")
+    async with bridge(database, **alone):
+        await landed(database, "v1")
+        (directory / "..tmp").symlink_to("v2")
+        os.replace(directory / "..tmp", directory / "..data")
+        await landed(database, "v2")
+
+
+@pytest.mark.parametrize("alone", ALONE)
+async def test_same_size_same_time_same_name(database: Path, alone: dict[str, str]) -> None:
+    """No stamp tells the two files apart, only their content."""
+    put(entry("one"), snapshot_path(database))
+    os.utime(snapshot_path(database), ns=(10**18, 10**18))
+    async with bridge(database, **alone):
+        new = snapshot_path(database).with_name("new")
+        new.write_bytes(entry("two"))
+        os.utime(new, ns=(10**18, 10**18))
+        os.replace(new, snapshot_path(database))
+        await landed(database, "two")
+
+
+# ------------------------------------------------------------------------------ inotify's speed
+
+
+async def test_unrelated_files_that_leave_do_not_hold_us_up(database: Path) -> None:
+    """watchdog's own mask makes an IN_MOVED_FROM wait for half a second, and all behind it."""
+    directory = snapshot_path(database).parent
+    async with bridge(database, mode="inotify") as results:
+        looks = []
+        for number in range(3):
+            (directory / "unrelated").write_bytes(b"")
+            os.replace(directory / "unrelated", database.with_name("gone"))
+            started = time.monotonic()
+            put(entry(str(number)), snapshot_path(database))
+            await results.count("applied", number + 1)
+            looks.append(time.monotonic() - started)
+        assert min(looks) < 0.4, looks
+
+
+async def test_ten_thousand_renames_overflow_nothing(database: Path) -> None:
+    script = """
+        import os, sys
+        path = sys.argv[1]
+        for number in range(10_000):
+            with open(path + ".t", "w") as file:
+                entry = '{"public_key":"aa11","status":"confirmed","evidence":"%d"}' % number
+                file.write('{"entries":[' + entry + ']}')
+            os.replace(path + ".t", path)
+        print("done", flush=True)
+    """
+    async with bridge(database, mode="inotify") as results:
+        with other_process(script, str(snapshot_path(database))) as process:
+            assert await anyio.to_thread.run_sync(read_line, process) == "done"
+        await landed(database, "9999")
+        # At most one look per max_wait, and a few at the edges.
+        assert len(results.all) < 50
+
+
+def test_only_what_matters_is_asked_of_the_kernel(tmp_path: Path) -> None:
+    armed = inotify.InotifyWatch(tmp_path, lambda: None)
+    try:
+        (line,) = armed._read_kernel_watches()
+        mask = int(dict(part.split(":") for part in line.split()[1:])["mask"], 16)
+        assert mask & 0xFFF == 0x80 | 0x400 | 0x800  # IN_MOVED_TO, IN_DELETE_SELF, IN_MOVE_SELF
+    finally:
+        armed.close()
+
+
+# ------------------------------------------------------------------------------ polling
+
+
+async def test_polling_keeps_its_pace(database: Path) -> None:
+    async with bridge(database, mode="poll", poll_interval="50ms") as results:
+        await until(lambda: len(results.states) > 20)
+        looks = [state.last_look or 0.0 for state in results.states]
+        assert (looks[20] - looks[0]) / 20 == pytest.approx(0.05, rel=0.25)
+
+
+async def test_polling_holds_nothing_open(database: Path) -> None:
+    put(entry("x"), snapshot_path(database))
+    async with bridge(database, mode="poll", poll_interval="10ms") as results:
+        before = len(open_descriptors())
+        seen: list[int] = []
+        for _ in range(20):
+            await until(lambda: len(results.states) > len(seen))
+            seen.append(len(open_descriptors()))
+        assert min(seen) <= before
+        assert not any("snapshot" in path for path in open_descriptors().values())
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path) -> None:
+    put(entry("x"), snapshot_path(database))
+    for number in range(3000):
+        (snapshot_path(database).parent / f"other-{number}").write_bytes(b"")
+    script = f"""if True:
+        import os
+        from mbcap_watch import Settings
+        from mbcap_watch.bridge.reading import read
+        settings = Settings({str(database)!r})
+        known = read(settings, None).fingerprint
+        os.access("/marker", os.F_OK)
+        read(settings, known)
+        os.access("/marker", os.F_OK)
+    """
+    trace = subprocess.run(
+        ["strace", "-f", sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stderr
+    _, look, _ = trace.split('access("/marker"')
+    calls = [line for line in look.splitlines()[1:] if "(" in line]
+    assert 5 <= len(calls) <= 20, look
+
+
+# ------------------------------------------------------------------------------ healing
+
+
+async def test_the_directory_is_deleted_and_made_again(database: Path) -> None:
+    directory = snapshot_path(database).parent
+    async with bridge(database, **SWEEP) as results:
+        shutil.rmtree(directory)
+        await until(lambda: results.state.mode == "poll")
+        put(entry("new"), snapshot_path(database))
+        await landed(database, "new")
+        await armed(results, rearms=1)
+
+
+async def test_the_directory_is_deleted_while_open_elsewhere(database: Path) -> None:
+    """Then the kernel does not tell: the inode lives on."""
+    directory = snapshot_path(database).parent
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        async with bridge(database, **SWEEP) as results:
+            shutil.rmtree(directory)
+            put(entry("new"), snapshot_path(database))
+            await landed(database, "new")
+            await armed(results, rearms=1)
+    finally:
+        os.close(descriptor)
+
+
+async def test_the_directory_is_moved_away_and_back(database: Path) -> None:
+    directory = snapshot_path(database).parent
+    async with bridge(database, **SWEEP) as results:
+        directory.rename(database.with_name("away"))
+        await until(lambda: results.state.mode == "poll")
+        put(entry("away"), database.with_name("away") / "snapshot.json")
+        database.with_name("away").rename(directory)
+        await landed(database, "away")
+        await armed(results, rearms=1)
+
+
+async def test_another_directory_takes_its_place(database: Path) -> None:
+    directory = snapshot_path(database).parent
+    other = database.with_name("other")
+    other.mkdir()
+    (other / "snapshot.json").write_bytes(entry("other"))
+    async with bridge(database, **SWEEP) as results:
+        directory.rename(database.with_name("away"))
+        other.rename(directory)
+        await landed(database, "other")
+        await armed(results, rearms=1)
+        rename_from_another_process(entry("then"), snapshot_path(database))
+        await landed(database, "then")
+
+
+async def test_a_link_takes_its_place_and_is_turned(database: Path) -> None:
+    directory = snapshot_path(database).parent
+    for name in ("one", "two"):
+        database.with_name(name).mkdir()
+        (database.with_name(name) / "snapshot.json").write_bytes(entry(name))
+    async with bridge(database, **SWEEP) as results:
+        for name in ("one", "two"):
+            if directory.is_symlink():
+                directory.unlink()
+            else:
+                directory.rename(database.with_name("away"))
+            directory.symlink_to(database.with_name(name))
+            await landed(database, name)
+        await armed(results, rearms=2)
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root to mount")
+async def test_mounted_over_and_unmounted(database: Path) -> None:
+    directory = snapshot_path(database).parent
+    put(entry("below"), snapshot_path(database))
+    async with bridge(database, **SWEEP) as results:
+        await landed(database, "below")
+        done = subprocess.run(["mount", "-t", "tmpfs", "none", directory], check=False)
+        if done.returncode:
+            pytest.skip("cannot mount here")
+        try:
+            put(entry("above"), snapshot_path(database))
+            await landed(database, "above")
+            await armed(results, rearms=1)
+            rename_from_another_process(entry("above 2"), snapshot_path(database))
+            await landed(database, "above 2")
+        finally:
+            subprocess.run(["umount", "-l", directory], check=True)
+        await landed(database, "below")
+        await armed(results, rearms=2)
+
+
+async def test_a_file_is_in_place_of_the_directory(database: Path) -> None:
+    directory = snapshot_path(database).parent
+    async with bridge(database, **SWEEP) as results:
+        directory.rmdir()
+        directory.write_bytes(b"")
+        result = await results.next("no_snapshot", after=1)
+        assert "is not a directory" in str(result.error)
+        directory.unlink()
+        put(entry("new"), snapshot_path(database))
+        await landed(database, "new")
+        await armed(results)
+
+
+# ------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("spare", range(6))
+def test_no_descriptor_is_left_for_the_observer(tmp_path: Path, spare: int) -> None:
+    """Each attempt fails cleanly; watchdog's constructor alone would leak one at every attempt."""
+    script = f"""if True:
+        import os, resource
+        from pathlib import Path
+        from mbcap_watch.watcher.inotify import InotifyWatch
+        InotifyWatch(Path({str(tmp_path)!r}), lambda: None).close()
+        held = [os.open("/dev/null", os.O_RDONLY)]
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1 + {spare}, hard))
+        outcomes = []
+        for _ in range(10):
+            try:
+                InotifyWatch(Path({str(tmp_path)!r}), lambda: None).close()
+                outcomes.append("armed")
+            except OSError as exc:
+                outcomes.append(exc.strerror)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        last = os.open("/dev/null", os.O_RDONLY)
+        print(last - held[0] - 1, set(outcomes))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)  # noqa: PLW1510
+    leaked, _, outcomes = done.stdout.partition(" ")
+    assert leaked == "0", done
+    assert outcomes.strip() == ("{'armed'}" if spare >= 4 else "{'Too many open files'}"), done
+
+
+@pytest.mark.parametrize("spare", range(4))
+def test_without_threads_nothing_is_left_behind(
+    tmp_path: Path, few_threads: Callable[[int], None], spare: int
+) -> None:
+    few_threads(spare)
+    if spare < 3:
+        with pytest.raises(BlockingIOError):
+            InotifyWatch(tmp_path, lambda: None)
+    else:
+        InotifyWatch(tmp_path, lambda: None).close()
+
+
+@pytest.mark.parametrize("spare", [1, 2])
+def test_a_thread_that_somebody_else_takes_at_the_last_moment(
+    tmp_path: Path,
+    few_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    spare: int,
+) -> None:
+    monkeypatch.setattr("mbcap_watch.watcher.inotify.require_threads", lambda _: few_threads(spare))
+    with pytest.raises(BlockingIOError):
+        InotifyWatch(tmp_path, lambda: None)
+
+
+async def test_a_thread_of_watchdog_dies(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bridge(database, **SWEEP) as results:
+        (reader,) = [t for t in threading.enumerate() if type(t).__name__ == "InotifyFD"]
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        monkeypatch.setattr(reader, "handle_event", None)  # not callable: the thread dies
+        put(entry("lost"), snapshot_path(database))
+        await landed(database, "lost")  # by the sweep
+        await armed(results, rearms=1)
+        assert "thread" in str(results.state.last_problem)
+        monkeypatch.undo()
+        rename_from_another_process(entry("seen"), snapshot_path(database))
+        await landed(database, "seen")
+
+
+async def test_sweep_hits_are_counted(database: Path) -> None:
+    put(entry("one"), snapshot_path(database))
+    async with bridge(database, **SWEEP) as results:
+        assert results.state.sweep_hits == 0
+        snapshot_path(database).write_bytes(entry("two"))  # in place: no rename
+        await landed(database, "two")
+        await until(lambda: results.state.sweep_hits == 1)
+        await until(lambda: len(results.states) > 20)
+        assert results.state.sweep_hits == 1
+
+
+# ------------------------------------------------------------------------------ in its place
+
+
+def as_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def as_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def as_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def as_loop(path: Path) -> None:
+    path.symlink_to("snapshot.json")  # what it is going to be called
+
+
+def as_endless_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def as_sparse_file(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(10 << 30)
+
+
+HOSTILE = {
+    as_directory: "refused",
+    as_fifo: "refused",
+    as_dangling_link: "no_snapshot",
+    as_loop: "refused",
+    as_endless_device: "refused",
+    as_sparse_file: "refused",
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("mode", ["inotify", "poll"])
+async def test_whatever_takes_the_place_of_the_file(database: Path, mode: str, make: Any) -> None:
+    """It never blocks the loop, is told once, and heals when it is gone."""
+    path = snapshot_path(database)
+    put(entry("good"), path)
+    async with bridge(database, mode=mode, **SWEEP) as results:
+        make(path.with_name("hostile"))
+        if make is as_directory:
+            path.unlink()
+        os.replace(path.with_name("hostile"), path)
+        result = await results.next(HOSTILE[make], after=1)
+        assert result.error is not None
+        looks = len(results.states)
+        await until(lambda: len(results.states) > looks + 10)
+        assert results.outcomes.count(HOSTILE[make]) <= 2, "told once by the event, once by a look"
+        assert ("nodes", "aa11", 2, "good") in read_rows(database)
+        if make is as_directory:
+            path.rmdir()
+        put(entry("healed"), path)
+        await landed(database, "healed")
+
+
+async def test_a_file_that_grows_while_it_is_read_is_bounded(database: Path) -> None:
+    """An endless writer: reading stops at max_bytes."""
+    script = """
+        import sys
+        with open(sys.argv[1], "wb") as file:
+            file.write(b'{"entries": [')
+            file.flush()
+            print("started", flush=True)
+            while True:
+                file.write(b" " * 65536)
+    """
+    big = str(4 << 20)
+    async with bridge(database, mode="poll", max_bytes=big, **SWEEP) as results:
+        with other_process(script, str(snapshot_path(database))) as process:
+            read_line(process)
+            await results.next("refused")
+        put(entry("healed"), snapshot_path(database))
+        await landed(database, "healed")
+
+
+# ------------------------------------------------------------------------------ the daemon
+
+
+COMMAND = [sys.executable, "-m", "mbcap_watch", "run"]
+
+
+@contextlib.contextmanager
+def daemon(
+    database: Path, *prefix: str, **popen: Any
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Run the daemon with short clocks; yields it and its log."""
+    log = database.with_name("log.txt")
+    options = ["--database", str(database), "--sweep-interval", "100ms", "--poll-interval", "50ms"]
+    with (
+        open(log, "wb") as stderr,
+        subprocess.Popen([*prefix, *COMMAND, *options], stderr=stderr, **popen) as process,
+    ):
+        try:
+            wait_until(lambda: b"waiting for a snapshot" in log.read_bytes(), "the first look")
+            yield process, log
+        finally:
+            process.kill()
+
+
+def told(database: Path) -> WatchState:
+    """Return what the daemon tells `status` of its watch."""
+    found = discover.find(Settings(database), os.environ).found
+    return found[0].stats.watch if found else WatchState()
+
+
+def count(log: Path, text: str) -> int:
+    return log.read_text().count(text)
+
+
+def test_an_overflow_of_the_queue(database: Path) -> None:
+    """The daemon is stopped while more happens than the kernel keeps; the last events are lost."""
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if limit > 50_000:
+        pytest.skip("the kernel's queue is too long to overflow it here")
+    with daemon(database) as (process, log):
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(limit // 2 + 100):  # a rename to and fro is two events
+            put(b"{}", snapshot_path(database))
+            put(b"[]", snapshot_path(database))
+        put(entry("last"), snapshot_path(database))
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: ("nodes", "aa11", 2, "last") in read_rows(database))
+        put(entry("then"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "then") in read_rows(database))
+        assert count(log, "watching by") == 1
+
+
+def test_permission_lost_and_regained(database: Path) -> None:
+    without_rights: list[str] = []
+    if ROOT:  # root passes every door, unless it leaves its keys behind
+        capabilities = "-dac_override,-dac_read_search"
+        without_rights = ["setpriv", f"--bounding-set={capabilities}", "--inh-caps=-all", "--"]
+        if subprocess.run([*without_rights, "true"], check=False, capture_output=True).returncode:
+            pytest.skip("cannot drop capabilities here")
+    directory = snapshot_path(database).parent
+    with daemon(database, *without_rights) as (process, log):
+        put(entry("one"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "one") in read_rows(database))
+
+        directory.chmod(0)
+        wait_until(lambda: count(log, "Permission denied") > 0)
+        if ROOT:
+            put(entry("two"), snapshot_path(database))
+        time.sleep(1)  # a few sweeps: it is told once, not at every look
+        lines = log.read_text().splitlines()
+        assert len([line for line in lines if "Permission denied" in line]) <= 2, lines
+
+        directory.chmod(0o755)
+        if not ROOT:
+            put(entry("two"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "two") in read_rows(database))
+        put(entry("three"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "three") in read_rows(database))
+        assert process.poll() is None
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root to make a user namespace with limits")
+@pytest.mark.parametrize("kind, word", [("watches", "watch"), ("instances", "instance")])
+def test_the_kernels_limit_is_reached_and_then_lifted(database: Path, kind: str, word: str) -> None:
+    """ENOSPC and EMFILE: the limit of a user namespace of its own is set to none, and later lifted.
+
+    Not that of this user: whatever else runs here would lose its watches.
+    """
+    limit = f"/proc/sys/user/max_inotify_{kind}"
+    wrapper = ["unshare", "-U", "-r", "sh", "-c", f'echo 0 > {limit} && exec "$@"', "sh"]
+    if subprocess.run([*wrapper, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("cannot make a user namespace here")
+    with daemon(database, *wrapper) as (process, log):
+        assert count(log, "watching by poll") == 1
+        put(entry("polled"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "polled") in read_rows(database))
+        descriptors = Path(f"/proc/{process.pid}/fd")
+        before = len(list(descriptors.iterdir()))
+        put(entry("polled again"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "polled again") in read_rows(database))
+        wait_until(lambda: len(list(descriptors.iterdir())) <= before)
+        assert count(log, f"inotify {word} limit") == 1, log.read_text()
+        wait_until(lambda: told(database).degraded, "what status is told")
+
+        inside = ["nsenter", "-t", str(process.pid), "-U", "sh", "-c", f"echo 100 > {limit}"]
+        subprocess.run(inside, check=True)
+        wait_until(lambda: count(log, "watching by inotify") == 1)
+        put(entry("seen"), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 2, "seen") in read_rows(database))
+        assert count(log, "watching by") == 2
+        wait_until(lambda: not told(database).degraded, "what status is told")
+
+
+# ------------------------------------------------------------------------------ a hung mount
+
+
+async def test_a_mount_that_does_not_answer(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop lives, the state says so, there is one stuck reader, and the end is near.
+
+    A mount cannot be hung here; the call that would hang is held by an event instead.
+    """
+    monkeypatch.setattr(thread, "STUCK_SECONDS", 0.1)
+    monkeypatch.setattr(thread, "END_SECONDS", 0.1)
+    hung, calls = threading.Event(), []
+    original = reading.read
+
+    def read(*args: Any) -> Any:
+        calls.append(1)
+        assert hung.wait(30)
+        return original(*args)
+
+    async with bridge(database, mode="poll", poll_interval="10ms") as results:
+        monkeypatch.setattr(look, "read", read)
+        await until(lambda: results.state.stuck_since is not None)
+        assert len(calls) == 1
+        hung.set()
+        await until(lambda: results.state.stuck_since is None)
+        hung.clear()
+        await until(lambda: results.state.stuck_since is not None)
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    hung.set()
