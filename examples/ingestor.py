@@ -151,7 +151,7 @@ class Ingestor:
                 await self.look()
             elif self.newcomers:  # the resync would come minutes later
                 self.newcomers = False
-                self.trigger.look_now()
+                self.trigger.sync_now()
 
     async def retire(self, before: str) -> None:
         """Move the nodes last seen before then, all of them or none."""

@@ -1,10 +1,18 @@
-"""Asking for what a library will need, before it fails half-way and leaks what it had by then."""
+"""Limits: how long a sync may be silent, and whether the machine has descriptors and threads left.
+
+What a library will need is asked for before it fails half-way and leaks what it had by then.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import threading
+from typing import Final
+
+# A sync, or a step of one, takes milliseconds, on a slow network perhaps a second. A bridge that
+# shows no sign of life for so long in the middle of one is stuck.
+STUCK_SECONDS: Final = 5.0
 
 
 def require_descriptors(count: int) -> None:

@@ -125,11 +125,12 @@ class WatchState:
         last_problem: what was wrong with the last watch that was lost; None if none was.
         sweep_hits: changes of the file that the watch did not tell of, found by the sweep.
         read_errors: looks to which the operating system refused the file.
-        last_look: when a look last ended; None before the first.
+        last_sync: when a sync last ended; None before the first.
         last_progress: when a look that takes more than a few seconds, or a call that was stuck,
             was last seen to get on; None if that was never so.
         stuck_since: since when a call to the filesystem has not come back, as on a mount whose
             server is gone; None if all is well.
+        reports_dropped: reports that the host was too slow to take.
 
     """
 
@@ -141,6 +142,7 @@ class WatchState:
     last_problem: str | None = None
     sweep_hits: int = 0
     read_errors: int = 0
-    last_look: float | None = None
+    last_sync: float | None = None
     last_progress: float | None = None
     stuck_since: float | None = None
+    reports_dropped: int = 0

@@ -30,7 +30,7 @@ from mbcap_watch import (
     snapshot_path,
     watch,
 )
-from mbcap_watch.bridge import run as service
+from mbcap_watch.bridge.loop import Bridge
 from mbcap_watch.store import plan
 from support import (
     QUIET,
@@ -75,7 +75,7 @@ async def test_results_are_pulled_in_order(database: Path) -> None:
 async def test_entering_waits_for_a_first_look_that_takes_long(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mbcap_watch.bridge.thread.STUCK_SECONDS", 0.3)
+    monkeypatch.setattr("mbcap_watch.bridge.border.STUCK_SECONDS", 0.3)
     monkeypatch.setattr("mbcap_watch.store.reconcile.PAGE_ROWS", 1)
     compare = plan.compare
 
@@ -86,7 +86,7 @@ async def test_entering_waits_for_a_first_look_that_takes_long(
     monkeypatch.setattr(plan, "compare", compare_slowly)
     put(document(("aa11", "confirmed"), ("ff66", "confirmed")), snapshot_path(database))
     async with watch(quiet(database)) as results:
-        assert results.state.last_look is not None
+        assert results.state.last_sync is not None
         assert results.state.last_progress is not None
         assert ("nodes", "aa11", 2, "") in read_rows(database)
 
@@ -136,10 +136,8 @@ async def test_a_programming_error_in_the_bridge_reaches_the_iteration(
         async def broken(*_: object) -> None:
             raise LookupError("a bug")
 
-        monkeypatch.setattr(service._Bridge, "serve", broken)
-        results.look_now()  # is served by the method that waits already
-        await anext(results)
-        results.look_now()
+        monkeypatch.setattr(Bridge, "_serve", broken)
+        results.sync_now()
         with pytest.raises(LookupError, match="a bug"):
             await anext(results)
 
@@ -165,27 +163,27 @@ async def test_a_buffer_of_nothing_is_refused(database: Path) -> None:
 # ------------------------------------------------------------------------------ look now
 
 
-async def test_look_now_from_the_loop_and_from_a_thread(database: Path) -> None:
+async def test_sync_now_from_the_loop_and_from_a_thread(database: Path) -> None:
     put(document(("new", "confirmed")), snapshot_path(database))
     trigger = Trigger()
-    trigger.look_now()  # nobody runs yet: of no consequence
+    trigger.sync_now()  # nobody runs yet: of no consequence
     results: list[PersistResult] = []
     async with anyio.create_task_group() as group:
         await group.start(partial(run, quiet(database), on_result=results.append, trigger=trigger))
         assert [r.unmatched for r in results] == [1]
         with connect(database) as connection:
             connection.execute("INSERT INTO nodes (public_key) VALUES ('new')")
-        trigger.look_now()
+        trigger.sync_now()
         await until(lambda: len(results) == 2)
         assert (results[1].reason, results[1].changed_active) == ("request", 1)
 
-        thread = threading.Thread(target=trigger.look_now)
+        thread = threading.Thread(target=trigger.sync_now)
         thread.start()
         await until(lambda: len(results) == 3)
         assert (results[2].reason, results[2].outcome) == ("request", "unchanged")
         thread.join()
         group.cancel_scope.cancel()
-    trigger.look_now()  # nobody runs any more
+    trigger.sync_now()  # nobody runs any more
 
 
 # ------------------------------------------------------------------------------ other hosts
@@ -434,13 +432,13 @@ async def host(database: str) -> None:
         await group.start(partial(run, settings, on_result=on_result, trigger=trigger))
         group.start_soon(run, settings)
         await group.start(run, settings)
-        trigger.look_now()
+        trigger.sync_now()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(run(settings, on_state=on_state))
     async with watch(settings, buffer=8) as results:
         async for result in results:
             on_result(result)
-            results.look_now()
+            results.sync_now()
     async with aiosqlite.connect(database) as connection:
         snapshot: Snapshot = read_snapshot(database)
         result = await apply_snapshot(connection, snapshot, lock=asyncio.Lock())

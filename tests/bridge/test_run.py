@@ -149,14 +149,14 @@ async def test_an_unchanged_file_is_neither_parsed_nor_compared(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(document(("aa11", "confirmed")), snapshot_path(database))
-    parsed: list[plan.Targets] = []
-    original = plan.targets
+    parsed: list[plan.DesiredState] = []
+    original = plan.desired_state
 
-    def targets(entries: Iterable[Entry]) -> plan.Targets:
+    def desired_state(entries: Iterable[Entry]) -> plan.DesiredState:
         parsed.append(original(entries))
         return parsed[-1]
 
-    monkeypatch.setattr(plan, "targets", targets)
+    monkeypatch.setattr(plan, "desired_state", desired_state)
     async with bridge(database, mode="poll", poll_interval="10ms") as results:
         put(document(("aa11", "confirmed")), snapshot_path(database))
         await anyio.sleep(0.3)  # some thirty polls

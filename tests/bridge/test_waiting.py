@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
-from mbcap_watch import Settings, Timings, ensure_snapshot_dir, persist_once, run, snapshot_path
-from mbcap_watch.bridge import thread as worker
+from mbcap_watch import (
+    Settings,
+    Timings,
+    WatchState,
+    ensure_snapshot_dir,
+    persist_once,
+    run,
+    snapshot_path,
+)
+from mbcap_watch.bridge import border
 from mbcap_watch.watcher import inotify
 from support import (
     bridge,
@@ -406,29 +412,23 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert open_descriptors() == before
 
 
-def test_a_long_apply_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "STUCK_SECONDS", 0.2)
-    told: list[float | None] = []
+async def test_a_long_sync_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(border, "STUCK_SECONDS", 0.2)
+    life = border.Border(lambda _: None)
 
-    async def main() -> None:
-        async def on_stuck(since: float | None) -> None:
-            told.append(since)
+    def stuck_since() -> float | None:
+        return life.state.stuck_since
 
-        async with worker.Worker(on_stuck) as thread:
-
-            def long_work() -> None:
-                for _ in range(30):
-                    time.sleep(0.02)
-                    thread.note_progress()
-
-            await thread.call(long_work)
-            assert set(told) == {None}, "it gets on"
-            told.clear()
-            await thread.call(time.sleep, 0.5)
-
-    asyncio.run(main())
-    *while_stuck, at_last = told
-    assert len(while_stuck) >= 1
-    assert len(set(while_stuck)) == 1, "it is the same call all the time"
-    assert while_stuck[0] is not None
-    assert at_last is None
+    assert not await life.wait(), "nobody has told anything"
+    assert (life.takes_long, stuck_since()) == (False, None), "no sync is under way"
+    life.alive()
+    while not life.takes_long:
+        await anyio.sleep(0.02)
+        life.alive()
+    assert stuck_since() is None, "it gets on"
+    life.alive()
+    assert life.state.last_progress is not None
+    await until(lambda: stuck_since() is not None)
+    assert stuck_since() == stuck_since(), "it is the same call all the time"
+    life.tell(WatchState(last_sync=1.0), None)
+    assert (stuck_since(), life.takes_long) == (None, False)

@@ -49,7 +49,7 @@ def make_stats(settings: Settings, results: int = 12, error: str | None = None) 
         metrics.on_timings(Timings(lag=0.002 * (number + 1), waits=(0.0,), holds=(0.001,)))
     if error is not None:
         metrics.on_result(PersistResult(outcome="malformed", reason="retry", error=error))
-    metrics.on_state(WatchState(mode="inotify", why="ext4", last_look=time.time()))
+    metrics.on_state(WatchState(mode="inotify", why="ext4", last_sync=time.time()))
     return metrics.snapshot(time.time())
 
 
@@ -76,7 +76,7 @@ def test_the_latest_results_scroll_and_the_figures_give_way() -> None:
     assert any(line.startswith("process") for line in large)
     assert small[-1] == large[-1]
     assert not any(line.startswith("process") for line in small)
-    assert any(line.startswith("last look") for line in small)
+    assert any(line.startswith("last sync") for line in small)
 
 
 def test_what_is_wrong_is_named_with_the_remedy() -> None:

@@ -46,7 +46,7 @@ class Bridge:
         return self.look(INOTIFY)
 
     def look(self, state: WatchState) -> Bridge:
-        self.metrics.on_state(replace(state, last_look=self.clock + 1))
+        self.metrics.on_state(replace(state, last_sync=self.clock + 1))
         return self
 
     def later(self, seconds: float, *, looks: bool = True) -> Bridge:
@@ -167,9 +167,9 @@ def test_long_work_is_not_stuck() -> None:
 def test_alive_but_not_looking() -> None:
     health = well().later(316, looks=False).health()
     assert (health.state, codes(health)[0]) == ("stuck", ["no_look"])
-    assert "the last look was 5 min 16 s ago, and one is due every 5 s" in text(health)
+    assert "the last sync was 5 min 16 s ago, and one is due every 5 s" in text(health)
     never = Bridge().later(316, looks=False).health()
-    assert "the last look was never" in text(never)
+    assert "the last sync was never" in text(never)
 
 
 def test_a_call_that_does_not_come_back() -> None:
@@ -177,7 +177,7 @@ def test_a_call_that_does_not_come_back() -> None:
     bridge.metrics.on_state(replace(bridge.stats.watch, stuck_since=5.0))
     health = bridge.later(65, looks=False).health()
     assert (health.state, codes(health)[0]) == ("stuck", ["stuck"])
-    assert "does not come back; the last look was 1 min" in text(health)
+    assert "does not come back; the last sync was 1 min" in text(health)
     # `ls` would hang as well; the doctor does not.
     assert "mbcap-watch check --database /data/meshcore.db" in text(health)
 

@@ -39,7 +39,7 @@ def test_from_the_start_to_the_end(database: Path, tmp_path: Path) -> None:
     extras = ["--http", address, "--openmetrics-file", str(figures)]
     with subprocess.Popen([*COMMAND, "run", "--database", str(database), *extras]) as process:
         try:
-            wait_until(lambda: status(database)[1]["ages"].get("last_look") is not None)
+            wait_until(lambda: status(database)[1]["ages"].get("last_sync") is not None)
             code, told = status(database, "--max-age", "15m")
             assert (code, told["state"], told["problems"]) == (0, "running", [])
             assert told["stats"]["pid"] == process.pid

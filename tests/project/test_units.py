@@ -133,7 +133,7 @@ def test_the_default_sweep_leaves_the_watchdog_as_it_is(
         "WATCHDOG_USEC": str(int(seconds(only(name, "WatchdogSec")) * 1_000_000)),
     }
     told = Notifier(environ, Settings("x"))
-    told.on_state(WatchState(last_look=1.0))
+    told.on_state(WatchState(last_sync=1.0))
     assert [line.partition("=")[0] for line in sent] == ["READY", "STATUS"]
 
 

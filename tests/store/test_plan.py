@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbcap_watch.snapshot.codec import Entry
-from mbcap_watch.store.plan import Change, Comparison, Row, Value, compare, targets
+from mbcap_watch.store.plan import Change, Comparison, Row, Value, compare, desired_state
 
 if TYPE_CHECKING:
     from random import Random
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from mbcap_watch.settings import Downgrade
 
-# ------------------------------------------------------------------------------ targets
+# ------------------------------------------------------------------------------ desired state
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def test_what_an_entry_means(
     entry: Entry, values: dict[str, Value], unknown: int, unrecognized: int
 ) -> None:
-    assert targets([entry]) == (values, 1, unknown, unrecognized)
+    assert desired_state([entry]) == (values, 1, unknown, unrecognized)
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_of_several_entries_of_a_key_the_last_written_one_wins(
     statuses: list[str | None], value: Value
 ) -> None:
     entries = [Entry("k", status, str(number)) for number, status in enumerate(statuses)]
-    assert targets(entries).values == {"k": value}
+    assert desired_state(entries).values == {"k": value}
 
 
 def test_no_entries() -> None:
-    assert targets([]) == ({}, 0, 0, 0)
+    assert desired_state([]) == ({}, 0, 0, 0)
 
 
 # ------------------------------------------------------------------------------ compare
@@ -141,7 +141,7 @@ def rows_of(table: Table) -> list[Row]:
 
 def changes_of(listed: list[Entry], table: Table, downgrade: Downgrade) -> list[Change]:
     """Plan."""
-    return compare(targets(listed).values, rows_of(table), downgrade).changes
+    return compare(desired_state(listed).values, rows_of(table), downgrade).changes
 
 
 def applied(listed: list[Entry], table: Table, downgrade: Downgrade) -> Table:
@@ -205,13 +205,13 @@ def test_downgrade_never_never_lowers(listed: list[Entry], table: Table) -> None
 def test_the_last_written_entry_wins(listed: list[Entry], last: Entry) -> None:
     assert last.public_key is not None
     sup = {"confirmed": 2, "suspected": 1}[last.status or ""]
-    wanted = targets([*listed, last]).values[last.public_key]
+    wanted = desired_state([*listed, last]).values[last.public_key]
     assert wanted == (sup, last.evidence or "")
 
 
 @given(entries)
 def test_every_entry_is_counted_once(listed: list[Entry]) -> None:
-    wanted = targets(listed)
+    wanted = desired_state(listed)
     countable = [
         entry
         for entry in listed
@@ -228,6 +228,6 @@ def test_every_entry_is_counted_once(listed: list[Entry]) -> None:
 def test_matched_are_the_rows_that_the_snapshot_has_a_value_for(
     listed: list[Entry], table: Table, downgrade: Downgrade
 ) -> None:
-    values = targets(listed).values
+    values = desired_state(listed).values
     matched = compare(values, rows_of(table), downgrade).matched
     assert matched == [key for key in table if key in values]

@@ -14,9 +14,10 @@ import pytest
 
 from mbcap_watch import DatabaseFailed, PersistResult, Settings, persist_once, snapshot_path
 from mbcap_watch.bridge.run import preview_once
-from mbcap_watch.store import reconcile
-from mbcap_watch.store.connection import open_database
-from mbcap_watch.store.ledger import Ledger
+from mbcap_watch.store import reconcile, steps
+from mbcap_watch.store.connection import Database, open_database
+from mbcap_watch.store.plan import Change
+from mbcap_watch.store.reconcile import Tally
 from support import (
     connect,
     document,
@@ -167,20 +168,21 @@ async def test_both_ways_to_compare_find_the_same(
         [("nodes" if n % 3 else "inactive_nodes", key, n % 3, None) for n, key in enumerate(KEYS)],
     )
     wanted: dict[str, Value] = {key: (n % 2 + 1, "e") for n, key in enumerate(KEYS) if n % 5 == 0}
-    ledger = Ledger()
-
-    await reconcile.apply(
-        database, {**wanted, "none": (1, "")}, ledger, batch_rows=13, downgrade="allow"
+    tally = Tally()
+    work = reconcile.reconcile(
+        database, {**wanted, "none": (1, "")}, tally, batch_rows=13, downgrade="allow"
     )
+    async with open_database(database, tally) as access:
+        await steps.run_steps(work, access)
 
     after = {key: (sup, evidence) for _, key, sup, evidence in read_rows(database)}
     assert after == {key: wanted.get(key, (n % 3, None)) for n, key in enumerate(KEYS)}
-    assert ledger.changed.total() == ledger.matched.total() == len(wanted)
-    assert ledger.unmatched == 1
+    assert tally.changed.total() == tally.matched.total() == len(wanted)
+    assert tally.unmatched == 1
 
 
-async def test_news_is_written_first_and_the_rest_all_the_same(tmp_path: Path) -> None:
-    """The news says in which order, and nothing else: here it names one key and half is new."""
+async def test_the_delta_is_written_first_and_the_rest_all_the_same(tmp_path: Path) -> None:
+    """The delta says in which order, and nothing else: here it names one key and half is new."""
     database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
     wanted: dict[str, Value] = dict.fromkeys(KEYS[::2], (2, "e"))
     first = KEYS[-2]
@@ -190,42 +192,44 @@ async def test_news_is_written_first_and_the_rest_all_the_same(tmp_path: Path) -
             "CREATE TRIGGER tell AFTER UPDATE ON nodes"
             " BEGIN INSERT INTO written VALUES (new.public_key); END"
         )
-    ledger = Ledger()
-
-    await reconcile.apply(
+    tally = Tally()
+    work = reconcile.reconcile(
         database,
         wanted,
-        ledger,
-        news={first: wanted[first], "none": (1, "")},
+        tally,
+        delta={first: wanted[first], "none": (1, "")},
         batch_rows=500,
         downgrade="allow",
     )
+    async with open_database(database, tally) as access:
+        await steps.run_steps(work, access)
 
     with connect(database) as connection:
         order = [key for (key,) in connection.execute("SELECT key FROM written ORDER BY rowid")]
     assert order == [first, *(key for key in wanted if key != first)]
-    assert ledger.changed.total() == ledger.matched.total() == len(wanted)
-    assert ledger.unmatched == 0
+    assert tally.changed.total() == tally.matched.total() == len(wanted)
+    assert tally.unmatched == 0
 
 
 async def test_no_statement_scans_a_table_for_a_handful_of_keys(database: Path) -> None:
     by_rowid = "SEARCH nodes USING INTEGER PRIMARY KEY (rowid"
+    change = Change(1, "aa11", (0, None), (2, ""))
     plans = {
-        f"SELECT {reconcile._SIZE}": "SEARCH nodes",
-        reconcile._PROBE: "SCAN pragma_table_info VIRTUAL TABLE INDEX 0:",
-        reconcile._SCAN: by_rowid + ">?)",
-        reconcile._LOOKUP: "SEARCH nodes USING INDEX sqlite_autoindex_nodes_1 (public_key=?)",
-        reconcile._UPDATE: by_rowid + "=?)",
-        reconcile._UPDATE + reconcile._NEVER_LOWER: by_rowid + "=?)",
+        f"SELECT {steps.SIZE}": "SEARCH nodes",
+        steps.PROBE: "SCAN pragma_table_info VIRTUAL TABLE INDEX 0:",
+        steps.SCAN: by_rowid + ">?)",
+        steps.LOOKUP: "SEARCH nodes USING INDEX sqlite_autoindex_nodes_1 (public_key=?)",
+        steps.Write("nodes", [change] * 3, "allow").statement()[0]: by_rowid + "=?)",
+        steps.Write("nodes", [change] * 500, "never").statement()[0]: by_rowid + "=?)",
     }
     with connect(database) as connection:
         for sql, expected in plans.items():
             statement = sql.format(table="nodes", keys="?, ?, ?")
             parameters = [None] * statement.count("?")
             details = connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
-            steps = [row[3] for row in details]
-            reads = {step for step in steps if step.startswith(("SCAN", "SEARCH"))}
-            assert reads - {"SCAN CONSTANT ROW"} == {expected}
+            reads = {row[3] for row in details if row[3].startswith(("SCAN", "SEARCH"))}
+            of_tables = {read for read in reads if "CONSTANT ROW" not in read} - {"SCAN wanted"}
+            assert of_tables == {expected}
 
 
 # ------------------------------------------------------------------------------ states to wait in
@@ -433,12 +437,12 @@ async def test_a_database_that_is_replaced_is_never_written_through_the_old_file
     put(document(("aa11", "confirmed")), snapshot_path(database))
     old = tmp_path / "old.db"
     os.link(database, old)
-    ledger = Ledger()
+    change = Change(1, "aa11", (0, None), (2, ""))
 
-    async with open_database(database, ledger) as access:
+    async with open_database(database, Tally()) as access:
         os.replace(backup, database)
         with pytest.raises(DatabaseFailed, match="replaced"):
-            await access.write("UPDATE nodes SET multibyte_sup = ?", [(2,)])
+            await access.write(steps.Write("nodes", [change], "allow"))
 
     assert {row[2] for row in read_rows(old)} == {row[2] for row in read_rows(database)}
     assert (await persist_once(Settings(database=database))).outcome == "applied"
@@ -450,17 +454,17 @@ async def test_a_row_that_moves_while_it_is_compared_is_found_again(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rowid belongs to somebody else by the time of the write; the key guards it."""
-    original = reconcile._write
+    original = Database.write
     moves = iter([True])
 
-    async def write(connection: Any, table: str, changes: Any, *args: Any) -> int:
+    async def write(opened: Database, step: steps.Write) -> steps.Written:
         if next(moves, False):
             with connect(database) as other:
                 other.execute("UPDATE nodes SET rowid = rowid + 100 WHERE public_key = 'aa11'")
                 other.execute("UPDATE nodes SET rowid = 1 WHERE public_key = 'ee55'")
-        return await original(connection, table, changes, *args)
+        return await original(opened, step)
 
-    monkeypatch.setattr(reconcile, "_write", write)
+    monkeypatch.setattr(Database, "write", write)
     result = await apply(database, ("aa11", "confirmed", "advert"))
 
     assert (result.outcome, result.changed_active) == ("applied", 1)

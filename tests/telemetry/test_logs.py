@@ -165,7 +165,7 @@ BY_INOTIFY = ("INFO", "watching by inotify: ext4")
 STATES: dict[str, tuple[list[WatchState], Lines]] = {
     "one line per change": ([POLLING, POLLING, WATCHING], [BY_POLL, BY_INOTIFY]),
     "none per look": (
-        [replace(POLLING, last_look=float(second), read_errors=second) for second in range(3)],
+        [replace(POLLING, last_sync=float(second), read_errors=second) for second in range(3)],
         [BY_POLL],
     ),
     "a lost watch": (

@@ -166,21 +166,21 @@ def test_ages_survive_a_clock_that_is_set() -> None:
     clock = Clock()
     metrics = make(clock)
     metrics.on_result(result("applied"))
-    metrics.on_state(WatchState(mode="inotify", armed_since=5.0, last_look=6.0))  # in 1970
+    metrics.on_state(WatchState(mode="inotify", armed_since=5.0, last_sync=6.0))  # in 1970
     clock.now += 10
-    metrics.on_state(WatchState(mode="inotify", armed_since=5.0, last_look=6.0, stuck_since=9.0))
+    metrics.on_state(WatchState(mode="inotify", armed_since=5.0, last_sync=6.0, stuck_since=9.0))
     clock.now += 2
     stats = metrics.snapshot(NOW)  # and now the time is known
-    assert (stats.started_at, stats.last_apply, stats.watch.last_look) == (NOW - 12,) * 3
+    assert (stats.started_at, stats.last_apply, stats.watch.last_sync) == (NOW - 12,) * 3
     assert (stats.watch.armed_since, stats.watch.stuck_since) == (NOW - 12, NOW - 2)
 
 
 def test_what_the_state_no_longer_has_is_gone() -> None:
     metrics = make()
     metrics.on_state(WatchState(stuck_since=1.0))
-    metrics.on_state(WatchState(last_look=2.0))
+    metrics.on_state(WatchState(last_sync=2.0))
     watch = metrics.snapshot(NOW).watch
-    assert (watch.stuck_since, watch.last_look) == (None, NOW)
+    assert (watch.stuck_since, watch.last_sync) == (None, NOW)
 
 
 def test_trouble_begins_lasts_and_ends() -> None:
@@ -267,7 +267,7 @@ def test_memory_is_bounded() -> None:
 def test_stats_are_json_and_back() -> None:
     metrics = make()
     metrics.on_result(result("failed", "a \udcff path"))
-    metrics.on_state(WatchState(mode="inotify", why="\udcff", last_look=1.0))
+    metrics.on_state(WatchState(mode="inotify", why="\udcff", last_sync=1.0))
     metrics.on_timings(Timings(lag=0.1, waits=(0.1,), holds=(0.1,)))
     stats = metrics.snapshot(NOW)
     data = msgspec.json.encode(stats)
@@ -299,7 +299,7 @@ async def test_the_hooks_of_a_real_bridge(database: Path) -> None:
         await until(lambda: metrics.snapshot(NOW).outcomes["malformed"])
         group.cancel_scope.cancel()
     stats = metrics.snapshot(NOW)
-    assert stats.watch.last_look is not None
+    assert stats.watch.last_sync is not None
     assert stats.trouble is not None
     assert (stats.trouble.outcome, stats.trouble.persists) == ("malformed", True)
     assert stats.snapshot_written_at == "2026-07-18T08:47:37Z"

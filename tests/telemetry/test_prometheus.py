@@ -42,7 +42,7 @@ def stats(*, error: str | None = None) -> Stats:
     metrics.on_result(
         PersistResult(outcome=outcome, reason="rename", changed_active=3, error=error)  # type: ignore[arg-type]
     )
-    metrics.on_state(WatchState(last_look=1.0, rearms=2))
+    metrics.on_state(WatchState(last_sync=1.0, rearms=2))
     metrics.on_timings(Timings(lag=0.02, waits=(0.2,), holds=(0.004, 0.6)))
     return metrics.snapshot(time.time())
 
@@ -87,7 +87,7 @@ def test_the_figures() -> None:
 def test_what_is_not_known_is_left_out() -> None:
     young = Metrics(Settings(Path(DATABASE)), version="1", pid=1).snapshot(time.time())
     found = values(parse(generate_latest(registry_of(young)).decode()))
-    assert not {"last_look_time_seconds", "lag_max_seconds"} & {name for name, *_ in found}
+    assert not {"last_sync_time_seconds", "lag_max_seconds"} & {name for name, *_ in found}
     assert found[("lag_seconds_count",)] == 0
 
 

@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from mbcap_watch import PersistResult, Settings, WatchState, run
-from mbcap_watch.bridge.thread import STUCK_SECONDS
+from mbcap_watch.limits import STUCK_SECONDS
 from mbcap_watch.store import plan, reconcile
 from mbcap_watch.telemetry.systemd import Notifier
 from support import QUIET, connect, document, put, until, wait_until
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 RESULT = PersistResult(outcome="applied", reason="start")
 BEFORE = WatchState(mode="inotify", why="because")
-LOOKED = WatchState(mode="inotify", why="because", last_look=1.0)
-STUCK = WatchState(mode="poll", why="because", last_look=1.0, stuck_since=1_800_000_000.0)
+LOOKED = WatchState(mode="inotify", why="because", last_sync=1.0)
+STUCK = WatchState(mode="poll", why="because", last_sync=1.0, stuck_since=1_800_000_000.0)
 WEEK = "WATCHDOG_USEC=604800000000"
 
 
@@ -82,7 +82,7 @@ def notifier(path: Path | str, watchdog: float = 0, sweep: str = "5s", **environ
 
 
 def looks(count: int) -> list[WatchState]:
-    return [WatchState(mode="inotify", why="because", last_look=100.0 + n) for n in range(count)]
+    return [WatchState(mode="inotify", why="because", last_sync=100.0 + n) for n in range(count)]
 
 
 def test_ready_once_the_first_look_is_done(path: Path, manager: Manager) -> None:
@@ -341,7 +341,7 @@ async def test_a_bridge_with_much_to_do_at_its_start(
     path: Path, manager: Manager, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every page takes as long as a slow machine takes for thousands of rows."""
-    monkeypatch.setattr("mbcap_watch.bridge.thread.STUCK_SECONDS", 0.5)
+    monkeypatch.setattr("mbcap_watch.bridge.border.STUCK_SECONDS", 0.5)
     monkeypatch.setattr(reconcile, "PAGE_ROWS", 1)
     compare = plan.compare
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbcap_watch.settings import Settings
-from mbcap_watch.watcher.scheduler import Agenda, Appointment
+from mbcap_watch.watcher.scheduler import Due, Scheduler
 
 if TYPE_CHECKING:
     from mbcap_watch.results import Reason
@@ -26,14 +26,14 @@ MAX_WAIT = 1.0
 TICK = 1 / 64
 
 
-def agenda(**changes: Any) -> Agenda:
-    """Make an agenda that nothing but the test disturbs, unless it asks for that."""
+def scheduler(**changes: Any) -> Scheduler:
+    """Make a scheduler that nothing but the test disturbs, unless it asks for that."""
     quiet: dict[str, Any] = {"sweep_interval": 100_000, "poll_interval": 100_000, "resync": 200_000}
     times = {"debounce": DEBOUNCE, "max_wait": MAX_WAIT}
-    return Agenda(Settings.from_mapping({"database": "x"} | quiet | times | changes), START)
+    return Scheduler(Settings.from_mapping({"database": "x"} | quiet | times | changes), START)
 
 
-def look(plan: Agenda, reason: Reason, at: float, *, seconds: float = 0, **end: Any) -> None:
+def look(plan: Scheduler, reason: Reason, at: float, *, seconds: float = 0, **end: Any) -> None:
     """Serve one look that takes `seconds`."""
     plan.begin(reason, at)
     plan.end(at + seconds, **({"idle": False, "compared": True, "retry_in": None} | end))
@@ -43,69 +43,69 @@ def look(plan: Agenda, reason: Reason, at: float, *, seconds: float = 0, **end: 
 
 
 def test_a_lone_ring_is_served_at_once() -> None:
-    plan = agenda()
-    plan.ring(START + 3)
+    plan = scheduler()
+    plan.notify(START + 3)
     assert plan.next(polling=False) == (START + 3, "rename")
     look(plan, "rename", START + 3)
     assert plan.next(polling=False).reason != "rename"
 
 
 def test_ringing_tells_whether_a_ring_waits() -> None:
-    plan = agenda()
-    told = [plan.ringing]
-    plan.ring(START)
-    told.append(plan.ringing)
+    plan = scheduler()
+    told = [plan.pending]
+    plan.notify(START)
+    told.append(plan.pending)
     plan.begin("poll", START + 1)  # any look serves a ring
-    told.append(plan.ringing)
-    plan.ring(START + 2)
+    told.append(plan.pending)
+    plan.notify(START + 2)
     plan.end(START + 3, idle=False, compared=True, retry_in=None)
-    told.append(plan.ringing)
+    told.append(plan.pending)
     assert told == [False, True, False, True]
 
 
-def test_a_ring_long_after_the_last_look_is_served_at_once() -> None:
-    plan = agenda()
+def test_a_ring_long_after_the_last_sync_is_served_at_once() -> None:
+    plan = scheduler()
     look(plan, "start", START)
-    plan.ring(START + DEBOUNCE)
+    plan.notify(START + DEBOUNCE)
     assert plan.next(polling=False) == (START + DEBOUNCE, "rename")
 
 
 def test_more_rings_before_the_first_is_served_do_not_postpone_it() -> None:
-    plan = agenda()
+    plan = scheduler()
     for number in range(5):
-        plan.ring(START + number * TICK)
+        plan.notify(START + number * TICK)
     assert plan.next(polling=False) == (START, "rename")
 
 
 def test_rings_soon_after_a_look_merge_into_one_that_waits_for_quiet() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START)
     for number in range(1, 5):
-        plan.ring(START + number * TICK)
+        plan.notify(START + number * TICK)
         assert plan.next(polling=False) == (START + number * TICK + DEBOUNCE, "rename")
     look(plan, "rename", START + 4 * TICK + DEBOUNCE)
-    assert not plan.ringing
+    assert not plan.pending
 
 
 def test_a_ring_during_a_look_wants_another_one() -> None:
-    plan = agenda()
-    plan.ring(START)
+    plan = scheduler()
+    plan.notify(START)
     plan.begin("rename", START)
-    plan.ring(START + 1)
+    plan.notify(START + 1)
     plan.end(START + 1 + TICK, idle=False, compared=True, retry_in=None)
     assert plan.next(polling=False) == (START + 1 + DEBOUNCE, "rename")
 
 
 def test_a_ring_early_in_a_long_look_is_due_when_it_ends() -> None:
-    plan = agenda()
+    plan = scheduler()
     plan.begin("rename", START)
-    plan.ring(START + 1)
+    plan.notify(START + 1)
     plan.end(START + 5, idle=False, compared=True, retry_in=None)
     assert plan.next(polling=False).at <= START + 5
 
 
 def test_an_unending_burst_cannot_postpone_a_look_beyond_max_wait() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START)
     first = START + TICK
     for number in range(1, 1000):
@@ -113,34 +113,34 @@ def test_an_unending_burst_cannot_postpone_a_look_beyond_max_wait() -> None:
         due, _ = plan.next(polling=False)
         if due <= now:
             break
-        plan.ring(now)
+        plan.notify(now)
     assert plan.next(polling=False) == (first + MAX_WAIT, "rename")
 
 
 def test_without_debounce_every_ring_is_served_at_once() -> None:
-    plan = agenda(debounce=0)
+    plan = scheduler(debounce=0)
     look(plan, "rename", START, seconds=TICK)
-    plan.ring(START + TICK)
+    plan.notify(START + TICK)
     assert plan.next(polling=False) == (START + TICK, "rename")
 
 
 def serve(
-    plan: Agenda, rings: list[float], durations: list[float]
+    plan: Scheduler, rings: list[float], durations: list[float]
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """Play `rings` to `plan`, as the service would; return them and the looks (begin, end)."""
     looks: list[tuple[float, float]] = []
     waiting = sorted(rings)
     free = START
-    while waiting or plan.ringing:
-        due = max(plan.next(polling=False).at, free) if plan.ringing else math.inf
+    while waiting or plan.pending:
+        due = max(plan.next(polling=False).at, free) if plan.pending else math.inf
         if waiting and waiting[0] <= due:
-            plan.ring(waiting.pop(0))
+            plan.notify(waiting.pop(0))
             continue
         seconds = durations[len(looks) % len(durations)]
         plan.begin("rename", due)
         free = due + seconds
         while waiting and waiting[0] <= free:
-            plan.ring(waiting.pop(0))
+            plan.notify(waiting.pop(0))
         plan.end(free, idle=False, compared=True, retry_in=None)
         looks.append((due, free))
     return sorted(rings), looks
@@ -154,7 +154,7 @@ lengths = st.sampled_from([0.0, TICK, DEBOUNCE, 0.5, 3.0])
 def test_every_ring_is_followed_by_a_look_in_time(
     rings: list[float], durations: list[float]
 ) -> None:
-    rings, looks = serve(agenda(), rings, durations)
+    rings, looks = serve(scheduler(), rings, durations)
     for ring in rings:
         # A look that begins at the very moment of the ring reads what it announced.
         begin = next(begin for begin, _ in looks if begin >= ring)
@@ -167,7 +167,7 @@ def test_every_ring_is_followed_by_a_look_in_time(
 
 @given(st.lists(ticks, max_size=60), st.lists(lengths, min_size=1, max_size=4))
 def test_the_number_of_looks_is_bounded(rings: list[float], durations: list[float]) -> None:
-    rings, looks = serve(agenda(), rings, durations)
+    rings, looks = serve(scheduler(), rings, durations)
     assert len(looks) <= len(rings)
     begins = [begin for begin, _ in looks]
     assert all(after - before >= DEBOUNCE for before, after in itertools.pairwise(begins))
@@ -175,7 +175,7 @@ def test_the_number_of_looks_is_bounded(rings: list[float], durations: list[floa
 
 @given(st.lists(ticks, min_size=1, max_size=20))
 def test_no_look_without_a_ring(rings: list[float]) -> None:
-    rings, looks = serve(agenda(), rings, [TICK])
+    rings, looks = serve(scheduler(), rings, [TICK])
     before = -math.inf
     for begin, _ in looks:
         assert any(before < ring <= begin for ring in rings)
@@ -187,7 +187,7 @@ def test_no_look_without_a_ring(rings: list[float]) -> None:
 
 @pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
 def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bool) -> None:
-    plan = agenda(**{f"{reason}_interval": 1})
+    plan = scheduler(**{f"{reason}_interval": 1})
     at = plan.next(polling=polling).at
     assert plan.next(polling=polling) == (at, reason)
     for late in (0, TICK, 0.5, 1 - TICK):
@@ -198,21 +198,21 @@ def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bo
 
 @pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
 def test_missed_beats_are_skipped_not_made_up_for(reason: Reason, polling: bool) -> None:
-    plan = agenda(**{f"{reason}_interval": 1})
+    plan = scheduler(**{f"{reason}_interval": 1})
     at = plan.next(polling=polling).at
     look(plan, reason, at + 7.25, compared=False)
     assert plan.next(polling=polling) == (at + 8, reason)
 
 
 def test_the_first_poll_is_at_once_the_first_sweep_is_not() -> None:
-    plan = agenda(poll_interval=1, sweep_interval=5)
+    plan = scheduler(poll_interval=1, sweep_interval=5)
     assert plan.next(polling=True) == (START, "poll")
     assert plan.next(polling=False) == (START + 5, "sweep")
 
 
 def test_there_are_sweeps_between_polls() -> None:
-    plan = agenda(poll_interval=2, sweep_interval=5)
-    served: list[Appointment] = []
+    plan = scheduler(poll_interval=2, sweep_interval=5)
+    served: list[Due] = []
     while len(served) < 6:
         served.append(plan.next(polling=True))
         look(plan, served[-1].reason, served[-1].at, compared=False)
@@ -227,7 +227,7 @@ def test_there_are_sweeps_between_polls() -> None:
 
 
 def test_polling_that_sets_in_later_begins_at_once_and_keeps_pace() -> None:
-    plan = agenda(poll_interval=1)
+    plan = scheduler(poll_interval=1)
     at, reason = plan.next(polling=True)
     assert (at <= START + 50.5, reason) == (True, "poll")
     look(plan, "poll", START + 50.5, compared=False)
@@ -235,8 +235,8 @@ def test_polling_that_sets_in_later_begins_at_once_and_keeps_pace() -> None:
 
 
 def test_a_ring_goes_before_a_poll_that_is_due_at_the_same_time() -> None:
-    plan = agenda(poll_interval=1)
-    plan.ring(START)
+    plan = scheduler(poll_interval=1)
+    plan.notify(START)
     assert plan.next(polling=True) == (START, "rename")
 
 
@@ -244,7 +244,7 @@ def test_a_ring_goes_before_a_poll_that_is_due_at_the_same_time() -> None:
 
 
 def test_resync_counts_from_the_last_comparison() -> None:
-    plan = agenda(resync=10)
+    plan = scheduler(resync=10)
     assert plan.next(polling=False) == (START + 10, "resync")
     look(plan, "rename", START + 4, seconds=1)
     assert plan.next(polling=False) == (START + 15, "resync")
@@ -255,7 +255,7 @@ def test_resync_counts_from_the_last_comparison() -> None:
 
 
 def test_a_resync_that_failed_is_not_due_again_at_once() -> None:
-    plan = agenda(resync=10)
+    plan = scheduler(resync=10)
     look(plan, "resync", START + 10, seconds=1, compared=False)
     assert plan.next(polling=False) == (START + 21, "resync")
 
@@ -264,7 +264,7 @@ def test_a_resync_that_failed_is_not_due_again_at_once() -> None:
 
 
 def test_a_retry_is_due_once() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START, seconds=1, compared=False, retry_in=0.5)
     assert plan.next(polling=False) == (START + 1.5, "retry")
     look(plan, "retry", START + 1.5, compared=False)
@@ -272,21 +272,21 @@ def test_a_retry_is_due_once() -> None:
 
 
 def test_a_retry_that_fails_too_may_ask_for_another() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=1)
     look(plan, "retry", START + 1, compared=False, retry_in=2)
     assert plan.next(polling=False) == (START + 3, "retry")
 
 
 def test_success_on_the_way_makes_the_retry_needless() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=5)
     look(plan, "rename", START + 2)
     assert plan.next(polling=False).reason != "retry"
 
 
 def test_a_look_that_had_nothing_to_do_leaves_the_retry_alone() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=5)
     look(plan, "sweep", START + 2, compared=False)
     assert plan.next(polling=False) == (START + 5, "retry")
@@ -294,14 +294,14 @@ def test_a_look_that_had_nothing_to_do_leaves_the_retry_alone() -> None:
 
 def test_a_late_sweep_does_not_swallow_the_retry() -> None:
     """A sweep may find nothing new and do nothing; what is to be retried still is."""
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=1)
     look(plan, "sweep", START + 1, compared=False)
     assert plan.next(polling=False) == (START + 1, "retry")
 
 
 def test_a_comparison_makes_the_retry_needless() -> None:
-    plan = agenda()
+    plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=1)
     look(plan, "rename", START + 0.5, compared=True)
     assert plan.next(polling=False).reason != "retry"
@@ -309,7 +309,7 @@ def test_a_comparison_makes_the_retry_needless() -> None:
 
 def test_a_rename_just_after_an_idle_look_is_served_at_once() -> None:
     """Measured before: one rename in thirty met a sweep that had found nothing, and waited."""
-    plan = agenda()
+    plan = scheduler()
     look(plan, "sweep", START + 1, idle=True, compared=False)
-    plan.ring(START + 1 + TICK)
+    plan.notify(START + 1 + TICK)
     assert plan.next(polling=False) == (START + 1 + TICK, "rename")

@@ -20,8 +20,7 @@ import anyio
 import pytest
 
 from mbcap_watch import Settings, snapshot_path
-from mbcap_watch.bridge import reading, thread
-from mbcap_watch.bridge import sync as look
+from mbcap_watch.bridge import border, loading, sync, thread
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry import discover
 from mbcap_watch.watcher import inotify
@@ -186,7 +185,7 @@ def test_only_what_matters_is_asked_of_the_kernel(tmp_path: Path) -> None:
 async def test_polling_keeps_its_pace(database: Path) -> None:
     async with bridge(database, mode="poll", poll_interval="50ms") as results:
         await until(lambda: len(results.states) > 20)
-        looks = [state.last_look or 0.0 for state in results.states]
+        looks = [state.last_sync or 0.0 for state in results.states]
         assert (looks[20] - looks[0]) / 20 == pytest.approx(0.05, rel=0.25)
 
 
@@ -210,11 +209,11 @@ def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path)
     script = f"""if True:
         import os
         from mbcap_watch import Settings
-        from mbcap_watch.bridge.reading import read
+        from mbcap_watch.bridge.loading import load
         settings = Settings({str(database)!r})
-        known = read(settings, None).fingerprint
+        known = load(settings, None).fingerprint
         os.access("/marker", os.F_OK)
-        read(settings, known)
+        load(settings, known)
         os.access("/marker", os.F_OK)
     """
     trace = subprocess.run(
@@ -611,18 +610,18 @@ async def test_a_mount_that_does_not_answer(
 
     A mount cannot be hung here; the call that would hang is held by an event instead.
     """
-    monkeypatch.setattr(thread, "STUCK_SECONDS", 0.1)
-    monkeypatch.setattr(thread, "END_SECONDS", 0.1)
+    monkeypatch.setattr(border, "STUCK_SECONDS", 0.1)
+    monkeypatch.setattr(thread, "LEAVE_SECONDS", 0.1)
     hung, calls = threading.Event(), []
-    original = reading.read
+    original = loading.load
 
-    def read(*args: Any) -> Any:
+    def load(*args: Any) -> Any:
         calls.append(1)
         assert hung.wait(30)
         return original(*args)
 
     async with bridge(database, mode="poll", poll_interval="10ms") as results:
-        monkeypatch.setattr(look, "read", read)
+        monkeypatch.setattr(sync, "load", load)
         await until(lambda: results.state.stuck_since is not None)
         assert len(calls) == 1
         hung.set()

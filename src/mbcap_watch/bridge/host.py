@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mbcap_watch.bridge.report import describe
-from mbcap_watch.bridge.tasks import require_asyncio, uncancelled
-from mbcap_watch.bridge.thread import Worker
+from mbcap_watch.bridge.thread import in_daemon_thread, run_to_completion
 from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
-from mbcap_watch.store import plan, reconcile
-from mbcap_watch.store.connection import as_database_errors, timed_transaction
-from mbcap_watch.store.ledger import Ledger
+from mbcap_watch.store import plan
+from mbcap_watch.store.errors import as_database_errors, refuses_rows
+from mbcap_watch.store.reconcile import Tally, reconcile
+from mbcap_watch.store.steps import CHANGES, Query, Write, Written, run_steps
 
 if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Callable
+    from collections.abc import Sequence
     from contextlib import AbstractAsyncContextManager
 
     import aiosqlite
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from mbcap_watch.results import PersistResult
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.snapshot.codec import Snapshot
-
-T = TypeVar("T")
 
 
 async def apply_snapshot(
@@ -60,83 +58,70 @@ async def apply_snapshot(
         TransactionOpen: the connection is in a transaction although the lock was free.
 
     """
-    require_asyncio()
     started = time.perf_counter()
-    ledger = Ledger()
-    access = _HostConnection(connection, lock, ledger)
-    async with Worker() as worker:
-        targets = await worker.call(plan.targets, snapshot.entries)
+    tally = Tally()
+    access = _HostConnection(connection, lock, tally)
+    desired = await in_daemon_thread(plan.desired_state, snapshot.entries)
     error: DatabaseError | None = None
     database = Path("the host's database")
+    steps = reconcile(database, desired.values, tally, batch_rows=batch_rows, downgrade=downgrade)
     try:
         with as_database_errors(database):
-            await reconcile.reconcile(
-                access,
-                database,
-                targets.values,
-                ledger,
-                batch_rows=batch_rows,
-                downgrade=downgrade,
-            )
+            await run_steps(steps, access)
     except TransactionOpen:
         raise
     except DatabaseError as exc:
         error = exc
     seconds = time.perf_counter() - started
-    result = describe("once", targets, snapshot.written_at, ledger, error, seconds)
+    result = describe("once", desired, snapshot.written_at, tally, error, seconds)
     # Nothing is pending and nothing is tried again here: that is the host's to decide.
     return result if error is None else dataclasses.replace(result, error=error.what)
 
 
 class _HostConnection:
-    """The way to the rows through somebody else's connection."""
+    """Runs the steps of `reconcile` over somebody else's connection."""
 
     def __init__(
         self,
         connection: aiosqlite.Connection,
         lock: AbstractAsyncContextManager[Any],
-        ledger: Ledger,
+        tally: Tally,
     ) -> None:
         self._connection = connection
         self._lock = lock
-        self._ledger = ledger
+        self._tally = tally
 
-    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        """Return all rows of a query, as plain tuples whatever the host's row factory."""
-
-        def fetch(connection: sqlite3.Connection) -> list[Any]:
-            cursor = connection.cursor()
-            try:
-                cursor.row_factory = None  # of this cursor alone
-                return cursor.execute(sql, parameters).fetchall()
-            finally:
-                cursor.close()
-
-        return await self._in_one_call(fetch)
-
-    async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
-        """Run `sql` for each of `rows` in one transaction; return how many it changed."""
-
-        def write(connection: sqlite3.Connection) -> int:
-            cursor = connection.cursor()
-            try:
-                return timed_transaction(cursor, sql, rows, self._ledger)
-            finally:
-                cursor.close()
-
-        return await self._in_one_call(write)
-
-    async def _in_one_call(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Run `function` on the connection's thread, holding the host's lock.
-
-        With BEGIN, the rows and COMMIT as calls of their own, the write lock would be held across
-        the host's loop for as long as it stalls. aiosqlite has no public way to do it in one (a
-        test checks that the private one is there).
-        """
+    async def query(self, step: Query) -> list[Any]:
+        """Return all rows, as plain tuples whatever the host's row factory."""
         async with self._lock:
             self._require_idle()
-            connection: Any = self._connection
-            return await uncancelled(connection._execute(function, connection._conn))  # noqa: SLF001
+            return await run_to_completion(self._fetch(step.sql, step.parameters))
+
+    async def write(self, step: Write) -> Written:
+        """Write a batch. The wait for the lock counts as part of the hold: SQLite waits inside."""
+        sql, parameters = step.statement()
+        async with self._lock:
+            self._require_idle()
+            return await run_to_completion(self._execute(sql, parameters))
+
+    async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        async with self._connection.cursor() as cursor:
+            cursor.row_factory = None  # of this cursor alone
+            await cursor.execute(sql, parameters)
+            return list(await cursor.fetchall())
+
+    async def _execute(self, sql: str, parameters: list[Any]) -> Written:
+        started, error = time.perf_counter(), None
+        try:
+            # One statement, and so one transaction: nothing is begun that could be left open.
+            await (await self._connection.execute(sql, parameters)).close()
+        except sqlite3.Error as exc:
+            if not refuses_rows(exc):
+                raise
+            error = exc.with_traceback(None)
+        self._tally.holds.append(time.perf_counter() - started)
+        [(rows,)] = await self._fetch(CHANGES)
+        return Written(rows, error)
 
     def _require_idle(self) -> None:
         if self._connection.in_transaction:

@@ -1,4 +1,4 @@
-"""What came of a look, put together for people and programs. Pure."""
+"""The result of a sync, put together for people and programs. Pure."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from mbcap_watch.results import Outcome, PersistResult, Reason
 from mbcap_watch.store import plan
 
 if TYPE_CHECKING:
-    from mbcap_watch.store.ledger import Ledger
+    from mbcap_watch.store.reconcile import Tally
 
 
 def describe(
     reason: Reason,
-    targets: plan.Targets | None,
+    desired: plan.DesiredState | None,
     written_at: str | None,
-    ledger: Ledger,
+    tally: Tally,
     error: SnapshotError | DatabaseError | None,
     seconds: float,
 ) -> PersistResult:
-    """Return the result of a look. Pure."""
-    targets = targets or plan.Targets({}, 0, 0, 0)
+    """Return the result of a sync. Pure."""
+    desired = desired or plan.DesiredState({}, 0, 0, 0)
     return PersistResult(
-        outcome=_outcome(ledger, error),
+        outcome=_outcome(tally, error),
         reason=reason,
-        entries=targets.entries,
-        skipped_unknown=targets.skipped_unknown,
-        skipped_unrecognized=targets.skipped_unrecognized,
-        unmatched=ledger.unmatched,
-        matched_active=ledger.matched["nodes"],
-        matched_inactive=ledger.matched["inactive_nodes"],
-        changed_active=ledger.changed["nodes"],
-        changed_inactive=ledger.changed["inactive_nodes"],
-        failed_rows=len(ledger.failed),
+        entries=desired.entries,
+        skipped_unknown=desired.skipped_unknown,
+        skipped_unrecognized=desired.skipped_unrecognized,
+        unmatched=tally.unmatched,
+        matched_active=tally.matched["nodes"],
+        matched_inactive=tally.matched["inactive_nodes"],
+        changed_active=tally.changed["nodes"],
+        changed_inactive=tally.changed["inactive_nodes"],
+        failed_rows=len(tally.failed),
         written_at=written_at,
-        error=_error_text(ledger, error),
+        error=_error_text(tally, error),
         cause=getattr(error, "cause", None),
         seconds=seconds,
-        lock_seconds=max(ledger.holds, default=0.0),
+        lock_seconds=max(tally.holds, default=0.0),
     )
 
 
@@ -62,21 +62,21 @@ _OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
 )
 
 
-def _outcome(ledger: Ledger, error: SnapshotError | DatabaseError | None) -> Outcome:
+def _outcome(tally: Tally, error: SnapshotError | DatabaseError | None) -> Outcome:
     if error is not None:
         return next((name for kind, name in _OUTCOMES if isinstance(error, kind)), "failed")
-    if ledger.changed.total():
+    if tally.changed.total():
         return "applied"
-    return "failed" if ledger.failed else "unchanged"
+    return "failed" if tally.failed else "unchanged"
 
 
-def _error_text(ledger: Ledger, error: SnapshotError | DatabaseError | None) -> str | None:
+def _error_text(tally: Tally, error: SnapshotError | DatabaseError | None) -> str | None:
     if isinstance(error, SnapshotNotFound) and not error.unusual:
         return None  # a state to wait in, not an error
     if error is not None:
         return str(error)
-    if ledger.failed:
-        (table, key), why = next(iter(ledger.failed.items()))
-        others = f" and {len(ledger.failed) - 1} more" if len(ledger.failed) > 1 else ""
+    if tally.failed:
+        (table, key), why = next(iter(tally.failed.items()))
+        others = f" and {len(tally.failed) - 1} more" if len(tally.failed) > 1 else ""
         return printable(f"{table}: the row {key!r}{others} could not be written: {why}")
-    return ledger.waiting
+    return tally.waiting

@@ -1,32 +1,25 @@
-"""`persist_once` and `run`: the whole chain, from "look again" to a result."""
+"""`run`, `persist_once` and `preview_once`: the host's side of the bridge."""
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import random
 import time
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio
 
-from mbcap_watch.bridge.sync import Looker
-from mbcap_watch.bridge.tasks import require_asyncio
-from mbcap_watch.bridge.thread import Worker
+from mbcap_watch.bridge.border import DEFAULT_BUFFER, Border
+from mbcap_watch.bridge.loop import Bridge, busy_pause
+from mbcap_watch.bridge.report import describe
+from mbcap_watch.bridge.sync import Syncer, preview
+from mbcap_watch.bridge.thread import BridgeThread
 from mbcap_watch.bridge.trigger import Trigger
-from mbcap_watch.errors import (
-    DatabaseBusy,
-    DatabaseError,
-    SnapshotError,
-    SnapshotMalformed,
-    SnapshotUnreadable,
-)
-from mbcap_watch.watcher.scheduler import Agenda
-from mbcap_watch.watcher.supervisor import Watch
+from mbcap_watch.errors import DatabaseFailed
+from mbcap_watch.store.reconcile import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from typing import NoReturn
 
     from anyio.abc import TaskStatus
 
@@ -40,28 +33,31 @@ OnState: TypeAlias = "Callable[[WatchState], Any]"
 OnTimings: TypeAlias = "Callable[[Timings], Any]"
 T = TypeVar("T")
 
-# The first pause before something is tried again, and the longest while the database is busy.
-_FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 1.0
-
 
 async def persist_once(
     settings: Settings, *, on_progress: OnProgress | None = None
 ) -> PersistResult:
-    """Look once: read the snapshot and apply it. Tries a busy database until `busy_deadline`.
+    """Sync once: read the snapshot and apply it. Tries a busy database until `busy_deadline`.
 
     Never raises for the state of the files: the result's `outcome` and `error` tell.
 
     Args:
-        settings: what to look at, and how.
+        settings: what to sync, and how.
         on_progress: called from another thread after every few thousand rows, with how many of
             the snapshot's keys were found and seen to, and how many there are.
 
     Raises:
-        EventLoopError: not running on asyncio.
+        EventLoopError: no asyncio or trio runs here.
 
     """
-    result, _ = await _until_not_busy(settings, Looker.persist, on_progress)
+    syncer = Syncer(settings, on_progress=on_progress)
+
+    async def persist() -> tuple[PersistResult, None]:
+        report = await syncer.sync("once")
+        assert report.result is not None
+        return report.result, None
+
+    result, _ = await _until_not_busy(settings, persist)
     return result
 
 
@@ -69,29 +65,37 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
     """Return what `persist_once` would report, and by table what it would change; change nothing.
 
     Raises:
-        EventLoopError: not running on asyncio.
+        EventLoopError: no asyncio or trio runs here.
 
     """
-    return await _until_not_busy(settings, Looker.preview)
+
+    async def compare() -> tuple[PersistResult, list[tuple[str, Change]]]:
+        return preview(settings)
+
+    result, changes = await _until_not_busy(settings, compare)
+    return result, changes or []
 
 
 async def _until_not_busy(
-    settings: Settings,
-    look: Callable[[Looker], Awaitable[tuple[PersistResult, T]]],
-    on_progress: OnProgress | None = None,
-) -> tuple[PersistResult, T]:
-    loop = require_asyncio()
-    deadline = loop.time() + settings.busy_deadline
-    async with Worker() as worker:
-        looker = Looker(settings, worker, on_progress)
-        attempt = 0
+    settings: Settings, sync: Callable[[], Awaitable[tuple[PersistResult, T]]]
+) -> tuple[PersistResult, T | None]:
+    async def repeat() -> tuple[PersistResult, T]:
+        deadline, attempt = time.monotonic() + settings.busy_deadline, 0
         while True:
-            answer = await look(looker)
-            pause = _busy_pause(2.0 ** min(attempt, 10))
-            if answer[0].outcome != "busy" or loop.time() + pause > deadline:
+            answer = await sync()
+            pause = busy_pause(2.0 ** min(attempt, 10))
+            if answer[0].outcome != "busy" or time.monotonic() + pause > deadline:
                 return answer
             await anyio.sleep(pause)
             attempt += 1
+
+    thread = BridgeThread(repeat)
+    try:
+        thread.start()
+    except OSError as exc:
+        return out_of_resources(settings, "once", exc), None
+    async with thread:
+        return await thread.outcome()
 
 
 async def run(
@@ -106,178 +110,82 @@ async def run(
     """Bridge snapshots into the database until cancelled.
 
     Under `await task_group.start(run, settings)` the start is over once the watch is armed and
-    the first look is done. Whatever happens to the files, the bridge waits and looks again; it
+    the first sync is done. Whatever happens to the files, the bridge waits and syncs again; it
     raises only for programming errors, those of the hooks included. Cancelled in the middle of a
-    look, it waits for the batch under way; the result of that look is not told any more.
+    sync, it waits for the batch under way; the result of that sync is not told any more.
+
+    The hooks are called in the host's loop, one after the other; each may be a coroutine function,
+    and then holds up later hooks until it returns, but never a sync. When the host does not keep
+    up, the oldest reports are dropped, and counted in the `WatchState`.
 
     Args:
         settings: what to watch, and how.
-        on_result: called with every `PersistResult`; may be a coroutine function, and then holds
-            up the next look until it returns.
-        on_state: called with the `WatchState` after every look, when the filesystem stops
-            answering, and every few seconds during a long look; likewise.
-        on_timings: called with the `Timings` of every look that compared the database; likewise.
-        trigger: lets the host say "look now".
+        on_result: called with every `PersistResult`.
+        on_state: called with the `WatchState` after every sync, when the filesystem stops
+            answering, and every few seconds during a long sync.
+        on_timings: called with the `Timings` of every sync that compared the database.
+        trigger: lets the host say "sync now".
         task_status: for `TaskGroup.start`.
 
     Raises:
-        EventLoopError: not running on asyncio.
+        EventLoopError: no asyncio or trio runs here.
 
     """
-    loop = require_asyncio()
-    agenda = Agenda(settings, loop.time())
-    bell = asyncio.Event()
-
-    def ring() -> None:
-        agenda.ring(loop.time())
-        bell.set()
-
-    def request() -> None:
-        agenda.request(loop.time())
-        bell.set()
-
-    def from_thread(callback: Callable[[], None]) -> None:
-        try:
-            loop.call_soon_threadsafe(callback)
-        except RuntimeError:
-            return  # the loop was closed under a host that did not wait for us
-
-    async def on_stuck(since: float | None) -> None:
-        await bridge.note_stuck(since)
-
-    async with Worker(on_stuck) as worker:
-        watch = Watch(settings, worker, partial(from_thread, ring))
-        hooks = _Hooks(on_result, on_state, on_timings)
-        bridge = _Bridge(settings, agenda, watch, Looker(settings, worker), hooks)
-        await bridge.serve("start")
-        with (trigger or Trigger()).connected(partial(from_thread, request)):
-            task_status.started()
+    service = Service(settings)
+    await service.start(on_result)
+    border, thread, started = service.border, service.thread, False
+    async with thread:
+        with (trigger or Trigger()).connected(service.sync_now):
             while True:
-                await bridge.serve(await _next_reason(agenda, watch, bell))
+                woken = await border.wait()
+                while (report := border.take()) is not None:
+                    await _call(on_result, report.result)
+                    await _call(on_timings, report.timings)
+                if thread.ended.is_set():
+                    await thread.outcome()
+                if woken or border.takes_long:
+                    await _call(on_state, border.state)
+                if woken and not started:
+                    started = True
+                    task_status.started()
 
 
-async def _next_reason(agenda: Agenda, watch: Watch, bell: asyncio.Event) -> Reason:
-    loop = asyncio.get_running_loop()
-    while True:
-        at, reason = agenda.next(polling=watch.polling)
-        if at <= loop.time():
-            return reason
-        bell.clear()
-        alarm = loop.call_at(at, bell.set)
-        try:
-            await bell.wait()
-        finally:
-            alarm.cancel()
+class Service:
+    """A bridge in a thread of its own, which `run` and `watch` have in common."""
 
-
-class _Hooks(NamedTuple):
-    on_result: OnResult | None
-    on_state: OnState | None
-    on_timings: OnTimings | None
-
-
-class _Bridge:
-    """Serves one reason to look after the other, and decides what a failure means."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        agenda: Agenda,
-        watch: Watch,
-        looker: Looker,
-        hooks: _Hooks,
-    ) -> None:
+    def __init__(self, settings: Settings, buffer: int = DEFAULT_BUFFER) -> None:
         self._settings = settings
-        self._agenda = agenda
-        self._watch = watch
-        self._looker = looker
-        self._hooks = hooks
-        self._attempt = 0
-        self._busy_since: float | None = None
+        self.thread: BridgeThread[NoReturn] = BridgeThread(self._run)
+        self.border = Border(self.thread.call_host, buffer)
+        self.thread.on_ended = self.border.wake
+        self._bridge = Bridge(settings, self.border, self.thread.call)
+        self.sync_now = self._bridge.sync_now
 
-    async def serve(self, reason: Reason) -> None:
-        """Look for `reason`, tell what came of it, and put down when to look next."""
-        now = asyncio.get_running_loop().time
-        missed = reason == "sweep" and not self._agenda.ringing and not self._watch.polling
-        self._agenda.begin(reason, now())
-        refresh = reason in ("start", "sweep") or self._watch.awaits_directory
-        only_if_changed = reason in ("poll", "sweep") or (
-            reason == "retry" and isinstance(self._looker.error, SnapshotError)
-        )
-        look = self._looker.look_if_changed if only_if_changed else self._looker.look
-        # In one call to the thread: that halves what an idle bridge takes.
-        result = await look(reason, first=self._watch.refresh if refresh else None)
-        self._note_look(result, missed=missed)
-        compared = result is not None and result.outcome in ("applied", "unchanged")
-        retry_in = self._retry_in(reason, result)
-        self._agenda.end(now(), idle=result is None, compared=compared, retry_in=retry_in)
-        if result is not None and self._worth_telling(result, now()):
-            await _call(self._hooks.on_result, result)
-        if self._looker.timings is not None:
-            await _call(self._hooks.on_timings, self._looker.timings)
-        await _call(self._hooks.on_state, self._watch.state)
+    async def start(self, on_result: OnResult | None = None) -> None:
+        """Start it; while there is no thread or no descriptor for it, say so and try again."""
+        while True:
+            try:
+                self.thread.start()
+            except OSError as exc:
+                await _call(on_result, out_of_resources(self._settings, "start", exc))
+                await anyio.sleep(self._settings.sweep_interval)
+            else:
+                return
 
-    async def note_stuck(self, since: float | None) -> None:
-        """Tell that the filesystem does not answer, or that a call goes on."""
-        if since is None:
-            self._watch.update(stuck_since=None, last_progress=time.time())
-        else:
-            self._watch.update(stuck_since=since)
-        await _call(self._hooks.on_state, self._watch.state)
-
-    def _note_look(self, result: PersistResult | None, *, missed: bool) -> None:
-        state = self._watch.state
-        missed = missed and result is not None and self._looker.snapshot_changed
-        self._watch.update(
-            last_look=time.time(),
-            sweep_hits=state.sweep_hits + missed,
-            read_errors=state.read_errors + isinstance(self._looker.error, SnapshotUnreadable),
-        )
-
-    def _retry_in(self, reason: Reason, result: PersistResult | None) -> float | None:
-        """Decide: wait (None, which leaves alone what is put down), retry soon, or slowly."""
-        if result is None and reason != "retry":
-            return None
-        if reason != "retry":
-            self._attempt = 0
-        error, growth = self._looker.error, 2.0 ** min(self._attempt, 20)
-        self._attempt += 1
-        if isinstance(error, DatabaseBusy):
-            return _busy_pause(growth)
-        if isinstance(error, DatabaseError):
-            return self._settings.sweep_interval
-        if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
-            # A torn file is repaired without a rename. The pauses grow until the sweep, or the
-            # poll, is soon enough.
-            pause = _FIRST_PAUSE * growth
-            return pause if pause < self._settings.sweep_interval else None
-        if error is None and result is not None and result.error:
-            # A table still waits for its columns, or a row was refused: that may change soon, or
-            # never. The pauses grow until the resync is soon enough.
-            pause = self._settings.sweep_interval * growth
-            return pause if pause < self._settings.resync else None
-        return None
-
-    def _worth_telling(self, result: PersistResult, now: float) -> bool:
-        """Being busy is normal: it is told only once it has lasted for `busy_deadline`."""
-        if result.outcome != "busy":
-            self._busy_since = None
-            return True
-        if self._busy_since is None:
-            self._busy_since = now
-        if now - self._busy_since < self._settings.busy_deadline:
-            return False
-        self._busy_since = now
-        return True
+    async def _run(self) -> NoReturn:
+        await self._bridge.run()
 
 
-async def _call(hook: Callable[[T], Any] | None, value: T) -> None:
-    if hook is not None:
+def out_of_resources(settings: Settings, reason: Reason, error: OSError) -> PersistResult:
+    """Return the result of a sync for which there was no thread or no descriptor."""
+    problem = f"cannot be served now: {error.strerror}"
+    return describe(
+        reason, None, None, Tally(), DatabaseFailed(settings.database, problem, "limit"), 0.0
+    )
+
+
+async def _call(hook: Callable[[T], Any] | None, value: T | None) -> None:
+    if hook is not None and value is not None:
         answer = hook(value)
         if inspect.isawaitable(answer):
             await answer
-
-
-def _busy_pause(growth: float) -> float:
-    """Return a growing pause with jitter, so that two waiters do not meet again and again."""
-    return min(_LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)

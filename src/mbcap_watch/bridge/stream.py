@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from typing import TYPE_CHECKING
 
-from mbcap_watch.bridge.run import run
-from mbcap_watch.bridge.tasks import require_asyncio, uncancelled
-from mbcap_watch.bridge.trigger import Trigger
+from mbcap_watch.bridge.border import DEFAULT_BUFFER
+from mbcap_watch.bridge.run import Service
 from mbcap_watch.results import PersistResult, WatchState
 
 if TYPE_CHECKING:
@@ -16,8 +13,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from mbcap_watch.settings import Settings
-
-DEFAULT_BUFFER = 64
 
 
 def watch(settings: Settings, *, buffer: int = DEFAULT_BUFFER) -> Results:
@@ -27,7 +22,7 @@ def watch(settings: Settings, *, buffer: int = DEFAULT_BUFFER) -> Results:
             async for result in results:
                 ...
 
-    Entering returns once the watch is armed and the first look is done; leaving ends the bridge.
+    Entering returns once the watch is armed and the first sync is done; leaving ends the bridge.
 
     Args:
         settings: what to watch, and how.
@@ -40,47 +35,42 @@ def watch(settings: Settings, *, buffer: int = DEFAULT_BUFFER) -> Results:
 
 
 class Results:
-    """The results of a running bridge; made by `watch`.
-
-    Attributes:
-        dropped: results that the host was too slow for.
-        state: how the bridge watches.
-
-    """
+    """The results of a running bridge; made by `watch`."""
 
     def __init__(self, settings: Settings, buffer: int) -> None:
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1, got {buffer}")
-        self.dropped = 0
-        self.state = WatchState()
         self._settings = settings
-        self._waiting: deque[PersistResult] = deque(maxlen=buffer)
-        self._started = asyncio.Event()
-        self._news = asyncio.Event()
-        self._trigger = Trigger()
-        self._task: asyncio.Task[None] | None = None
+        self._buffer = buffer
+        self._service: Service | None = None
 
-    def look_now(self) -> None:
-        """Have the bridge look and compare at once; from any thread."""
-        self._trigger.look_now()
+    @property
+    def dropped(self) -> int:
+        """Results that the host was too slow for."""
+        return self._service.border.dropped if self._service is not None else 0
+
+    @property
+    def state(self) -> WatchState:
+        """How the bridge watches."""
+        return self._service.border.state if self._service is not None else WatchState()
+
+    def sync_now(self) -> None:
+        """Have the bridge sync and compare at once; from any thread."""
+        if self._service is not None:
+            self._service.sync_now()
 
     async def __aenter__(self) -> Self:
-        loop = require_asyncio()
-        bridge = run(
-            self._settings,
-            on_result=self._put,
-            on_state=self._set_state,
-            trigger=self._trigger,
-        )
-        self._task = loop.create_task(bridge)
-        self._task.add_done_callback(self._note_end)
+        self._service = service = Service(self._settings, self._buffer)
+        await service.start()
         try:
-            await self._started.wait()
-        except asyncio.CancelledError:
-            await self._end()
+            # The first sync is done, or may never be.
+            while self.state.last_sync is None and self.state.stuck_since is None:
+                await service.border.wait()
+                if service.thread.ended.is_set():
+                    await service.thread.outcome()
+        except BaseException as exc:
+            await service.thread.__aexit__(type(exc), exc, None)
             raise
-        if self._task.done():
-            self._task.result()
         return self
 
     async def __aexit__(
@@ -89,7 +79,8 @@ class Results:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._end()
+        if self._service is not None:
+            await self._service.thread.__aexit__(exc_type, exc, traceback)
 
     def __aiter__(self) -> Self:
         return self
@@ -101,36 +92,15 @@ class Results:
             StopAsyncIteration: the context was left.
 
         """
-        while not self._waiting:
-            if self._task is None or self._task.done():
-                if self._task is not None and not self._task.cancelled():
-                    self._task.result()
+        if self._service is None:
+            raise StopAsyncIteration
+        border, thread = self._service.border, self._service.thread
+        while True:
+            report = border.take()
+            if report is not None and report.result is not None:
+                return report.result
+            if thread.ended.is_set():
+                if not thread.stopped:
+                    await thread.outcome()
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        return self._waiting.popleft()
-
-    async def _end(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await uncancelled(_ended(self._task))
-
-    def _put(self, result: PersistResult) -> None:
-        self.dropped += len(self._waiting) == self._waiting.maxlen
-        self._waiting.append(result)
-        self._news.set()
-
-    def _set_state(self, state: WatchState) -> None:
-        self.state = state
-        if state.last_look is not None or state.stuck_since is not None:
-            self._started.set()  # the first look is done, or may never be
-
-    def _note_end(self, _: asyncio.Task[None]) -> None:
-        self._started.set()
-        self._news.set()
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()  # an iteration has raised it, or nobody asked
+            await border.wait()

@@ -1,224 +1,214 @@
-"""One look: read the snapshot, compare, apply, and say what came of it.
-
-All of it happens in the worker's thread, the database's part in an event loop of its own there.
-The host's loop is never held up, and nothing that it does, stalling or cancelling, reaches into
-a transaction.
-"""
+"""One sync: load the snapshot, compare, write what differs, and report what came of it."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.reading import Fingerprint, Reading, read
+from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, load
 from mbcap_watch.bridge.report import describe
-from mbcap_watch.errors import (
-    DatabaseBusy,
-    DatabaseError,
-    DatabaseFailed,
-    SnapshotError,
-)
-from mbcap_watch.limits import require_descriptors
+from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
 from mbcap_watch.results import PersistResult, Reason, Timings
-from mbcap_watch.store import plan, reconcile
-from mbcap_watch.store.ledger import Ledger
+from mbcap_watch.store import plan
+from mbcap_watch.store.connection import open_database, open_plainly
+from mbcap_watch.store.errors import as_database_errors
+from mbcap_watch.store.reconcile import Tally, reconcile
+from mbcap_watch.store.steps import preview_steps, run_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
-    from mbcap_watch.bridge.thread import Worker
     from mbcap_watch.settings import Settings
 
 OnProgress: TypeAlias = "Callable[[int, int], object]"
-T = TypeVar("T")
 
-# An event loop opens three, a database with its WAL three more.
-_DESCRIPTORS: Final = 6
-
-# What the last snapshot wanted is kept up to this size (4 MB), to write first what is new in the
-# next one: without, a rename of 2,400 entries takes half as long again to be seen.
+# The desired state is kept up to this size (4 MB), to write first what is new in the next one:
+# without, a rename of 2,400 entries takes half as long again to be seen.
 KEPT_ENTRIES: Final = 20_000
 
 # If more than one entry in so many is new, looking them up first saves nothing.
-NEWS_SHARE: Final = 4
+DELTA_SHARE: Final = 4
 
 
-class Looker:
-    """Looks at one snapshot for one database, and remembers what it has seen of the files.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What came of a sync.
 
     Attributes:
-        error: what stood in the way of the last look; None if nothing did.
-        snapshot_changed: whether the last look found another snapshot than the one before.
-        timings: of the last look that reached the database; None if it did not.
+        result: for the host; None if the files are those of the sync before, and nothing was done.
+        timings: None if the database was not compared.
+        is_new: whether the snapshot is another than that of the sync before.
+        error: what stands in the way of the files being served; None if nothing does.
+
+    """
+
+    result: PersistResult | None
+    timings: Timings | None = None
+    is_new: bool = False
+    error: SnapshotError | DatabaseError | None = None
+
+    @property
+    def compared(self) -> bool:
+        """Whether the database was compared as a whole."""
+        return self.result is not None and self.result.outcome in ("applied", "unchanged")
+
+
+class Syncer:
+    """Syncs one database with one snapshot, and remembers what it has seen of the files.
+
+    Args:
+        settings: which files, and how.
+        alive: called whenever a sync gets on.
+        on_progress: called as `persist_once` says.
 
     """
 
     def __init__(
-        self, settings: Settings, worker: Worker, on_progress: OnProgress | None = None
+        self,
+        settings: Settings,
+        alive: Callable[[], None] = lambda: None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self._settings = settings
-        self._worker = worker
+        self._alive = alive
         self._on_progress = on_progress
         self._seen: Fingerprint | None = None
+        self._error: SnapshotError | DatabaseError | None = None
         self._busy: _Attempt | None = None
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._applied: dict[str, plan.Value] | None = None
-        self.error: SnapshotError | DatabaseError | None = None
-        self.snapshot_changed = False
-        self.timings: Timings | None = None
 
-    async def look(self, reason: Reason, first: Callable[[], None] | None = None) -> PersistResult:
-        """Look once, and say what came of it.
+    async def sync(self, reason: Reason, *, only_if_changed: bool = False) -> SyncReport:
+        """Sync once.
 
-        After `busy`, the next look goes on where this one stopped, and its result counts the work
+        After `busy`, the next sync goes on where this one stopped, and its result counts the work
         of both.
 
         Args:
-            reason: for the look.
-            first: what to do in the thread before.
+            reason: for the sync.
+            only_if_changed: whether to do nothing if the files are those of the sync before.
 
         """
-        result = await self._look(reason, first, None)
-        assert result is not None
-        return result
-
-    async def look_if_changed(
-        self, reason: Reason, first: Callable[[], None] | None = None
-    ) -> PersistResult | None:
-        """Look once; return None if the files are those that were seen before."""
-        return await self._look(reason, first, self._seen)
-
-    async def persist(self) -> tuple[PersistResult, None]:
-        """Look once, for `persist_once`."""
-        return await self.look("once"), None
-
-    async def _look(
-        self, reason: Reason, first: Callable[[], None] | None, known: Fingerprint | None
-    ) -> PersistResult | None:
-        attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
-        attempt.ledger.on_progress = partial(self._note_progress, attempt.ledger)
-        try:
-            reading, error = await self._worker.call(
-                self._read_and_apply, first, known, attempt.ledger
-            )
-        except asyncio.CancelledError:
-            attempt.ledger.stop()
-            raise
-        before, now = self._seen, reading.fingerprint
-        self.snapshot_changed = before is None or before.snapshot != now.snapshot
-        self.timings = None
-        if now == known:
-            return None
-        self._behind |= self.snapshot_changed
-        if reading.targets is not None and error is None:
-            self.timings = self._timings(reading, attempt.ledger)
-            self._behind = False
-            values = reading.targets.values
-            self._applied = values if len(values) <= KEPT_ENTRIES else None
-        self._seen, self.error = now, error
+        attempt = self._busy or _Attempt(Tally(), time.perf_counter())
+        self._alive()
+        before = self._seen
+        loaded = load(self._settings, before if only_if_changed else None, self._alive)
+        now = self._seen = loaded.fingerprint
+        if only_if_changed and now == before:
+            return SyncReport(result=None, error=self._error)
+        is_new = before is None or before.snapshot != now.snapshot
+        self._behind |= is_new
+        error: SnapshotError | DatabaseError | None = loaded.error
+        timings = None
+        if loaded.desired is not None:
+            error = await self._apply(loaded.desired.values, attempt.tally)
+            if error is None:
+                timings = self._timings(loaded, attempt.tally)
+                self._behind = False
+        self._error = error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
-        seconds = time.perf_counter() - attempt.started
-        result = describe(
-            reason, reading.targets, reading.written_at, attempt.ledger, error, seconds
-        )
-        if result.outcome == "no_snapshot" and now.database is None:
-            # A wrong path of the database moves the directory of the snapshot along.
-            return dataclasses.replace(result, cause="no_database")
-        return result
+        result = _describe(reason, loaded, attempt, error)
+        return SyncReport(result=result, timings=timings, is_new=is_new, error=error)
 
-    def _timings(self, reading: Reading, ledger: Ledger) -> Timings:
+    async def _apply(self, values: dict[str, plan.Value], tally: Tally) -> DatabaseError | None:
+        """Make the rows what `values` says; return what went wrong."""
+        settings = self._settings
+
+        def get_on() -> None:
+            self._alive()
+            if self._on_progress is not None:
+                self._on_progress(min(tally.matched.total(), tally.wanted), tally.wanted)
+
+        steps = reconcile(
+            settings.database,
+            values,
+            tally,
+            delta=self._delta(values),
+            batch_rows=settings.batch_rows,
+            downgrade=settings.downgrade,
+        )
+        try:
+            async with open_database(settings.database, tally) as database:
+                await run_steps(steps, database, get_on)
+        except DatabaseError as exc:
+            return _kept(exc)
+        except MemoryError:
+            return _short_of(settings, "out of memory")
+        self._applied = values if len(values) <= KEPT_ENTRIES else None
+        return None
+
+    def _delta(self, values: dict[str, plan.Value]) -> dict[str, plan.Value] | None:
+        if self._applied is None:
+            return None
+        delta = plan.delta(self._applied, values)
+        return delta if len(delta) * DELTA_SHARE <= len(values) else None
+
+    def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:
         lag = None
-        committed, changed = ledger.committed_at, ledger.changed.total()
-        if self._behind and reading.changed_at and committed and changed:
-            lag = committed - reading.changed_at
+        committed, changed = tally.committed_at, tally.changed.total()
+        if self._behind and loaded.changed_at and committed and changed:
+            lag = committed - loaded.changed_at
         return Timings(
             lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
-            waits=tuple(ledger.waits),
-            holds=tuple(ledger.holds),
+            waits=tuple(tally.waits),
+            holds=tuple(tally.holds),
         )
 
-    async def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
-        """Return what a look would report and the changes it would make, and make none."""
-        started = time.perf_counter()
-        ledger = Ledger()
-        reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
-        seconds = time.perf_counter() - started
-        result = describe("once", reading.targets, reading.written_at, ledger, error, seconds)
-        return result, changes
 
-    # In the thread from here on.
+def preview(settings: Settings) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
+    """Return what a sync would report and, by table, the changes it would make; make none. Blocks.
 
-    def _note_progress(self, ledger: Ledger) -> None:
-        self._worker.note_progress()
-        if self._on_progress is not None:
-            self._on_progress(min(ledger.matched.total(), ledger.wanted), ledger.wanted)
-
-    def _read_and_apply(
-        self, first: Callable[[], None] | None, known: Fingerprint | None, ledger: Ledger
-    ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
-        if first is not None:
-            first()
-        settings = self._settings
-        reading = read(settings, known, self._worker.note_progress)
-        if reading.targets is None or ledger.stopped:
-            return reading, reading.error
-        values = reading.targets.values
-        ledger.wanted = len(values)
-        news = None
-        if self._applied is not None:
-            news = plan.news(self._applied, values)
-            if len(news) * NEWS_SHARE > len(values):
-                news = None
-        _, error = self._in_loop(
-            lambda: reconcile.apply(
-                settings.database,
-                values,
-                ledger,
-                news=news,
-                batch_rows=settings.batch_rows,
-                downgrade=settings.downgrade,
-            )
+    Takes no lock and writes nothing.
+    """
+    attempt = _Attempt(Tally(), time.perf_counter())
+    loaded = load(settings)
+    error: SnapshotError | DatabaseError | None = loaded.error
+    changes: list[tuple[str, plan.Change]] = []
+    if loaded.desired is not None:
+        steps = reconcile(
+            settings.database,
+            loaded.desired.values,
+            attempt.tally,
+            batch_rows=settings.batch_rows,
+            downgrade=settings.downgrade,
         )
-        return reading, error
-
-    def _read_and_preview(
-        self, ledger: Ledger
-    ) -> tuple[Reading, SnapshotError | DatabaseError | None, list[tuple[str, plan.Change]]]:
-        settings = self._settings
-        reading = read(settings)
-        if reading.targets is None:
-            return reading, reading.error, []
-        values = reading.targets.values
-        changes, error = self._in_loop(
-            lambda: reconcile.preview(
-                settings.database, values, ledger, downgrade=settings.downgrade
-            )
-        )
-        ledger.changed.update(table for table, _ in changes or [])
-        return reading, error, changes or []
-
-    def _in_loop(
-        self, work: Callable[[], Coroutine[Any, Any, T]]
-    ) -> tuple[T | None, DatabaseError | None]:
-        """Run the database's part; whatever the machine is short of is a failure like others."""
         try:
-            require_descriptors(_DESCRIPTORS)
-            return self._worker.run(work()), None
+            with as_database_errors(settings.database), open_plainly(settings.database) as database:
+                changes = preview_steps(steps, database)
         except DatabaseError as exc:
-            error = exc
+            error = _kept(exc)
         except (OSError, MemoryError) as exc:
-            text = f"cannot be opened now: {getattr(exc, 'strerror', None) or exc}"
-            error = DatabaseFailed(self._settings.database, text, "limit")
-        # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
-        error.__cause__ = error.__context__ = None
-        return None, error.with_traceback(None)
+            error = _short_of(settings, getattr(exc, "strerror", None) or "out of memory")
+    return _describe("once", loaded, attempt, error), changes
 
 
 class _Attempt(NamedTuple):
-    """The applying of a snapshot that took, or takes, more than one look."""
+    """The applying of a snapshot that took, or takes, more than one sync."""
 
-    ledger: Ledger
+    tally: Tally
     started: float
+
+
+def _describe(
+    reason: Reason,
+    loaded: LoadedSnapshot,
+    attempt: _Attempt,
+    error: SnapshotError | DatabaseError | None,
+) -> PersistResult:
+    seconds = time.perf_counter() - attempt.started
+    result = describe(reason, loaded.desired, loaded.written_at, attempt.tally, error, seconds)
+    if result.outcome == "no_snapshot" and loaded.fingerprint.database is None:
+        # A wrong path of the database moves the directory of the snapshot along.
+        return dataclasses.replace(result, cause="no_database")
+    return result
+
+
+def _kept(error: DatabaseError) -> DatabaseError:
+    """Return the error without its frames, which would keep the whole snapshot alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def _short_of(settings: Settings, what: str) -> DatabaseFailed:
+    return DatabaseFailed(settings.database, f"cannot be opened now: {what}", "limit")

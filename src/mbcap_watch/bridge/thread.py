@@ -1,65 +1,171 @@
-"""One thread for all that may block, which the process can leave behind."""
+"""A daemon thread with an event loop of its own, and how a host waits for it and leaves it.
+
+A read on a mount whose server is gone blocks in the kernel for as long as that lasts. The threads
+of anyio and of `concurrent.futures` are joined when the interpreter exits, so one of them would
+keep the process from ending (measured: a FIFO opened in one). A daemon thread can be left behind.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
+import math
+import sys
 import threading
-import time
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, TypeAlias, TypeVar
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
-from mbcap_watch.bridge.tasks import uncancelled
+from mbcap_watch.errors import EventLoopError
+from mbcap_watch.limits import no_thread, require_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
     from typing import Self
 
-# A read takes milliseconds, on a slow network perhaps a second.
-STUCK_SECONDS: Final = 5.0
-
 # Stopping an observer takes up to half a second, a batch of rows milliseconds. What takes longer
 # hangs in the kernel.
-END_SECONDS: Final = 2.0
+LEAVE_SECONDS: Final = 2.0
+
+# A loop has an epoll instance and a pair of sockets.
+_DESCRIPTORS: Final = 3
 
 P = ParamSpec("P")
 T = TypeVar("T")
-OnStuck: TypeAlias = "Callable[[float | None], Awaitable[None]]"
+CallHost: TypeAlias = "Callable[[Callable[[], object]], object]"
 
 
-class Worker:
-    """Runs blocking calls, one after the other, off the event loop.
+def host_caller() -> CallHost:
+    """Return what has a function called in the running loop, from any thread, without waiting.
 
-    A read on a mount whose server is gone blocks in the kernel for as long as that lasts. The
-    threads of anyio and of `concurrent.futures` are joined when the interpreter exits, so one of
-    them would keep the process from ending (measured: a FIFO opened in one). This thread is a
-    daemon: a stuck call can be left behind, and there is never more than one.
+    It raises RuntimeError once that loop is closed.
 
-    Leaving the context waits, whatever cancels it, until the call under way and then `at_end`
-    are done, but not for longer than `END_SECONDS`.
+    Raises:
+        EventLoopError: no loop runs here.
 
-    Args:
-        on_stuck: called with the time (seconds since the epoch) since when a call shows no
-            progress, every `STUCK_SECONDS` while that lasts, and with None when it goes on.
-            Called with None as well every `STUCK_SECONDS` while a long call gets on.
+    """
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop().call_soon_threadsafe
+    trio: Any = sys.modules.get("trio")
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return trio.lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]
+    raise EventLoopError("mbcap_watch must be called from async code, on asyncio or trio")
+
+
+class DaemonThread(Generic[T]):
+    """A function that runs in a daemon thread, and whose end the present loop can wait for.
+
+    Attributes:
+        call_host: as `host_caller` returns it.
+        ended: set in the loop once the function has ended.
+        on_ended: called in the loop then.
 
     """
 
-    def __init__(self, on_stuck: OnStuck | None = None) -> None:
-        self.at_end: Callable[[], None] | None = None
-        self._on_stuck = on_stuck
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._progress = 0.0
-        self._runner = asyncio.Runner()
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.call_host = host_caller()
+        self.ended = anyio.Event()
+        self.on_ended: Callable[[], None] = lambda: None
+        self._function = function
+        self._result: T | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
 
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            OSError: EAGAIN, there can be no more threads.
+
+        """
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            raise no_thread() from exc
+
+    async def outcome(self) -> T:
+        """Wait for the end; return what the function has returned, or raise what it has raised."""
+        await self.ended.wait()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # it is a T: there was no error
+
+    def _run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as exc:  # noqa: BLE001 - `outcome` raises it
+            self._error = exc
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self.call_host(self._end)
+
+    def _end(self) -> None:
+        self.ended.set()
+        self.on_ended()
+
+
+async def in_daemon_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a function that may block; return what it returns, or raise what it raises.
+
+    A cancelled caller leaves at once; the function goes on, and its outcome is dropped.
+    """
+    thread = DaemonThread(partial(function, *args, **kwargs))
+    thread.start()
+    return await thread.outcome()
+
+
+class BridgeThread(DaemonThread[T]):
+    """Runs `main` in an event loop and a daemon thread of its own.
+
+    As a context, once started, it ends `main` when it is left, and waits for that for no longer
+    than `LEAVE_SECONDS`, whatever cancels the caller meanwhile. `main` sees one cancellation, and
+    ends between two of its steps.
+
+    Attributes:
+        stopped: whether `main` was told to end.
+
+    """
+
+    def __init__(self, main: Callable[[], Awaitable[T]]) -> None:
+        super().__init__(self._run_loop)
+        self.stopped = False
+        self._main = main
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scope: anyio.CancelScope | None = None
+
+    def start(self) -> None:
+        """Make the loop and start the thread.
+
+        Raises:
+            OSError: no more descriptors can be opened, or threads be started.
+
+        """
+        require_descriptors(_DESCRIPTORS)
+        # A plain one, whatever the host's policy: nothing here needs more.
+        self._loop = asyncio.SelectorEventLoop()
+        # It is to be held up by files that are read, for as long as that takes.
+        self._loop.slow_callback_duration = math.inf
+        try:
+            super().start()
+        except OSError:
+            self._loop.close()
+            raise
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Have a function called in the loop of the thread, from any thread, without waiting."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed: `main` has ended
+                self._loop.call_soon_threadsafe(function)
+
+    def stop(self) -> None:
+        """Cancel `main`; from any thread."""
+        self.stopped = True
+        self.call(self._cancel)
+
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._ended = asyncio.Event()
-        self._thread.start()
         return self
 
     async def __aexit__(
@@ -68,88 +174,61 @@ class Worker:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._calls.put(None)
-        await uncancelled(self._end())
-
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `function` in the thread and return what it returns, or raise what it raises.
-
-        A cancelled caller leaves at once; the call goes on in the thread, and its outcome is
-        dropped.
-        """
-        future: asyncio.Future[T] = self._loop.create_future()
-
-        def resolve(result: T | None, error: BaseException | None) -> None:
-            if future.done():
-                return
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)  # type: ignore[arg-type]  # it is a T: there is no error
-
-        def run() -> None:
-            result, error = None, None
-            try:
-                result = function(*args, **kwargs)
-            except BaseException as exc:  # noqa: BLE001 - it is raised in the caller
-                error = exc
-            self._tell(resolve, result, error)
-
-        self.note_progress()
-        self._calls.put(run)
-        try:
-            if self._on_stuck is not None:
-                await self._watch_over(future, self._on_stuck)
-            return await future
-        finally:
-            future.cancel()  # of no effect unless the caller leaves: then nobody asks for it
-
-    def note_progress(self) -> None:
-        """Say, from the thread, that a long call is not stuck."""
-        self._progress = time.monotonic()
-
-    async def _watch_over(self, future: asyncio.Future[Any], on_stuck: OnStuck) -> None:
-        seen = self._progress
-        while not future.done():
-            idle = time.monotonic() - self._progress
-            if idle < STUCK_SECONDS:
-                await asyncio.wait([future], timeout=STUCK_SECONDS - idle)
-                if self._progress != seen and not future.done():
-                    seen = self._progress
-                    await on_stuck(None)
-                continue
-            since = time.time() - idle
-            while not future.done() and time.monotonic() - self._progress >= STUCK_SECONDS:
-                await on_stuck(since)
-                await asyncio.wait([future], timeout=STUCK_SECONDS)
-            await on_stuck(None)
-
-    async def _end(self) -> None:
-        with anyio.move_on_after(END_SECONDS):
-            await self._ended.wait()
+        self.stop()
+        if exc_type is GeneratorExit:
+            return  # a coroutine that is being closed may not wait
+        await wait_shielded(self.ended, LEAVE_SECONDS)
+        if self.ended.is_set():
             self._thread.join()
 
-    # In the thread from here on.
+    def _run_loop(self) -> T:
+        options = {"loop_factory": lambda: self._loop}
+        return anyio.run(self._run_main, backend="asyncio", backend_options=options)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` in the event loop of this thread, and return what it returns.
+    async def _run_main(self) -> T:
+        with anyio.CancelScope() as self._scope:
+            if not self.stopped:
+                return await self._main()
+        raise asyncio.CancelledError  # nobody asks for the outcome: the host leaves
 
-        The loop is made when it is first needed, and kept: making one takes 0.25 ms and three
-        descriptors.
-        """
-        return self._runner.run(work)
+    def _cancel(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
 
-    def _run(self) -> None:
-        with contextlib.closing(self._runner):  # `with self._runner` would make the loop now
-            while (call := self._calls.get()) is not None:
-                call()
-                del call  # and with it, until the next one, what it returned: a whole snapshot
-        if self.at_end is not None:
-            self.at_end()
-        self._tell(self._ended.set)
 
-    def _tell(self, callback: Callable[..., object], *args: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:
-            return  # the loop was closed under a host that did not wait: nobody listens
+async def wait_shielded(event: anyio.Event, seconds: float = math.inf) -> None:
+    """Wait for `event`, for `seconds` at most; a caller that is cancelled meanwhile goes down then.
+
+    A shield alone keeps the cancellation of anyio's scopes away, and not a native one
+    (`task.cancel()`, `asyncio.timeout`, Ctrl-C under `asyncio.run`).
+    """
+    cancelled: BaseException | None = None
+    with anyio.move_on_after(seconds, shield=True) as scope:
+        while not event.is_set():
+            try:
+                await event.wait()
+            except anyio.get_cancelled_exc_class() as exc:
+                if scope.cancel_called:
+                    raise
+                cancelled = exc
+    if cancelled is not None:
+        # What goes on must be the native one: an anyio scope would swallow its own.
+        raise cancelled
+
+
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` as a task of its own, to its end, whatever happens to the caller. asyncio only.
+
+    A cancelled caller waits until the work has ended, and only then goes down.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    ended = anyio.Event()
+    task.add_done_callback(lambda _: ended.set())
+    try:
+        await wait_shielded(ended)
+        await checkpoint_if_cancelled()  # by a scope, which the shield has kept away
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled():
+            task.exception()  # looked at; the caller is leaving and has no use for it
+        raise
+    return task.result()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import anyio
 from rich.text import Text
 
-from mbcap_watch.bridge.thread import Worker
+from mbcap_watch.bridge.thread import in_daemon_thread
 from mbcap_watch.doctor import contents, machine
 from mbcap_watch.doctor import database as check_database
 from mbcap_watch.doctor import service as check_service
@@ -25,7 +25,7 @@ from mbcap_watch.watcher.mounts import mount_table
 from mbcap_watch.watcher.supervisor import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Iterable, Mapping, Sequence
 
     from rich.console import Console
 
@@ -52,24 +52,24 @@ async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Findin
     """
     database, directory = settings.database, settings.snapshot_dir
     outside, snapshot = await asyncio.gather(
-        _ask(database, FILE_SECONDS, _in_thread(check_database.examine, database, environ)),
-        _ask(directory, DATA_SECONDS, _in_thread(check_snapshot.examine, settings)),
+        _ask(database, FILE_SECONDS, in_daemon_thread(check_database.examine, database, environ)),
+        _ask(directory, DATA_SECONDS, in_daemon_thread(check_snapshot.examine, settings)),
     )
     parts = [outside]
     values: dict[str, Value] = {}
     if not isinstance(snapshot, Finding):  # what does not answer is not asked again
         found, values = snapshot
-        parts += [found, await _ask(directory, FILE_SECONDS, _watch(settings))]
+        parts += [found, await _ask(directory, FILE_SECONDS, in_daemon_thread(_watch, settings))]
     else:
         parts.append(snapshot)
     if not isinstance(outside, Finding):
         parts += await asyncio.gather(
-            _ask(database, DATA_SECONDS, _in_thread(contents.examine, settings, values)),
-            _ask(database, FILE_SECONDS, _in_thread(machine.examine, database)),
+            _ask(database, DATA_SECONDS, in_daemon_thread(contents.examine, settings, values)),
+            _ask(database, FILE_SECONDS, in_daemon_thread(machine.examine, database)),
         )
     findings = _flat(parts)
     ask = partial(check_service.examine, explained=exit_code(findings) == 1)
-    service = await _ask(RUNTIME, FILE_SECONDS, _in_thread(ask, settings, environ))
+    service = await _ask(RUNTIME, FILE_SECONDS, in_daemon_thread(ask, settings, environ))
     return findings + _flat([service])
 
 
@@ -77,17 +77,14 @@ def _flat(parts: Iterable[list[Finding] | Finding]) -> list[Finding]:
     return [each for part in parts for each in ([part] if isinstance(part, Finding) else part)]
 
 
-async def _watch(settings: Settings) -> list[Finding]:
+def _watch(settings: Settings) -> list[Finding]:
     """Do what `run` does at its start, and undo it."""
-    async with Worker() as worker:
-        watch = Watch(settings, worker, lambda: None)
-        await worker.call(watch.refresh)
-        return await worker.call(check_snapshot.examine_watch, settings, watch.state)
-
-
-async def _in_thread(function: Callable[..., T], *args: object) -> T:
-    async with Worker() as worker:
-        return await worker.call(function, *args)
+    watch = Watch(settings, lambda: None)
+    try:
+        watch.refresh()
+        return check_snapshot.examine_watch(settings, watch.state)
+    finally:
+        watch.close()
 
 
 async def _ask(path: Path, seconds: float, examination: Awaitable[T]) -> T | Finding:

@@ -6,7 +6,6 @@ left behind. The few queries here are the doctor's own; the comparison is the st
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -23,9 +22,9 @@ from mbcap_watch.doctor.database import place
 from mbcap_watch.doctor.findings import Finding, ok, problem, warning
 from mbcap_watch.doctor.remedies import remedy
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, SchemaMissing
-from mbcap_watch.store import reconcile
-from mbcap_watch.store.connection import as_database_errors
-from mbcap_watch.store.ledger import Ledger
+from mbcap_watch.store.errors import as_database_errors
+from mbcap_watch.store.reconcile import Tally, reconcile
+from mbcap_watch.store.steps import TABLES, preview_steps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -95,23 +94,10 @@ def _glimpse(database: Path, *, immutable: bool) -> Iterator[sqlite3.Connection]
         yield connection
 
 
-class _DryRun:
-    """Access to the rows for `reconcile.reconcile` that takes every write for done."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        return self._connection.execute(sql, parameters).fetchall()
-
-    async def write(self, _: str, rows: list[tuple[Any, ...]]) -> int:
-        return len(rows)
-
-
 def _read(
     settings: Settings, values: dict[str, Value], *, wal: bool, shared: bool
 ) -> Iterator[Finding]:
-    ledger, names, database = Ledger(), [""], settings.database
+    tally, names, database = Tally(), [""], settings.database
     try:
         with _glimpse(database, immutable=wal and not shared) as connection:
 
@@ -126,21 +112,20 @@ def _read(
                 advice = "let CoreScope's ingestor open it once, which sets WAL; is it CoreScope's?"
                 yield warning("journal mode", f"{text} other", advice)
             counts = {}
-            for table in sorted(set(reconcile.TABLES).intersection(names)):
+            for table in sorted(set(TABLES).intersection(names)):
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
                     what = remedy("corrupt", str(database))
                     yield problem("tables", f"{table} is damaged: {verdict}", what)
             yield from _judge_triggers(connection, database)
-            comparison = reconcile.reconcile(
-                _DryRun(connection),
+            steps = reconcile(
                 database,
                 values,
-                ledger,
+                tally,
                 batch_rows=settings.batch_rows,
                 downgrade=settings.downgrade,
             )
-            asyncio.run(comparison)
+            preview_steps(steps, connection)
     except SchemaMissing as exc:
         text = f"{exc.problem}; there is {', '.join(names[:8]) or 'no table at all'}"
         advice = (
@@ -152,13 +137,13 @@ def _read(
         yield problem("tables", exc.what, _what_to_do(exc, settings))
         return
     text = ", ".join(f"{table} with {count:,} rows" for table, count in counts.items())
-    if ledger.waiting:
-        yield warning("tables", f"{ledger.waiting}; there is {text}", _UPGRADE)
+    if tally.waiting:
+        yield warning("tables", f"{tally.waiting}; there is {text}", _UPGRADE)
     else:
         yield ok("tables", f"{text}, with all columns")
     if values:
-        changes, nodes = ledger.changed.total(), sum(counts.values())
-        yield judge_preview(changes, ledger.unmatched, len(values), nodes)
+        changes, nodes = tally.changed.total(), sum(counts.values())
+        yield judge_preview(changes, tally.unmatched, len(values), nodes)
 
 
 _UPGRADE: Final = (
@@ -185,7 +170,7 @@ def _judge_triggers(connection: sqlite3.Connection, database: Path) -> Iterator[
     """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
     for name, table, text in connection.execute(sql).fetchall():
-        if table.lower() in reconcile.TABLES and _ON_UPDATE.search(text):
+        if table.lower() in TABLES and _ON_UPDATE.search(text):
             look = f"SELECT sql FROM sqlite_master WHERE name = {_literal(name)}"
             advice = f"see what it does: sqlite3 -readonly {shlex.quote(str(database))}"
             advice += f" {shlex.quote(look)}; DROP TRIGGER if it has no business there"

@@ -141,8 +141,8 @@ def judge(stats: Stats, age: float, max_age: float | None = None) -> Health:
 
 def _stuck(stats: Stats) -> Iterator[Finding]:
     watch, now = stats.watch, stats.sampled
-    idle = now - max(watch.last_look or 0, watch.last_progress or 0, stats.started_at)
-    last = f"the last look was {ago(now - watch.last_look) if watch.last_look else 'never'}"
+    idle = now - max(watch.last_sync or 0, watch.last_progress or 0, stats.started_at)
+    last = f"the last sync was {ago(now - watch.last_sync) if watch.last_sync else 'never'}"
     if watch.stuck_since is not None:
         text = f"alive but stuck: a read or write does not come back; {last}"
         yield _finding("stuck", text, stats)
@@ -191,7 +191,7 @@ def _overdue(stats: Stats, max_age: float | None) -> Iterator[Finding]:
 
 def _warn(stats: Stats) -> Iterator[Finding]:
     lock, trouble = stats.mbcap_persist, stats.trouble
-    if stats.watch.last_look is None:
+    if stats.watch.last_sync is None:
         yield _finding("first_look", "the first look has not ended yet")
     if _waits_for_snapshot(stats):
         yield _finding("no_snapshot", f"there is no snapshot at {_snapshot(stats)} yet", stats)

@@ -58,9 +58,9 @@ def examine(settings: Settings) -> tuple[list[Finding], dict[str, plan.Value]]:
         snapshot = parse(file.data, source=str(path))
     except SnapshotError as exc:
         return [finding, _unusable(exc)], {}
-    targets = plan.targets(snapshot.entries)
+    desired = plan.desired_state(snapshot.entries)
     age = judge_age(snapshot.written_at, file.changed_at, time.time())
-    return [finding, judge_entries(targets, len(file.data)), age], targets.values
+    return [finding, judge_entries(desired, len(file.data)), age], desired.values
 
 
 def _judge_directory(settings: Settings) -> Finding:
@@ -105,16 +105,16 @@ def _unusable(error: SnapshotError) -> Finding:
     return problem("snapshot", f"refused: {text}", f"{remedy} to be so large")
 
 
-def judge_entries(targets: plan.Targets, length: int) -> Finding:
+def judge_entries(desired: plan.DesiredState, length: int) -> Finding:
     """Judge what a valid snapshot has to say."""
-    text = f"valid, {size(length)}, {targets.entries:,} entries, {len(targets.values):,} to be"
-    text += f" written, {targets.skipped_unknown:,} unknown"
-    if targets.skipped_unrecognized:
-        text += f", {targets.skipped_unrecognized:,} without a known status or key"
-    if targets.skipped_unrecognized * 2 > targets.entries:
+    text = f"valid, {size(length)}, {desired.entries:,} entries, {len(desired.values):,} to be"
+    text += f" written, {desired.skipped_unknown:,} unknown"
+    if desired.skipped_unrecognized:
+        text += f", {desired.skipped_unrecognized:,} without a known status or key"
+    if desired.skipped_unrecognized * 2 > desired.entries:
         remedy = "the publisher writes another format; a status is confirmed, suspected or unknown,"
         return warning("snapshot", text, f"{remedy} in lower case")
-    if not targets.values:
+    if not desired.values:
         remedy = "right after CoreScope's first start, until it has heard enough; else see its log"
         return warning("snapshot", f"{text}: nothing to write", remedy)
     return ok("snapshot", text)

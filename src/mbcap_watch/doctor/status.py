@@ -40,7 +40,7 @@ def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
 def _moments(stats: Stats) -> dict[str, float | None]:
     return {
         "start": stats.started_at,
-        "last_look": stats.watch.last_look,
+        "last_sync": stats.watch.last_sync,
         "last_apply": stats.last_apply,
         "last_result": stats.last_result_at,
         "snapshot": stats.snapshot_time,
@@ -93,7 +93,7 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     written = stats.snapshot_written_at
     yield "written at", f"{written} ({when})" if written else "unknown"
     yield "mode", f"{watch.mode}: {watch.why}"
-    yield "last look", since(watch.last_look)
+    yield "last sync", since(watch.last_sync)
     outcome = f" ({stats.last_apply_outcome})" if stats.last_apply_outcome else ""
     yield "last apply", since(stats.last_apply) + outcome
     yield "results", _counts(stats.outcomes)

@@ -1,235 +1,247 @@
-"""Opening the database that others own: one connection, short transactions, errors as types."""
+"""The bridge's connection to the database that others own: one sync long, short transactions."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import os
+import random
 import sqlite3
 import stat
-import sys
 import threading
 import time
 import traceback
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote
 
 import aiosqlite
+import anyio
+import msgspec
 
-from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
-from mbcap_watch.store import errors
+from mbcap_watch.errors import DatabaseFailed, DatabaseMissing
+from mbcap_watch.limits import require_descriptors
+from mbcap_watch.store.errors import as_database_errors, is_busy, primary_code, refuses_rows
+from mbcap_watch.store.native import CHECKPOINT, Connection
+from mbcap_watch.store.steps import CHANGES, Written
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from mbcap_watch.errors import Cause
-    from mbcap_watch.store.ledger import Ledger
+    from mbcap_watch.store.reconcile import Tally
+    from mbcap_watch.store.steps import Query, Write
 
-# A wait inside SQLite cannot be cancelled, so it is short; patience is the caller's.
-BUSY_TIMEOUT: Final = 0.1
+T = TypeVar("T")
 
+# UPDATE … FROM (https://www.sqlite.org/lang_update.html).
+LEAST_SQLITE: Final = (3, 33)
+
+# The pauses between attempts while another connection has the lock, less a random part, and how
+# long they go on. More patience is the caller's.
+BUSY_PAUSES: Final = (0.001, 0.002, 0.005, 0.010, 0.015, 0.025)
+BUSY_SECONDS: Final = 0.1
 
 # Rows between two checkpoints: about the 1,000 pages after which SQLite does it by itself.
 CHECKPOINT_ROWS: Final = 10_000
 
-# A WAL that has grown to this size is due for one as well: perhaps nobody else does it. It keeps
-# its size when it is filled anew from the start, so only growth tells that it is full.
-CHECKPOINT_BYTES: Final = 4 << 20
-
-
 # For this share of a batch's hold the lock is left alone after it. Other writers try again at
-# growing intervals, and miss a gap that is too short: the wait of one that inserts every
-# millisecond (p99) is 22 to 34 ms without, 9 to 18 ms with half of this, and 10 ms with it.
+# growing intervals, and miss a gap that is too short.
 PAUSE_SHARE: Final = 0.4
 _LARGE_BATCH: Final = 100  # rows; what is smaller is in nobody's way
 
+# The database, its -wal and its -shm.
+_DESCRIPTORS: Final = 3
 
-class Access(Protocol):
-    """How the store reaches the rows: through a connection of its own, or the host's."""
-
-    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        """Return all rows of a query, as plain tuples."""
-
-    async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
-        """Run `sql` for each of `rows` in one short transaction; return how many it changed."""
+_TEXT: Final = partial(str, encoding="utf-8", errors="surrogateescape")
+_page_decoder = msgspec.json.Decoder(list[tuple[int, Any, Any, Any]])
 
 
-class OwnConnection:
-    """A connection that lives for one apply."""
-
-    def __init__(self, connection: aiosqlite.Connection) -> None:
-        self._connection = connection
-
-    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        """Fetch all rows at once: a cursor that is not read to its end pins the WAL."""
-        try:
-            return list(await self._connection.execute_fetchall(sql, parameters))
-        except sqlite3.OperationalError as exc:
-            if hasattr(exc, "sqlite_errorcode"):
-                raise
-            # Not SQLite but Python refused: text in the database that is not UTF-8. Tolerating
-            # that from the start would make every read take half as long again. The frames of
-            # the failed call hold a cursor in the middle of its rows, which would pin the WAL.
-            traceback.clear_frames(exc.__traceback__)
-            self._connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
-            return list(await self._connection.execute_fetchall(sql, parameters))
-
-    async def write(self, sql: str, rows: list[tuple[Any, ...]]) -> int:
-        """Write in one call: `_Connection` makes a transaction of it."""
-        return (await self._connection.executemany(sql, rows)).rowcount
-
-
-class _Connection(sqlite3.Connection):
-    """A connection whose `executemany` is one short transaction, in one call.
-
-    aiosqlite hands each call to the connection's thread. With BEGIN, the rows and COMMIT as
-    calls of their own, the write lock would be held while two threads take turns, on a busy
-    machine for long, and whatever struck in between would leave it held.
-    """
-
-    def __init__(self, database: Path, ledger: Ledger, *args: Any, **kwargs: Any) -> None:
-        self._database = database
-        self._ledger = ledger
-        self._identity = _identity(database)
-        self._tuned = False
-        self._wal = f"{os.fspath(database)}-wal"
-        self._wal_size = _size(self._wal)
-        self._unchecked = 0
-        super().__init__(*args, **kwargs)
-        try:
-            self._require_same_file()
-            self._leave_wal_alone(alone=self._wal_size > 0)
-        except BaseException:
-            self.close()
-            raise
-
-    def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
-        self._tune()
-        cursor = self.cursor()
-        try:
-            rows = timed_transaction(cursor, sql, parameters, self._ledger, self._require_same_file)
-        finally:
-            # A cursor that somebody still refers to, be it the traceback of an error, would keep
-            # the file open after the connection is closed.
-            cursor.close()
-        if rows >= _LARGE_BATCH:
-            time.sleep(PAUSE_SHARE * self._ledger.holds[-1])
-        self._unchecked += rows
-        if self._unchecked >= CHECKPOINT_ROWS:
-            self._checkpoint()
-        return cursor
-
-    def close(self) -> None:
-        """Close, and leave no large WAL behind."""
-        try:
-            size = _size(self._wal)
-            if self._unchecked and size >= CHECKPOINT_BYTES and size > self._wal_size:
-                self._checkpoint()
-        finally:
-            super().close()
-
-    def _checkpoint(self) -> None:
-        """Move what was written into the database, with the lock free.
-
-        SQLite's automatic checkpoint would do it inside COMMIT, every 1,000 pages, and make the
-        longest batches ten times as long. A passive one holds up neither readers nor writers
-        (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint).
-
-        If it fails, on a full disk, say, what was committed is safe in the WAL all the same, and
-        it is for a later one to do. SQLite's automatic checkpoint fails in silence as well.
-        """
-        self._unchecked = 0
-        with contextlib.suppress(sqlite3.Error):
-            self.execute("PRAGMA wal_checkpoint(PASSIVE)").close()
-
-    def _tune(self) -> None:
-        """Do not flush to disk while holding the lock, where that is safe.
-
-        In WAL mode `synchronous=NORMAL` cannot corrupt a database; a power cut may lose the last
-        commits (https://www.sqlite.org/pragma.html#pragma_synchronous), and the look at the next
-        start repeats them. These are properties of this connection, not of the database.
-        """
-        if not self._tuned and self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
-            self.execute("PRAGMA synchronous = NORMAL")
-            self.execute("PRAGMA wal_autocheckpoint = 0")
-        self._leave_wal_alone(alone=False)
-        self._tuned = True
-
-    def _leave_wal_alone(self, *, alone: bool) -> None:
-        """Say whether closing the last connection may move the WAL into the database.
-
-        Whoever only reads must not write, and that includes what a crashed process left behind.
-        Where there was nothing, SQLite is to remove its empty -wal and -shm as usual: left here,
-        they would belong to us, and could lock out another user's ingestor. Before Python 3.12
-        this cannot be said, and SQLite always tidies up.
-        """
-        if sys.version_info >= (3, 12):
-            self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, alone)
-
-    def _require_same_file(self) -> None:
-        """Never write into a file that an operator has just replaced by a backup."""
-        if _identity(self._database) != self._identity:
-            raise DatabaseFailed(self._database, "was replaced while it was being written")
-
-
-def timed_transaction(
-    cursor: sqlite3.Cursor,
-    sql: str,
-    rows: Iterable[Any],
-    ledger: Ledger,
-    require: Callable[[], None] = lambda: None,
-) -> int:
-    """Run `sql` for each of `rows` in one transaction; return how many rows it changed.
+class Database:
+    """An open database: runs the steps of `reconcile`, each to its end whatever is cancelled.
 
     Args:
-        cursor: of a connection that is in no transaction.
-        sql: an UPDATE.
-        rows: its parameters.
-        ledger: is told how long the lock was waited for, and held.
-        require: raises if, with the lock held, nothing may be written after all.
+        path: of the database.
+        identity: of the file that was there before it was opened.
+        connection: to it.
+        tally: is told how long the lock was waited for, and held.
 
     """
-    connection = cursor.connection
-    asked = time.perf_counter()
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-    finally:
-        started = time.perf_counter()
-        ledger.waits.append(started - asked)
-    try:
-        require()
-        cursor.executemany(sql, rows)
-        changed = cursor.rowcount
-        connection.execute("COMMIT")
-        ledger.committed_at = time.time()
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        ledger.holds.append(time.perf_counter() - started)
-    return changed
+
+    def __init__(
+        self, path: Path, identity: tuple[int, int], connection: aiosqlite.Connection, tally: Tally
+    ) -> None:
+        self._path = path
+        self._identity = identity
+        self._connection = connection
+        self._tally = tally
+        self._reads_text = True
+        self._unchecked = 0
+
+    async def query(self, step: Query) -> list[Any]:
+        """Return all rows at once: a cursor that is not read to its end pins the WAL."""
+        return await when_free(lambda: self._read(step))
+
+    async def write(self, step: Write) -> Written:
+        """Write a batch; what refuses single rows is returned, other errors are raised."""
+        sql, parameters = step.statement()
+        asked = started = time.perf_counter()
+
+        async def attempt() -> Written:
+            nonlocal started
+            self.require_same_file()
+            started = time.perf_counter()
+            return await self._execute(sql, parameters)
+
+        try:
+            written = await when_free(attempt)
+        finally:
+            self._tally.waits.append(started - asked)
+        hold = time.perf_counter() - started
+        self._tally.holds.append(hold)
+        self._tally.committed_at = time.time()
+        self._unchecked += written.rows
+        if self._unchecked >= CHECKPOINT_ROWS:
+            self._unchecked = 0
+            with contextlib.suppress(sqlite3.Error), anyio.CancelScope(shield=True):
+                await self._connection.execute_fetchall(CHECKPOINT)
+        if written.rows >= _LARGE_BATCH:
+            await anyio.sleep(PAUSE_SHARE * hold)
+        return written
+
+    def require_same_file(self) -> None:
+        """Never write into a file that an operator has just replaced by a backup.
+
+        Raises:
+            DatabaseMissing, DatabaseFailed: there is another file now, or none.
+
+        """
+        if _identity(self._path) != self._identity:
+            raise DatabaseFailed(self._path, "was replaced while it was being written")
+
+    async def _read(self, step: Query) -> list[Any]:
+        if step.pages and self._reads_text:
+            try:
+                [[text]] = await self._connection.execute_fetchall(step.as_text(), step.parameters)
+                return _page_decoder.decode(text)
+            except (sqlite3.OperationalError, msgspec.DecodeError) as exc:
+                if isinstance(exc, sqlite3.Error) and primary_code(exc) not in _NO_JSON:
+                    raise
+                # Text that is not UTF-8, or a BLOB. The frames of the failed call hold a cursor
+                # in the middle of its rows, which would pin the WAL.
+                traceback.clear_frames(exc.__traceback__)
+            self._reads_text = False
+            self._connection.text_factory = _TEXT
+        return list(await self._connection.execute_fetchall(step.sql, step.parameters))
+
+    async def _execute(self, sql: str, parameters: list[Any]) -> Written:
+        # Both are queued at once: beside a busy host, each turn of a thread takes milliseconds.
+        done, counted = await asyncio.gather(
+            self._connection.execute_fetchall(sql, parameters),
+            self._connection.execute_fetchall(CHANGES),
+            return_exceptions=True,
+        )
+        if isinstance(counted, BaseException):
+            raise counted
+        [(rows,)] = counted
+        if not isinstance(done, BaseException):
+            return Written(rows)
+        if isinstance(done, sqlite3.Error) and refuses_rows(done):
+            # SQLite counts what a statement has done before RAISE(FAIL), and nothing if it was
+            # undone.
+            return Written(rows, done.with_traceback(None))
+        raise done
 
 
-def refuses_rows(error: sqlite3.Error) -> bool:
-    """Whether an error may be about single rows: a constraint, or what a trigger does."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _ABOUT_ROWS
+_NO_JSON: Final = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG)
 
 
-_ABOUT_ROWS: Final = frozenset(
-    {
-        sqlite3.SQLITE_CONSTRAINT,
-        sqlite3.SQLITE_ERROR,
-        sqlite3.SQLITE_MISMATCH,
-        sqlite3.SQLITE_TOOBIG,
+async def when_free(call: Callable[[], Awaitable[T]]) -> T:
+    """Await `call()`, again and again while another connection has the lock.
+
+    SQLite's own busy timeout is off: its waits cannot be cancelled, nor told from a hold. Only
+    the pauses can be cancelled, never a call.
+
+    Raises:
+        sqlite3.OperationalError: SQLITE_BUSY or SQLITE_LOCKED for `BUSY_SECONDS`.
+
+    """
+    give_up = time.monotonic() + BUSY_SECONDS
+    for pause in itertools.chain(BUSY_PAUSES, itertools.repeat(BUSY_PAUSES[-1])):
+        try:
+            with anyio.CancelScope(shield=True):
+                return await call()
+        except sqlite3.OperationalError as exc:
+            if not is_busy(exc) or time.monotonic() >= give_up:
+                raise
+        await anyio.sleep(pause * random.uniform(0.5, 1.0))
+    raise AssertionError  # the pauses never end
+
+
+@contextlib.asynccontextmanager
+async def open_database(path: Path, tally: Tally) -> AsyncIterator[Database]:
+    """Open read-write, without ever creating the file.
+
+    Raises:
+        DatabaseMissing, DatabaseBusy, DatabaseFailed: on the way in, or out of the block, as
+            which SQLite's own errors leave it.
+
+    """
+    with as_database_errors(path):
+        identity = _identity(path)
+        try:
+            require_descriptors(_DESCRIPTORS)
+        except OSError as exc:
+            raise DatabaseFailed(path, f"cannot be opened now: {exc.strerror}", "limit") from exc
+        connection = await when_free(lambda: _connect(path))
+        try:
+            database = Database(path, identity, connection, tally)
+            database.require_same_file()
+            yield database
+        finally:
+            with anyio.CancelScope(shield=True):
+                await connection.close()
+
+
+@contextlib.contextmanager
+def open_plainly(path: Path) -> Iterator[Connection]:
+    """Open as `open_database` does, for a thread that only reads and may block."""
+    _identity(path)
+    with contextlib.closing(Connection(path, **_options(path), timeout=BUSY_SECONDS)) as connection:
+        connection.text_factory = _TEXT
+        yield connection
+
+
+def _options(path: Path) -> dict[str, Any]:
+    if sqlite3.sqlite_version_info < LEAST_SQLITE:
+        text = f"needs SQLite {'.'.join(map(str, LEAST_SQLITE))}"
+        raise DatabaseFailed(path, f"{text} or newer, and Python has {sqlite3.sqlite_version}")
+    return {
+        "database": f"file://{quote(os.fsencode(path))}?mode=rw",  # https://sqlite.org/uri.html
+        "uri": True,
+        "isolation_level": None,
     }
-)
 
 
-def _size(path: str) -> int:
+async def _connect(path: Path) -> aiosqlite.Connection:
+    threads: list[threading.Thread] = []
+
+    def factory(*args: Any, **kwargs: Any) -> Connection:
+        threads.append(threading.current_thread())
+        return Connection(path, *args, **kwargs)
+
+    connection = aiosqlite.connect(**_options(path), timeout=0, factory=factory)
     try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
+        return await connection
+    except RuntimeError as exc:
+        raise DatabaseFailed(path, f"no thread for its connection: {exc}", "limit") from exc
+    except BaseException:
+        # aiosqlite does not wait for the thread of a connection that failed.
+        for thread in threads:
+            thread.join()
+        raise
 
 
 def _identity(database: Path) -> tuple[int, int]:
@@ -244,56 +256,3 @@ def _identity(database: Path) -> tuple[int, int]:
         kind = "a directory, " if stat.S_ISDIR(status.st_mode) else ""
         raise DatabaseFailed(database, f"is {kind}not a regular file", "not_a_file")
     return status.st_dev, status.st_ino
-
-
-@contextlib.asynccontextmanager
-async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[OwnConnection]:
-    """Open read-write, without ever creating the file (https://www.sqlite.org/uri.html).
-
-    Raises:
-        DatabaseMissing, DatabaseBusy, DatabaseFailed: on the way in, or out of the block, as
-            which SQLite's own errors leave it.
-
-    """
-    threads: list[threading.Thread] = []
-
-    def connect(*args: Any, **kwargs: Any) -> _Connection:
-        threads.append(threading.current_thread())
-        return _Connection(database, ledger, *args, **kwargs)
-
-    connection = aiosqlite.connect(
-        f"file://{quote(os.fsencode(database))}?mode=rw",
-        uri=True,
-        timeout=BUSY_TIMEOUT,
-        isolation_level=None,  # transactions begin where we say so
-        factory=connect,
-    )
-    with as_database_errors(database):
-        try:
-            await connection
-        except RuntimeError as exc:
-            raise DatabaseFailed(database, f"no thread for its connection: {exc}", "limit") from exc
-        except BaseException:
-            # aiosqlite does not wait for the thread of a connection that failed, which would
-            # then speak to a loop that may be closed.
-            for thread in threads:
-                thread.join()
-            raise
-        try:
-            yield OwnConnection(connection)
-        finally:
-            await connection.close()
-
-
-@contextlib.contextmanager
-def as_database_errors(database: Path) -> Iterator[None]:
-    """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
-    try:
-        yield
-    except sqlite3.Error as exc:
-        code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise DatabaseBusy(database, "is locked by another connection") from exc
-        name = getattr(exc, "sqlite_errorname", type(exc).__name__)
-        problem, cause = errors.explain(database, code)
-        raise DatabaseFailed(database, f"{problem} ({name}: {exc})", cause) from exc

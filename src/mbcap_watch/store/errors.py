@@ -1,17 +1,21 @@
-"""`explain`: what is behind an error of SQLite, which names the call that failed, not the cause.
+"""SQLite's errors as ours, with what is behind them.
 
-A full disk may show as SQLITE_IOERR_SHMSIZE, a read-only mount as SQLITE_CANTOPEN. So the disk, the
-owners and the modes are looked at.
+SQLite names the call that failed, not the cause: a full disk may show as SQLITE_IOERR_SHMSIZE, a
+read-only mount as SQLITE_CANTOPEN. So `explain` looks at the disk, the owners and the modes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
 from typing import TYPE_CHECKING, Final
 
+from mbcap_watch.errors import DatabaseBusy, DatabaseFailed
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from mbcap_watch.errors import Cause
@@ -21,6 +25,44 @@ SIDES: Final = ("-wal", "-shm", "-journal")
 
 # The least that a -shm grows by (sqlite.org/walformat.html): less room is none.
 _LEAST_ROOM: Final = 32 << 10
+
+
+@contextlib.contextmanager
+def as_database_errors(database: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        if is_busy(exc):
+            raise DatabaseBusy(database, "is locked by another connection") from exc
+        name = getattr(exc, "sqlite_errorname", type(exc).__name__)
+        problem, cause = explain(database, primary_code(exc))
+        raise DatabaseFailed(database, f"{problem} ({name}: {exc})", cause) from exc
+
+
+def primary_code(error: sqlite3.Error) -> int:
+    """Return SQLite's primary code; SQLITE_ERROR where it was Python that raised."""
+    return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another connection has the lock."""
+    return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def refuses_rows(error: sqlite3.Error) -> bool:
+    """Whether an error may be about single rows: a constraint, or what a trigger does."""
+    return hasattr(error, "sqlite_errorcode") and primary_code(error) in _ABOUT_ROWS
+
+
+_ABOUT_ROWS: Final = frozenset(
+    {
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_TOOBIG,
+    }
+)
 
 
 def explain(database: Path, code: int) -> tuple[str, Cause | None]:

@@ -39,7 +39,7 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     after: Value
 
 
-class Targets(NamedTuple):
+class DesiredState(NamedTuple):
     """What a snapshot wants the rows to be, wherever they are.
 
     Attributes:
@@ -56,7 +56,7 @@ class Targets(NamedTuple):
     skipped_unrecognized: int
 
 
-def targets(entries: Iterable[Entry]) -> Targets:
+def desired_state(entries: Iterable[Entry]) -> DesiredState:
     """Return what `entries` want written."""
     values: dict[str, Value] = {}
     shared: dict[Value, Value] = {}  # one tuple per distinct value, not one per node
@@ -71,11 +71,11 @@ def targets(entries: Iterable[Entry]) -> Targets:
             unknown += 1
         else:
             unrecognized += 1
-    return Targets(values, count, unknown, unrecognized)
+    return DesiredState(values, count, unknown, unrecognized)
 
 
-def news(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, Value]:
-    """Return what `after` wants and `before` did not: if few, what a new snapshot has changed."""
+def delta(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the values of `after` that `before` did not have."""
     return {key: value for key, value in after.items() if before.get(key) != value}
 
 
@@ -85,7 +85,7 @@ def _lowers(before: object, after: int) -> bool:
 
 
 class Comparison(NamedTuple):
-    """Some rows, held against the targets."""
+    """Some rows, compared with the desired state."""
 
     matched: list[str]
     changes: list[Change]
@@ -95,7 +95,7 @@ def compare(values: Mapping[str, Value], rows: Iterable[Row], downgrade: Downgra
     """Return which rows the snapshot knows, and which of them differ from it.
 
     Args:
-        values: as in `Targets`.
+        values: as in `DesiredState`.
         rows: plain tuples will do; they are read by position.
         downgrade: with `never`, a stored value is not lowered.
 

@@ -1,34 +1,43 @@
-"""The only SQL: which tables can be served, how their rows are, and writing those that differ."""
+"""Compare the rows with the desired state and write those that differ, without any I/O.
+
+`reconcile` is a generator of steps. It yields a `Query` and is sent the rows, or a `Write` and is
+sent what became of it. A driver runs the steps: over the bridge's connection, over the host's, or,
+for a dry run, over one that answers a `Write` without writing.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
-import sqlite3
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SchemaMissing
 from mbcap_watch.store import plan
-from mbcap_watch.store.connection import open_database, refuses_rows
+from mbcap_watch.store.steps import (
+    COLUMNS,
+    LOOKUP,
+    MAX_BATCH_ROWS,
+    PROBE,
+    SCAN,
+    SIZE,
+    TABLES,
+    Query,
+    Write,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Downgrade
-    from mbcap_watch.store.connection import Access
-    from mbcap_watch.store.ledger import Ledger
-
-Table = Literal["nodes", "inactive_nodes"]
-TABLES: Final = get_args(Table)
-COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
+    from mbcap_watch.store.steps import Steps
 
 # Rows per SELECT: bounds the memory. Larger pages are not faster (500 to 10,000 rows: 52 to 55 ms
 # per 100,000), but a small mesh should need one.
 PAGE_ROWS: Final = 5_000
 
-# Keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL. Every SQLite takes
-# 999 parameters (https://www.sqlite.org/limits.html).
+# Keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL.
 PAGE_KEYS: Final = 900
 
 # Reading a whole table costs about 0.5 µs a row, looking up keys 2.3 µs a key: below this many
@@ -46,226 +55,222 @@ BATCH_CHARACTERS: Final = 256 * 1024
 # Rows that are looked for one by one when they are refused.
 MAX_HALVED: Final = 1_000
 
-_PROBE = " UNION ALL ".join(
-    f"SELECT '{table}', name FROM pragma_table_info('{table}')" for table in TABLES
-)
-_SIZE = "(SELECT max(rowid) FROM {table})"
-_SCAN = (
-    "SELECT rowid, public_key, multibyte_sup, multibyte_evidence FROM {table}"
-    " WHERE rowid > ? ORDER BY rowid LIMIT ?"
-)
-_LOOKUP = (
-    "SELECT rowid, public_key, multibyte_sup, multibyte_evidence FROM {table}"
-    " WHERE public_key IN ({keys})"
-)
-# By rowid, because that is fastest under the lock; guarded by the key, because a rowid can be
-# given to another node meanwhile; and only if it still differs.
-_UPDATE = (
-    "UPDATE {table} SET multibyte_sup = ?, multibyte_evidence = ?"
-    " WHERE rowid = ? AND public_key = ?"
-    " AND (multibyte_sup IS NOT ? OR multibyte_evidence IS NOT ?)"
-)
-_NEVER_LOWER = " AND (multibyte_sup <= ? OR typeof(multibyte_sup) NOT IN ('integer', 'real'))"
-
-_LEAST_ROWID = -(2**63)
+_LEAST_ROWID: Final = -(2**63)
 
 
-async def apply(
-    database: Path,
-    values: dict[str, plan.Value],
-    ledger: Ledger,
-    *,
-    news: dict[str, plan.Value] | None = None,
-    batch_rows: int,
-    downgrade: Downgrade,
-) -> None:
-    """Make the rows what `values` says; write down in `ledger` what was done.
+@dataclasses.dataclass
+class Tally:
+    """What happened to the rows while one snapshot was applied, over all attempts.
 
-    Compares first, without the write lock; then writes only the rows that differ, in batches
-    that each hold the lock for as long as they take. What was committed when an error is raised
-    stays, and is right. See `reconcile` for the arguments.
-
-    Raises:
-        DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
+    Attributes:
+        wanted: keys that the snapshot has a value for.
+        matched: rows that the snapshot has a value for, by table.
+        changed: rows written, by table.
+        unmatched: keys in neither table.
+        failed: what refused a row, by table and key.
+        waiting: what a table that cannot be served yet lacks.
+        waits: for the write lock, in seconds, one per transaction.
+        holds: of the write lock, in seconds, one per transaction.
+        committed_at: when rows were last committed, in seconds since the epoch; None before.
 
     """
-    async with open_database(database, ledger) as access:
-        await reconcile(
-            access, database, values, ledger, news=news, batch_rows=batch_rows, downgrade=downgrade
-        )
+
+    wanted: int = 0
+    matched: Counter[str] = dataclasses.field(default_factory=Counter)
+    changed: Counter[str] = dataclasses.field(default_factory=Counter)
+    unmatched: int = 0
+    failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    waiting: str | None = None
+    waits: list[float] = dataclasses.field(default_factory=list)
+    holds: list[float] = dataclasses.field(default_factory=list)
+    committed_at: float | None = None
 
 
-async def reconcile(
-    access: Access,
+def reconcile(
     database: Path,
     values: dict[str, plan.Value],
-    ledger: Ledger,
+    tally: Tally,
     *,
-    news: dict[str, plan.Value] | None = None,
+    delta: dict[str, plan.Value] | None = None,
     batch_rows: int,
     downgrade: Downgrade,
-) -> None:
-    """Do what `apply` does, through a connection that is open already.
+) -> Steps:
+    """Make the rows what `values` says; count in `tally` what was done.
+
+    Compares first, without the write lock; then writes only the rows that differ, in batches that
+    each hold the lock for as long as one statement takes.
 
     Args:
-        access: the way to the rows.
         database: what an error calls it.
         values: by public key.
-        ledger: is written.
-        news: those of `values` that are likely to differ. Their rows are written before all the
+        tally: is written.
+        delta: those of `values` that are likely to differ. Their rows are written before all the
             others are compared, which they then are as well.
         batch_rows: rows per transaction.
         downgrade: whether a stored value may be lowered.
 
     Raises:
         SchemaMissing: no table can be served.
-        sqlite3.Error: anything else.
 
     """
-    tables = await _served_tables(access, database, ledger)
-    if news:
-        await _pass(access, tables, news, ledger, batch_rows, downgrade)
+    tally.wanted = len(values)
+    rules = _Rules(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade)
+    served = yield from _served_tables(database, tally)
+    if delta:
+        yield from _Pass(delta, rules).look_up_in(served)
     for _ in range(MAX_PASSES):
-        missed = await _pass(access, tables, values, ledger, batch_rows, downgrade)
-        if not missed or ledger.stopped:
+        comparison = _Pass(values, rules)
+        yield from comparison.read((yield from _sizes(served)))
+        if not comparison.missed:
             return
-    async for table, changes in _differences(access, tables, values, ledger, downgrade):
-        for change in changes:
-            ledger.failed[table, change.public_key] = "an UPDATE leaves it as it is"
+    comparison = _Pass(values, rules, writes=False)
+    yield from comparison.read((yield from _sizes(served)))
+    for table, changes in comparison.pending.items():
+        why = "an UPDATE leaves it as it is"
+        tally.failed.update({(table, change.public_key): why for change in changes})
 
 
-async def _pass(
-    access: Access,
-    tables: Mapping[str, int],
-    values: dict[str, plan.Value],
-    ledger: Ledger,
-    batch_rows: int,
-    downgrade: Downgrade,
-) -> int:
-    """Compare and write once; return how many rows had changed in between."""
-    missed = 0
-    differences = _differences(access, tables, values, ledger, downgrade)
-    async with contextlib.aclosing(_batches(differences, batch_rows)) as batches:
-        async for table, changes in batches:
-            if ledger.stopped:
-                break
-            missed += await _write(access, table, changes, ledger, downgrade)
-    return missed
-
-
-async def preview(
-    database: Path, values: dict[str, plan.Value], ledger: Ledger, *, downgrade: Downgrade
-) -> list[tuple[str, plan.Change]]:
-    """Return, by table, what `apply` would write; takes no lock and writes nothing.
-
-    Raises:
-        DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
-
-    """
-    async with open_database(database, ledger) as access:
-        tables = await _served_tables(access, database, ledger)
-        differences = _differences(access, tables, values, ledger, downgrade)
-        return [(table, change) async for table, changes in differences for change in changes]
-
-
-# ------------------------------------------------------------------------------ reading
-
-
-async def _served_tables(access: Access, database: Path, ledger: Ledger) -> dict[str, int]:
-    """Return the tables that have the columns and rows, each with its largest rowid.
-
-    Never cached: tables may come and go. The largest rowid is found at once and counts deleted
-    rows, too; as the size of the table, an upper bound will do.
-    """
+def _columns() -> Generator[Query, Any, dict[str, set[str]]]:
+    """Return the columns of both tables. Never cached: tables and columns may come and go."""
     columns: dict[str, set[str]] = {table: set() for table in TABLES}
-    for table, column in await access.fetch(_PROBE):
+    for table, column in (yield Query(PROBE)):
         columns[table].add(column.lower())
+    return columns
+
+
+def _served_tables(database: Path, tally: Tally) -> Generator[Query, Any, list[str]]:
+    """Return the tables that have the columns."""
+    columns = yield from _columns()
     lacking = []
     for table, found in columns.items():
         if missing := [column for column in COLUMNS if column not in found]:
             lacking.append(f"{table} lacks {', '.join(missing)}" if found else f"no table {table}")
-    ledger.waiting = "; ".join(lacking) or None
+    tally.waiting = "; ".join(lacking) or None
     if len(lacking) == len(TABLES):
         raise SchemaMissing(database, "; ".join(lacking))
-    served = [table for table, found in columns.items() if found.issuperset(COLUMNS)]
-    sizes = ", ".join(_SIZE.format(table=table) for table in served)
-    [largest] = await access.fetch(f"SELECT {sizes}")
-    return {table: size for table, size in zip(served, largest, strict=True) if size is not None}
+    return [table for table, found in columns.items() if found.issuperset(COLUMNS)]
 
 
-async def _is_served(access: Access, table: str) -> bool:
-    """Whether the table still has the columns: they may be dropped between reading and writing."""
-    found = {column.lower() for name, column in await access.fetch(_PROBE) if name == table}
-    return found.issuperset(COLUMNS)
+def _sizes(tables: Sequence[str]) -> Generator[Query, Any, dict[str, int]]:
+    """Return the tables that have rows, each with its largest rowid.
 
-
-async def _differences(
-    access: Access,
-    tables: Mapping[str, int],
-    values: dict[str, plan.Value],
-    ledger: Ledger,
-    downgrade: Downgrade,
-) -> AsyncGenerator[tuple[str, list[plan.Change]]]:
-    """Yield the rows that differ, a page at a time: memory is bounded by a page."""
-    ledger.matched.clear()
-    ledger.failed.clear()
-    seen: set[str] = set()
-    for table, size in tables.items():
-        async with contextlib.aclosing(_pages(access, table, size, values)) as pages:
-            async for rows in pages:
-                matched, changes = plan.compare(values, rows, downgrade)
-                ledger.on_progress()
-                ledger.matched[table] += len(matched)
-                seen.update(matched)
-                yield table, changes
-                if ledger.stopped:
-                    return
-    ledger.unmatched = len(values) - len(seen)
-
-
-async def _pages(
-    access: Access, table: str, size: int, values: dict[str, plan.Value]
-) -> AsyncGenerator[list[plan.Row]]:
-    """Yield the rows of the table that the snapshot may have a value for.
-
-    The way is chosen by size: the whole table is read where the snapshot covers a good part of
-    it, the snapshot's keys are looked up where the table is far larger.
+    SQLite finds that at once. It counts deleted rows, too; an upper bound of the size will do.
     """
-    if size <= SCAN_ROWS_PER_KEY * len(values):
-        after = _LEAST_ROWID
-        while rows := await access.fetch(_SCAN.format(table=table), (after, PAGE_ROWS)):
-            yield rows
-            if len(rows) < PAGE_ROWS:
-                return
-            after = rows[-1][0]
-    else:
-        keys = iter(values)
-        while page := tuple(itertools.islice(keys, PAGE_KEYS)):
-            wanted = ", ".join("?" * len(page))
-            yield await access.fetch(_LOOKUP.format(table=table, keys=wanted), page)
+    sizes = ", ".join(SIZE.format(table=table) for table in tables)
+    [largest] = yield Query(f"SELECT {sizes}")
+    return {table: size for table, size in zip(tables, largest, strict=True) if size is not None}
 
 
-# ------------------------------------------------------------------------------ writing
+class _Rules(NamedTuple):
+    """What is the same for all passes."""
+
+    tally: Tally
+    batch_rows: int
+    downgrade: Downgrade
 
 
-async def _batches(
-    differences: AsyncGenerator[tuple[str, list[plan.Change]]], size: int
-) -> AsyncGenerator[tuple[str, list[plan.Change]]]:
-    """Gather the changes of many pages into batches of one table and at most `size` rows."""
-    pending: dict[str, list[plan.Change]] = {}
-    async with contextlib.aclosing(differences):
-        async for table, changes in differences:
-            rows = pending.setdefault(table, [])
-            rows += changes
-            while len(rows) >= size:
-                batch = rows[: _fitting(rows, size)]
-                yield table, batch
-                del rows[: len(batch)]
-    for table, rows in pending.items():
-        while rows:
-            batch = rows[: _fitting(rows, size)]
-            yield table, batch
-            del rows[: len(batch)]
+class _Pass:
+    """One comparison of rows with `values`, which writes those that differ on its way.
+
+    Attributes:
+        pending: rows that differ and are not written yet, by table.
+        missed: rows that had changed between reading and writing them.
+
+    """
+
+    def __init__(
+        self, values: Mapping[str, plan.Value], rules: _Rules, *, writes: bool = True
+    ) -> None:
+        self._values = values
+        self._tally, self._batch_rows, self._downgrade = rules
+        self._writes = writes
+        self._seen: set[str] = set()
+        self.pending: dict[str, list[plan.Change]] = {}
+        self.missed = 0
+        self._tally.matched.clear()
+        self._tally.failed.clear()
+
+    def read(self, sizes: Mapping[str, int]) -> Steps:
+        """Read the tables in the way that is cheaper for their size.
+
+        The whole table where the snapshot covers a good part of it, the snapshot's keys where the
+        table is far larger.
+        """
+        for table, size in sizes.items():
+            if size <= SCAN_ROWS_PER_KEY * len(self._values):
+                yield from self._scan(table)
+            else:
+                yield from self._look_up(table)
+        yield from self._end()
+
+    def look_up_in(self, tables: Iterable[str]) -> Steps:
+        """Read the rows of the keys, whatever the size of the tables."""
+        for table in tables:
+            yield from self._look_up(table)
+        yield from self._end()
+
+    def _scan(self, table: str) -> Steps:
+        after, full = _LEAST_ROWID, True
+        while full:
+            rows = yield Query(SCAN.format(table=table), (after, PAGE_ROWS), pages=True)
+            yield from self._compare(table, rows)
+            full = len(rows) == PAGE_ROWS
+            after = rows[-1][0] if full else after
+
+    def _look_up(self, table: str) -> Steps:
+        for keys in _pages(self._values):
+            sql = LOOKUP.format(table=table, keys=", ".join("?" * len(keys)))
+            yield from self._compare(table, (yield Query(sql, keys, pages=True)))
+
+    def _compare(self, table: str, rows: Sequence[Any]) -> Steps:
+        matched, changes = plan.compare(self._values, rows, self._downgrade)
+        self._tally.matched[table] += len(matched)
+        self._seen.update(matched)
+        pending = self.pending.setdefault(table, [])
+        pending += changes
+        while self._writes and len(pending) >= self._batch_rows:
+            yield from self._write_some(table)
+
+    def _end(self) -> Steps:
+        self._tally.unmatched = len(self._values) - len(self._seen)
+        for table, changes in self.pending.items():
+            while self._writes and changes:
+                yield from self._write_some(table)
+
+    def _write_some(self, table: str) -> Steps:
+        pending = self.pending[table]
+        batch = pending[: _fitting(pending, self._batch_rows)]
+        yield from self._write(table, batch)
+        del pending[: len(batch)]
+
+    def _write(self, table: str, changes: Sequence[plan.Change]) -> Steps:
+        """Write a batch; where a row is refused, write the others.
+
+        A row that a trigger or a constraint refuses takes its batch down. Halving finds it in a
+        few short transactions. Once very many rows were refused, a batch is given up as a whole:
+        then it is the table that refuses.
+        """
+        tally = self._tally
+        written = yield Write(table, changes, self._downgrade)
+        tally.changed[table] += written.rows
+        if written.error is None:
+            self.missed += len(changes) - written.rows
+            return
+        if not (yield from _columns())[table].issuperset(COLUMNS):
+            raise written.error  # they were dropped between reading and writing
+        if len(changes) == 1 or len(tally.failed) >= MAX_HALVED:
+            why = str(written.error)
+            tally.failed.update({(table, change.public_key): why for change in changes})
+            return
+        half = len(changes) // 2
+        yield from self._write(table, changes[:half])
+        yield from self._write(table, changes[half:])
+
+
+def _pages(keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    remaining = iter(keys)
+    while page := tuple(itertools.islice(remaining, PAGE_KEYS)):
+        yield page
 
 
 def _fitting(changes: Sequence[plan.Change], size: int) -> int:
@@ -276,39 +281,3 @@ def _fitting(changes: Sequence[plan.Change], size: int) -> int:
         if length >= BATCH_CHARACTERS:
             return count
     return min(len(changes), size)
-
-
-async def _write(
-    access: Access,
-    table: str,
-    changes: Sequence[plan.Change],
-    ledger: Ledger,
-    downgrade: Downgrade,
-) -> int:
-    """Write a batch in one transaction; return how many of its rows had changed meanwhile.
-
-    A row that a trigger or a constraint refuses takes its batch down. Halving finds it in a few
-    short transactions, and the others are written. Once very many rows were refused, a batch is
-    given up as a whole: then it is the table that refuses.
-    """
-    sql = _UPDATE.format(table=table)
-    rows: list[tuple[Any, ...]]
-    rows = [(*c.after, c.rowid, c.public_key, *c.after) for c in changes]
-    if downgrade == "never":
-        sql += _NEVER_LOWER
-        rows = [(*row, row[0]) for row in rows]
-    ledger.on_progress()
-    try:
-        changed = await access.write(sql, rows)
-    except sqlite3.Error as exc:
-        if not refuses_rows(exc) or not await _is_served(access, table):
-            raise
-        if len(changes) == 1 or len(ledger.failed) >= MAX_HALVED:
-            ledger.failed.update(dict.fromkeys([(table, c.public_key) for c in changes], str(exc)))
-            return 0
-        half = len(changes) // 2
-        return await _write(access, table, changes[:half], ledger, downgrade) + await _write(
-            access, table, changes[half:], ledger, downgrade
-        )
-    ledger.changed[table] += changed
-    return len(changes) - changed

@@ -226,7 +226,7 @@ class Metrics:
         )
 
 
-_TIMES_OF_STATE: Final = ("armed_since", "last_look", "last_progress", "stuck_since")
+_TIMES_OF_STATE: Final = ("armed_since", "last_sync", "last_progress", "stuck_since")
 
 
 def _cut(text: str) -> str:

@@ -56,7 +56,7 @@ class _Collector:
         yield from self._gauge("start_time_seconds", "When it was started.", stats.started_at)
         yield from self._gauge("sampled_time_seconds", "When this was true.", stats.sampled)
         yield from self._gauge("watch_mode", "Always 1; how it watches.", 1, mode=watch.mode)
-        yield from self._gauge("last_look_time_seconds", "Its last look.", watch.last_look)
+        yield from self._gauge("last_sync_time_seconds", "Its last sync.", watch.last_sync)
         yield from self._gauge(
             "last_apply_time_seconds", "When the database was last compared.", stats.last_apply
         )
@@ -66,7 +66,7 @@ class _Collector:
         yield from self._gauge(
             "stuck", "1 while the filesystem does not answer.", watch.stuck_since is not None
         )
-        yield from self._gauge("in_trouble", "1 while the last look met trouble.", in_trouble)
+        yield from self._gauge("in_trouble", "1 while the last sync met trouble.", in_trouble)
         yield self._counter("rearms", "Inotify watches armed anew.", {"": watch.rearms})
         yield self._counter("sweep_hits", "Changes without an event.", {"": watch.sweep_hits})
         yield self._counter("read_errors", "Looks refused the file.", {"": watch.read_errors})

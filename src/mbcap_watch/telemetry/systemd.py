@@ -22,8 +22,8 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.bridge.thread import STUCK_SECONDS
 from mbcap_watch.errors import printable
+from mbcap_watch.limits import STUCK_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,7 +68,7 @@ class Notifier:
         self._problem: str | None = None
 
     def on_result(self, result: PersistResult) -> None:
-        """Remember what the last look came to; the state that follows tells it."""
+        """Remember what the last sync came to; the state that follows tells it."""
         error = f": {result.error}" if result.error else ""
         self._outcome = f"{result.outcome}{error}; "
 
@@ -77,7 +77,7 @@ class Notifier:
         if not self._address:
             return
         messages = []
-        if not self._ready and state.last_look is not None:
+        if not self._ready and state.last_sync is not None:
             self._ready = True
             messages.append("READY=1")
             if self._patience > self._given:
@@ -112,7 +112,7 @@ class Notifier:
         The watchdog is fed only if it has not been for half its time, and not before READY=1,
         which would set it off early.
         """
-        before, self._progress = self._progress, (state.last_look, state.last_progress)
+        before, self._progress = self._progress, (state.last_sync, state.last_progress)
         if self._progress == before:
             return []
         if not self._ready:

@@ -1,4 +1,4 @@
-"""When to look next, and why. Pure: it is told the time and never waits."""
+"""When to sync next, and why. Pure: it is told the time and never waits."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ if TYPE_CHECKING:
     from mbcap_watch.settings import Settings
 
 
-class Appointment(NamedTuple):
-    """The next look."""
+class Due(NamedTuple):
+    """The next sync."""
 
     at: float
     reason: Reason
 
 
-class Agenda:
-    """Merges all reasons to look into one stream of looks. Times are monotonic seconds.
+class Scheduler:
+    """Merges all reasons to sync into one stream of syncs. Times are monotonic seconds.
 
-    - `rename`: the first ring is served at once. Rings during a look, or within `debounce` of it,
-      merge into one more look, which waits for `debounce` seconds of quiet but never longer than
-      `max_wait`.
-    - `poll` or `sweep`: at a steady pace that a slow look does not shift.
+    - `rename`: the first notice is served at once. Notices during a sync, or within `debounce` of
+      it, merge into one more sync, which waits for `debounce` seconds of quiet but never longer
+      than `max_wait`.
+    - `poll` or `sweep`: at a steady pace that a slow sync does not shift.
     - `resync`: so long after the last full comparison with the database.
     - `retry`: once, when asked for.
-    - `request`: at once, but not within `debounce` of a look; requests until then merge.
+    - `request`: at once, but not within `debounce` of a sync; requests until then merge.
     """
 
     def __init__(self, settings: Settings, now: float) -> None:
         self._settings = settings
-        self._first_ring = math.inf
-        self._last_ring = -math.inf
+        self._first_notice = math.inf
+        self._last_notice = -math.inf
         self._quiet_until = -math.inf
         self._ticks: dict[Reason, float] = {"poll": now, "sweep": now + settings.sweep_interval}
         self._resync = now + settings.resync
@@ -40,35 +40,35 @@ class Agenda:
         self._request = math.inf
 
     def request(self, now: float) -> None:
-        """Note that somebody wants a look."""
+        """Note that somebody wants a sync."""
         self._request = min(self._request, now)
 
-    def ring(self, now: float) -> None:
+    def notify(self, now: float) -> None:
         """Note that the file was replaced."""
-        self._first_ring = min(self._first_ring, now)
-        self._last_ring = now
+        self._first_notice = min(self._first_notice, now)
+        self._last_notice = now
 
     @property
-    def ringing(self) -> bool:
-        """Whether a ring waits to be served."""
-        return self._first_ring < math.inf
+    def pending(self) -> bool:
+        """Whether a notice waits to be served."""
+        return self._first_notice < math.inf
 
-    def next(self, *, polling: bool) -> Appointment:
-        """Return the next look; it may be due already."""
-        appointments = [
-            Appointment(self._ring_due(), "rename"),
-            Appointment(max(self._request, self._quiet_until), "request"),
-            Appointment(self._retry, "retry"),
-            Appointment(self._resync, "resync"),
-            Appointment(self._ticks["sweep"], "sweep"),
+    def next(self, *, polling: bool) -> Due:
+        """Return the next sync; it may be due already."""
+        dues = [
+            Due(self._rename_due(), "rename"),
+            Due(max(self._request, self._quiet_until), "request"),
+            Due(self._retry, "retry"),
+            Due(self._resync, "resync"),
+            Due(self._ticks["sweep"], "sweep"),
         ]
         if polling:
-            appointments.append(Appointment(self._ticks["poll"], "poll"))
-        return min(appointments, key=lambda appointment: appointment.at)
+            dues.append(Due(self._ticks["poll"], "poll"))
+        return min(dues, key=lambda due: due.at)
 
     def begin(self, reason: Reason, now: float) -> None:
-        """Note that a look starts. What rings from now on wants another one."""
-        self._first_ring, self._last_ring = math.inf, -math.inf
+        """Note that a sync starts. What is notified from now on wants another one."""
+        self._first_notice, self._last_notice = math.inf, -math.inf
         if reason == "retry":
             self._retry = math.inf
         if reason == "request":
@@ -78,14 +78,14 @@ class Agenda:
             self._ticks[reason] += interval * max(1, math.ceil(late / interval))
 
     def end(self, now: float, *, idle: bool, compared: bool, retry_in: float | None) -> None:
-        """Note that a look has ended.
+        """Note that a sync has ended.
 
         Args:
             now: the time.
-            idle: whether there was nothing to do. Such a look is no part of a burst: a rename
+            idle: whether there was nothing to do. Such a sync is no part of a burst: a rename
                 just after it is served at once.
             compared: whether the database was compared as a whole; `resync` counts from there.
-            retry_in: seconds after which to look again by itself; None leaves a retry that is
+            retry_in: seconds after which to sync again by itself; None leaves a retry that is
                 put down alone, unless the comparison has made it needless.
 
         """
@@ -98,12 +98,12 @@ class Agenda:
         elif compared:
             self._retry = math.inf
 
-    def _ring_due(self) -> float:
-        if self._first_ring >= self._quiet_until:
-            return self._first_ring
+    def _rename_due(self) -> float:
+        if self._first_notice >= self._quiet_until:
+            return self._first_notice
         return min(
-            self._last_ring + self._settings.debounce,
-            self._first_ring + max(self._settings.max_wait, self._settings.debounce),
+            self._last_notice + self._settings.debounce,
+            self._first_notice + max(self._settings.max_wait, self._settings.debounce),
         )
 
     def _interval(self, reason: Reason) -> float:

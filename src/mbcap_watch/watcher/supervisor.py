@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mbcap_watch.bridge.thread import Worker
     from mbcap_watch.settings import Settings
 
 _ASKED_FOR = "asked for by the setting mode"
@@ -33,14 +32,13 @@ class Watch:
 
     """
 
-    def __init__(self, settings: Settings, worker: Worker, on_change: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, on_change: Callable[[], None]) -> None:
         self._settings = settings
         self._on_change = on_change
         self._inotify: InotifyWatch | None = None
         self._arms = 0
         self.awaits_directory = False
         self.state = WatchState()
-        worker.at_end = self._disarm
 
     @property
     def polling(self) -> bool:
@@ -50,8 +48,6 @@ class Watch:
     def update(self, **changes: Any) -> None:
         """Change fields of `state`."""
         self.state = dataclasses.replace(self.state, **changes)
-
-    # In the worker's thread from here on.
 
     def refresh(self) -> None:
         """Arm, check, or repair the watch; say in `state` what came of it. Blocks."""
@@ -63,7 +59,7 @@ class Watch:
             problem = self._inotify.problem()
             if problem is None:
                 return
-            self._disarm()
+            self.close()
             self.update(last_problem=problem)
         directory = self._settings.snapshot_dir
         try:
@@ -89,7 +85,8 @@ class Watch:
             f"inotify sees every change on {mount.type}" if mount.delivers_inotify else _ASKED_FOR
         )
 
-    def _disarm(self) -> None:
+    def close(self) -> None:
+        """Disarm the watch. Blocks."""
         if self._inotify is not None:
             self._inotify.close()
             self._inotify = None

@@ -1,4 +1,4 @@
-"""Reading the snapshot: what it wants written, and whether the files are as they were."""
+"""Loading the snapshot: the desired state, and whether the files are as they were."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ class Fingerprint(NamedTuple):
     database: tuple[int, int] | None
 
 
-class Reading(NamedTuple):
+class LoadedSnapshot(NamedTuple):
     """The snapshot file at one moment.
 
     Attributes:
         fingerprint: of the files at that moment.
-        targets: what it wants written; None if it is no usable snapshot, or the known one.
+        desired: what it wants written; None if it is no usable snapshot, or the known one.
         written_at: `writtenAt` as in the file.
-        error: why there are no targets.
+        error: why there is no desired state.
         changed_at: when the file was put in place, in seconds since the epoch.
 
     """
 
     fingerprint: Fingerprint
-    targets: plan.Targets | None = None
+    desired: plan.DesiredState | None = None
     written_at: str | None = None
     error: SnapshotError | None = None
     changed_at: float | None = None
 
 
-def read(
+def load(
     settings: Settings,
     known: Fingerprint | None = None,
-    note_progress: Callable[[], None] = lambda: None,
-) -> Reading:
+    alive: Callable[[], None] = lambda: None,
+) -> LoadedSnapshot:
     """Read the snapshot and see what it wants. Blocks.
 
     Args:
         settings: which files, and how large the snapshot may be.
         known: if the files still have this fingerprint, the snapshot is not parsed.
-        note_progress: called after each step; a million entries take a small machine many seconds.
+        alive: called after each step; a million entries take a small machine many seconds.
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
@@ -69,20 +69,20 @@ def read(
     try:
         data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:
-        return Reading(Fingerprint(hash((type(exc), str(exc))), database), error=exc)
+        return LoadedSnapshot(Fingerprint(hash((type(exc), str(exc))), database), error=exc)
     fingerprint = Fingerprint(hash(data), database)
     if fingerprint == known:
-        return Reading(fingerprint)
-    note_progress()
+        return LoadedSnapshot(fingerprint)
+    alive()
     try:
         snapshot = parse(data, source=str(path))
     except SnapshotMalformed as exc:
-        return Reading(fingerprint, error=exc)
+        return LoadedSnapshot(fingerprint, error=exc)
     del data
-    note_progress()
-    targets = plan.targets(snapshot.entries)
-    note_progress()
-    return Reading(fingerprint, targets, snapshot.written_at, changed_at=changed_at)
+    alive()
+    desired = plan.desired_state(snapshot.entries)
+    alive()
+    return LoadedSnapshot(fingerprint, desired, snapshot.written_at, changed_at=changed_at)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

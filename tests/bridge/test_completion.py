@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch.bridge.tasks import uncancelled
+from mbcap_watch.bridge.thread import run_to_completion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,7 @@ async def turns(count: int = 20) -> None:
 async def test_returns_what_the_work_returns() -> None:
     work = Work()
     work.may_end.set()
-    assert await uncancelled(work.run()) == "result"
+    assert await run_to_completion(work.run()) == "result"
     assert work.notes == ["begun", "ended"]
 
 
@@ -76,7 +76,7 @@ async def test_raises_what_the_work_raises() -> None:
     work = Work()
     work.may_end.set()
     with pytest.raises(LookupError, match="the work failed"):
-        await uncancelled(work.fail())
+        await run_to_completion(work.fail())
     assert work.notes == ["begun", "ended"]
 
 
@@ -86,7 +86,7 @@ async def test_raises_what_the_work_raises() -> None:
 @pytest.mark.parametrize("times", [1, 2, 5])
 async def test_native_cancellation_waits_for_the_end(times: int) -> None:
     work = Work()
-    caller = asyncio.create_task(uncancelled(work.run()))
+    caller = asyncio.create_task(run_to_completion(work.run()))
     await work.begun.wait()
     for _ in range(times):
         caller.cancel()
@@ -101,7 +101,7 @@ async def test_native_cancellation_waits_for_the_end(times: int) -> None:
 
 async def test_several_cancels_in_one_turn_of_the_loop() -> None:
     work = Work(lasts=0.05)
-    caller = asyncio.create_task(uncancelled(work.run()))
+    caller = asyncio.create_task(run_to_completion(work.run()))
     await work.begun.wait()
     for _ in range(3):
         caller.cancel()
@@ -112,7 +112,7 @@ async def test_several_cancels_in_one_turn_of_the_loop() -> None:
 
 async def test_the_message_of_a_cancellation_survives() -> None:
     work = Work(lasts=0.05)
-    caller = asyncio.create_task(uncancelled(work.run()))
+    caller = asyncio.create_task(run_to_completion(work.run()))
     await work.begun.wait()
     caller.cancel("closing time")
     with pytest.raises(asyncio.CancelledError, match="closing time"):
@@ -134,7 +134,7 @@ async def test_an_anyio_scope_waits_for_the_end_and_catches_its_own() -> None:
                     work.may_end.set()
 
             group.start_soon(cancel_then_release)
-            await uncancelled(work.run())
+            await run_to_completion(work.run())
             work.notes.append("went on")
     assert scope.cancelled_caught
     assert work.notes == ["begun", "released", "ended"]
@@ -144,7 +144,7 @@ async def test_a_scope_that_was_cancelled_before_still_gets_the_work_done() -> N
     work = Work(lasts=0.05)
     with anyio.CancelScope() as scope:
         scope.cancel()
-        await uncancelled(work.run())
+        await run_to_completion(work.run())
         work.notes.append("went on")
     assert scope.cancelled_caught
     assert sorted(work.notes) == ["begun", "ended"]
@@ -153,7 +153,7 @@ async def test_a_scope_that_was_cancelled_before_still_gets_the_work_done() -> N
 async def test_a_deadline_of_anyio() -> None:
     work = Work(lasts=0.05)
     with anyio.move_on_after(0.01) as scope:
-        await uncancelled(work.run())
+        await run_to_completion(work.run())
     assert scope.cancelled_caught
     assert work.notes == ["begun", "ended"]
 
@@ -162,7 +162,7 @@ async def test_a_deadline_of_asyncio() -> None:
     work = Work(lasts=0.05)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
-            await uncancelled(work.run())
+            await run_to_completion(work.run())
     assert work.notes == ["begun", "ended"]
 
 
@@ -175,7 +175,7 @@ async def test_a_sibling_that_fails_in_a_task_group() -> None:
 
     with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012 - the group is what is tested
         async with asyncio.TaskGroup() as group:
-            group.create_task(uncancelled(work.run()))
+            group.create_task(run_to_completion(work.run()))
             group.create_task(fail())
     assert caught.group_contains(ZeroDivisionError)
     assert work.notes == ["begun", "ended"]
@@ -187,7 +187,7 @@ async def test_a_native_cancellation_behind_one_of_anyio_is_not_swallowed_by_the
 
     async def call() -> None:
         with scope:
-            await uncancelled(work.run())
+            await run_to_completion(work.run())
         work.notes.append("went on")  # the scope must not take the native one for its own
 
     caller = asyncio.create_task(call())
@@ -213,7 +213,7 @@ async def test_asyncio_run_that_is_interrupted_waits_for_the_end() -> None:
             assert task is not None
             asyncio.get_running_loop().call_soon(task.cancel)
             try:
-                await uncancelled(work.run())
+                await run_to_completion(work.run())
             finally:
                 notes.extend(work.notes)
 
@@ -231,7 +231,7 @@ async def test_the_failure_of_work_whose_caller_left_is_not_reported_as_lost() -
     loop.set_exception_handler(lambda _, context: reported.append(context))
     try:
         work = Work(lasts=0.05)
-        caller = asyncio.create_task(uncancelled(work.fail()))
+        caller = asyncio.create_task(run_to_completion(work.fail()))
         await work.begun.wait()
         caller.cancel()
         await asyncio.wait([caller])  # to await it would keep its exception, and the task, alive
@@ -296,7 +296,7 @@ def test_a_cancelled_caller_waits_without_spinning(cancelled: Any) -> None:
         loop.call_later(0.1, lambda: counts.append(selector.turns))
         loop.call_later(0.3, lambda: counts.append(selector.turns))
         loop.call_later(0.3, work.may_end.set)
-        await cancelled(lambda: uncancelled(work.run()), work)
+        await cancelled(lambda: run_to_completion(work.run()), work)
         assert work.notes == ["begun", "ended"]
         before, after = counts
         return after - before

@@ -1,0 +1,164 @@
+"""The bridge's own loop: one sync after the other, and what a failure means for the next one."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import anyio
+
+from mbcap_watch.bridge.sync import Syncer
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    SnapshotError,
+    SnapshotMalformed,
+    SnapshotUnreadable,
+)
+from mbcap_watch.watcher.scheduler import Scheduler
+from mbcap_watch.watcher.supervisor import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mbcap_watch.bridge.border import Border
+    from mbcap_watch.bridge.sync import SyncReport
+    from mbcap_watch.results import Reason
+    from mbcap_watch.settings import Settings
+
+# The first pause before something is tried again, and the longest while the database is busy.
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+
+
+class Bridge:
+    """Watches, syncs and reports, until it is cancelled.
+
+    Args:
+        settings: what to watch, and how.
+        border: what is told the reports.
+        call: has a function called in the bridge's loop, from any thread and without waiting.
+
+    """
+
+    def __init__(
+        self, settings: Settings, border: Border, call: Callable[[Callable[[], None]], None]
+    ) -> None:
+        self._settings = settings
+        self._border = border
+        self._call = call
+        self._scheduler = Scheduler(settings, time.monotonic())
+        self._watch = Watch(settings, self._on_change)
+        self._syncer = Syncer(settings, border.alive)
+        self._wake: anyio.Event | None = None
+        self._error: Exception | None = None  # of the last sync
+        self._attempt = 0
+        self._busy_since: float | None = None
+
+    def sync_now(self) -> None:
+        """Ask for a sync, from any thread."""
+        self._note(self._scheduler.request)
+
+    def _on_change(self) -> None:
+        """Note a replacement of the snapshot, from a thread of watchdog."""
+        self._note(self._scheduler.notify)
+
+    def _note(self, what: Callable[[float], None]) -> None:
+        at = time.monotonic()
+
+        def note() -> None:
+            what(at)
+            if self._wake is not None:
+                self._wake.set()
+
+        self._call(note)
+
+    async def run(self) -> NoReturn:
+        """Sync for one reason after the other."""
+        try:
+            reason: Reason = "start"
+            while True:
+                await self._serve(reason)
+                reason = await self._next_reason()
+        finally:
+            self._watch.close()
+
+    async def _next_reason(self) -> Reason:
+        while True:
+            at, reason = self._scheduler.next(polling=self._watch.polling)
+            if at <= time.monotonic():
+                return reason
+            self._wake = anyio.Event()
+            with anyio.CancelScope(deadline=at):
+                await self._wake.wait()
+
+    async def _serve(self, reason: Reason) -> None:
+        """Sync for `reason`, tell what came of it, and decide when to sync next."""
+        self._border.alive()
+        scheduler, watch = self._scheduler, self._watch
+        unnoticed = reason == "sweep" and not scheduler.pending and not watch.polling
+        scheduler.begin(reason, time.monotonic())
+        if reason in ("start", "sweep") or watch.awaits_directory:
+            watch.refresh()
+        only_if_changed = reason in ("poll", "sweep") or (
+            reason == "retry" and isinstance(self._error, SnapshotError)
+        )
+        report = await self._syncer.sync(reason, only_if_changed=only_if_changed)
+        self._error = report.error
+        watch.update(
+            last_sync=time.time(),
+            sweep_hits=watch.state.sweep_hits + (unnoticed and report.is_new),
+            read_errors=watch.state.read_errors + isinstance(report.error, SnapshotUnreadable),
+        )
+        scheduler.end(
+            time.monotonic(),
+            idle=report.result is None,
+            compared=report.compared,
+            retry_in=self._retry_in(reason, report),
+        )
+        self._border.tell(watch.state, report if self._is_worth_telling(report) else None)
+
+    def _retry_in(self, reason: Reason, report: SyncReport) -> float | None:
+        """Decide: wait (None, which leaves alone what is put down), retry soon, or slowly."""
+        if report.result is None and reason != "retry":
+            return None
+        if reason != "retry":
+            self._attempt = 0
+        error, growth = report.error, 2.0 ** min(self._attempt, 20)
+        self._attempt += 1
+        if isinstance(error, DatabaseBusy):
+            return busy_pause(growth)
+        if isinstance(error, DatabaseError):
+            return self._settings.sweep_interval
+        if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
+            # A torn file is repaired without a rename. The pauses grow until the sweep, or the
+            # poll, is soon enough.
+            pause = _FIRST_PAUSE * growth
+            return pause if pause < self._settings.sweep_interval else None
+        if error is None and report.result is not None and report.result.error:
+            # A table still waits for its columns, or a row was refused: that may change soon, or
+            # never. The pauses grow until the resync is soon enough.
+            pause = self._settings.sweep_interval * growth
+            return pause if pause < self._settings.resync else None
+        return None
+
+    def _is_worth_telling(self, report: SyncReport) -> bool:
+        """Being busy is normal: it is told only once it has lasted for `busy_deadline`."""
+        if report.result is None:
+            return False
+        if report.result.outcome != "busy":
+            self._busy_since = None
+            return True
+        now = time.monotonic()
+        if self._busy_since is None:
+            self._busy_since = now
+        if now - self._busy_since < self._settings.busy_deadline:
+            return False
+        self._busy_since = now
+        return True
+
+
+def busy_pause(growth: float) -> float:
+    """Return a growing pause with jitter, so that two waiters do not meet again and again."""
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)
