@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbcap_watch.bridge.report import describe
-from mbcap_watch.bridge.thread import in_daemon_thread, run_to_completion
+from mbcap_watch.bridge.thread import in_daemon_thread, require_asyncio, run_to_completion
 from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
 from mbcap_watch.store import plan
 from mbcap_watch.store.errors import as_database_errors, refuses_rows
@@ -58,6 +58,7 @@ async def apply_snapshot(
         TransactionOpen: the connection is in a transaction although the lock was free.
 
     """
+    require_asyncio()
     started = time.perf_counter()
     tally = Tally()
     access = _HostConnection(connection, lock, tally)

@@ -216,6 +216,19 @@ async def wait_shielded(event: anyio.Event, seconds: float = math.inf) -> None:
         raise cancelled
 
 
+def require_asyncio() -> None:
+    """Raise unless asyncio runs here.
+
+    Raises:
+        EventLoopError: trio does, or nothing.
+
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as exc:
+        raise EventLoopError("a connection of aiosqlite works on asyncio only") from exc
+
+
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` as a task of its own, to its end, whatever happens to the caller. asyncio only.
 
