@@ -126,19 +126,19 @@ async def run_steps(
     Args:
         steps: from `reconcile`.
         access: to the rows.
-        on_step: called before each step.
+        on_step: called after each step.
 
     """
     answer: Any = None
     with contextlib.suppress(StopIteration):
         while True:
             await checkpoint_if_cancelled()
-            on_step()
             step = steps.send(answer)
             if isinstance(step, Query):
                 answer = await access.query(step)
             else:
                 answer = await access.write(step)
+            on_step()
 
 
 def preview_steps(steps: Steps, connection: sqlite3.Connection) -> list[tuple[str, Change]]:
