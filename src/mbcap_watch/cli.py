@@ -86,7 +86,7 @@ def run(
     Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
     with exit code 0 within 5 seconds of a signal.
     """
-    stop = Stop()  # before anything else: from here on a signal ends it cleanly
+    stop = Stop()  # first: until here a signal ends the process at once (__main__)
     daemon.serve(_load(context), stop, as_json=json)
 
 
