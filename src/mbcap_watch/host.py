@@ -64,8 +64,11 @@ async def apply_snapshot(
     started = time.perf_counter()
     ledger = Ledger()
     access = _HostConnection(connection, lock, ledger)
-    async with Worker() as worker:
-        targets = await worker.call(plan.targets, snapshot.entries)
+    try:
+        async with Worker() as worker:
+            targets = await worker.call(plan.targets, snapshot.entries)
+    except BlockingIOError:  # without a thread, the host's loop waits for some milliseconds
+        targets = plan.targets(snapshot.entries)
     error: DatabaseError | None = None
     database = Path("the host's database")
     try:

@@ -120,6 +120,8 @@ class Looker:
         except asyncio.CancelledError:
             attempt.ledger.stop()
             raise
+        except BlockingIOError as exc:
+            reading, error = self._not_read(exc)
         before, now = self._seen, reading.fingerprint
         self.snapshot_changed = before is None or before.snapshot != now.snapshot
         self.timings = None
@@ -158,10 +160,18 @@ class Looker:
         """Return what a look would report and the changes it would make, and make none."""
         started = time.perf_counter()
         ledger = Ledger()
-        reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
+        try:
+            reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
+        except BlockingIOError as exc:
+            (reading, error), changes = self._not_read(exc), []
         seconds = time.perf_counter() - started
         result = describe("once", reading.targets, reading.written_at, ledger, error, seconds)
         return result, changes
+
+    def _not_read(self, exc: BlockingIOError) -> tuple[Reading, DatabaseFailed]:
+        """Return what a look comes to for which there is no thread."""
+        error = DatabaseFailed(self._settings.database, f"not looked at: {exc.strerror}", "limit")
+        return Reading(Fingerprint(0, None)), error
 
     # In the thread from here on.
 
