@@ -64,7 +64,7 @@ _UPDATE = (
 )
 # What is no number is no known value. A column that was declared as TEXT holds digits.
 _NEVER_LOWER = (
-    " AND NOT (CAST(multibyte_sup AS NUMERIC) > ? AND"
+    " AND NOT (coalesce(CAST(multibyte_sup AS NUMERIC), 0) > ? AND"
     " (typeof(multibyte_sup) IN ('integer', 'real') OR multibyte_sup NOT GLOB '*[^0-9]*'))"
 )
 
