@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from typing import TYPE_CHECKING, Final, get_args
 
 import anyio
@@ -93,9 +94,8 @@ def flip_bits_of_schema(data: Damage, dice: random.Random) -> None:
 
 def flip_bits_of_text(data: Damage, dice: random.Random) -> None:
     """In a statement of the schema, which SQLite parses and quotes."""
-    start = data.find(b"CREATE ", dice.randrange(2 * PAGE))
-    if start >= 0:
-        data[start + dice.randrange(300)] ^= 1 << dice.choice([0, 1, 2, 5, 7, 7, 7])
+    start = dice.choice([found.start() for found in re.finditer(b"CREATE ", data)])
+    data[start + dice.randrange(200)] ^= 1 << dice.choice([0, 1, 2, 5, 7, 7, 7])
 
 
 def change_header(data: Damage, dice: random.Random) -> None:
