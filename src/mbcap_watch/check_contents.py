@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch import check_locks, store
+from mbcap_watch import check_locks, schema, store
 from mbcap_watch.check_database import place
 from mbcap_watch.database import open_to_read
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, ForeignWal, SchemaMissing
@@ -80,7 +80,7 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
                 advice = "let CoreScope's ingestor open it once, which sets WAL; is it CoreScope's?"
                 yield warning("journal mode", f"{text} other", advice)
             counts = {}
-            for table in sorted(set(store.TABLES).intersection(names)):
+            for table in sorted(set(schema.TABLES).intersection(names)):
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
                     what = remedy("corrupt", str(database))
@@ -158,7 +158,7 @@ def _judge_triggers(connection: sqlite3.Connection, database: Path) -> Iterator[
     """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
     for name, table, text in connection.execute(sql).fetchall():
-        if table.lower() in store.TABLES and _ON_UPDATE.search(text):
+        if table.lower() in schema.TABLES and _ON_UPDATE.search(text):
             look = f"SELECT sql FROM sqlite_master WHERE name = {_literal(name)}"
             advice = f"see what it does: sqlite3 -readonly {shlex.quote(str(database))}"
             advice += f" {shlex.quote(look)}; DROP TRIGGER if it has no business there"
