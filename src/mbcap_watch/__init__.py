@@ -1,49 +1,45 @@
 """Persist CoreScope's multi-byte capability snapshots the moment they are published.
 
+Every name is loaded when it is first asked for, so importing the package costs next to nothing.
 The hand-off (`Snapshot`, `Entry`, `read_snapshot`, `write_snapshot`) loads neither aiosqlite nor
-watchdog; what needs them is loaded when it is first asked for.
+watchdog.
 """
 
-from __future__ import annotations
-
-import importlib
-import logging
-from typing import TYPE_CHECKING, Any
-
-from mbcap_watch.bridge.trigger import Trigger
-from mbcap_watch.errors import (
-    DatabaseBusy,
-    DatabaseError,
-    DatabaseFailed,
-    DatabaseMissing,
-    EventLoopError,
-    MbcapWatchError,
-    SchemaMissing,
-    SettingsError,
-    SnapshotError,
-    SnapshotMalformed,
-    SnapshotNotFound,
-    SnapshotNotPublished,
-    SnapshotRefused,
-    SnapshotUnreadable,
-    TransactionOpen,
-)
-from mbcap_watch.results import PersistResult, Timings, WatchState
-from mbcap_watch.settings import Settings
-from mbcap_watch.snapshot.files import (
-    Entry,
-    Snapshot,
-    ensure_snapshot_dir,
-    read_snapshot,
-    snapshot_dir,
-    snapshot_path,
-    write_snapshot,
-)
-
+TYPE_CHECKING = False  # `typing` alone would take longer to load than all of this
 if TYPE_CHECKING:
     from mbcap_watch.bridge.host import apply_snapshot
     from mbcap_watch.bridge.run import persist_once, run
     from mbcap_watch.bridge.stream import Results, watch
+    from mbcap_watch.bridge.trigger import Trigger
+    from mbcap_watch.errors import (
+        DatabaseBusy,
+        DatabaseError,
+        DatabaseFailed,
+        DatabaseMissing,
+        EventLoopError,
+        ForeignWal,
+        MbcapWatchError,
+        SchemaMissing,
+        SettingsError,
+        SnapshotError,
+        SnapshotMalformed,
+        SnapshotNotFound,
+        SnapshotNotPublished,
+        SnapshotRefused,
+        SnapshotUnreadable,
+        TransactionOpen,
+    )
+    from mbcap_watch.results import PersistResult, Timings, WatchState
+    from mbcap_watch.settings import Settings
+    from mbcap_watch.snapshot.files import (
+        Entry,
+        Snapshot,
+        ensure_snapshot_dir,
+        read_snapshot,
+        snapshot_dir,
+        snapshot_path,
+        write_snapshot,
+    )
 
 __version__ = "0.1.0"
 
@@ -54,6 +50,7 @@ __all__ = [
     "DatabaseMissing",
     "Entry",
     "EventLoopError",
+    "ForeignWal",
     "MbcapWatchError",
     "PersistResult",
     "Results",
@@ -82,20 +79,34 @@ __all__ = [
     "write_snapshot",
 ]
 
-_LAZY = {
-    "Results": "mbcap_watch.bridge.stream",
-    "apply_snapshot": "mbcap_watch.bridge.host",
-    "persist_once": "mbcap_watch.bridge.run",
-    "run": "mbcap_watch.bridge.run",
-    "watch": "mbcap_watch.bridge.stream",
-}
+_MODULES = {
+    "bridge.host": ["apply_snapshot"],
+    "results": ["PersistResult", "Timings", "WatchState"],
+    "bridge.run": ["persist_once", "run"],
+    "settings": ["Settings"],
+    "snapshot.files": [
+        *("Entry", "Snapshot", "ensure_snapshot_dir", "read_snapshot"),
+        *("snapshot_dir", "snapshot_path", "write_snapshot"),
+    ],
+    "bridge.stream": ["Results", "watch"],
+    "bridge.trigger": ["Trigger"],
+}  # all others are errors
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-
-def __getattr__(name: str) -> Any:  # PEP 562
-    if name not in _LAZY:
+def __getattr__(name: str) -> object:  # PEP 562
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    import importlib  # noqa: PLC0415
+    import logging  # noqa: PLC0415
+
+    logger = logging.getLogger(__name__)
+    if not logger.handlers:  # a library is silent until its host configures logging
+        logger.addHandler(logging.NullHandler())
+    home = next((module for module, names in _MODULES.items() if name in names), "errors")
+    value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

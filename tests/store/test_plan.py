@@ -148,7 +148,7 @@ def applied(listed: list[Entry], table: Table, downgrade: Downgrade) -> Table:
     """Plan, and do it; every change has to fit the row that it names."""
     result = dict(table)
     for change in changes_of(listed, table, downgrade):
-        assert rows_of(table)[change.rowid].public_key == change.public_key
+        assert rows_of(table)[int(change.row)].public_key == change.public_key
         assert result[change.public_key] == change.before
         result[change.public_key] = change.after
     return result

@@ -357,6 +357,20 @@ def test_no_descriptor_is_left_for_the_observer(tmp_path: Path, spare: int) -> N
     assert outcomes.strip() == ("{'armed'}" if spare >= 4 else "{'Too many open files'}"), done
 
 
+def test_no_descriptor_is_inherited_over_exec(tmp_path: Path) -> None:
+    script = "import os; print(*(os.readlink(f.path) for f in os.scandir('/proc/self/fd')))"
+    command = [sys.executable, "-c", script]
+    before = set(open_descriptors().values())
+    watch = InotifyWatch(tmp_path, lambda: None)
+    try:
+        opened = set(open_descriptors().values()) - before
+        done = subprocess.run(command, close_fds=False, capture_output=True, text=True, check=True)
+    finally:
+        watch.close()
+    assert "anon_inode:inotify" in opened
+    assert not opened & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("spare", range(4))
 def test_without_threads_nothing_is_left_behind(
     tmp_path: Path, few_threads: Callable[[int], None], spare: int

@@ -6,18 +6,18 @@ import dataclasses
 import sqlite3
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mbcap_watch.bridge.report import describe
 from mbcap_watch.bridge.thread import in_daemon_thread, require_asyncio, run_to_completion
-from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
+from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, TransactionOpen
 from mbcap_watch.store import plan
 from mbcap_watch.store.errors import as_database_errors, refuses_rows
 from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.steps import CHANGES, Query, Write, Written, run_steps
+from mbcap_watch.store.steps import CHANGES, Query, Write, Written, read_page, run_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
 
     import aiosqlite
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from mbcap_watch.results import PersistResult
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.snapshot.codec import Snapshot
+
+
+T = TypeVar("T")
+
+_HOSTS: Final = "the host's connection"
+_HALF_READ: Final = (
+    "has a cursor that was neither read to its end nor closed, and sees the database as it was when"
+    " that began; nothing newer can be written through it (SQLITE_BUSY_SNAPSHOT)"
+)
 
 
 async def apply_snapshot(
@@ -62,7 +71,10 @@ async def apply_snapshot(
     started = time.perf_counter()
     tally = Tally()
     access = _HostConnection(connection, lock, tally)
-    desired = await in_daemon_thread(plan.desired_state, snapshot.entries)
+    try:
+        desired = await in_daemon_thread(plan.desired_state, snapshot.entries)
+    except BlockingIOError:  # without a thread, the host's loop waits for some milliseconds
+        desired = plan.desired_state(snapshot.entries)
     error: DatabaseError | None = None
     database = Path("the host's database")
     steps = reconcile(database, desired.values, tally, batch_rows=batch_rows, downgrade=downgrade)
@@ -94,16 +106,27 @@ class _HostConnection:
 
     async def query(self, step: Query) -> list[Any]:
         """Return all rows, as plain tuples whatever the host's row factory."""
-        async with self._lock:
-            self._require_idle()
-            return await run_to_completion(self._fetch(step.sql, step.parameters))
+        if step.is_page:
+            return await self._alone(read_page(self._fetch, step))
+        return await self._alone(self._fetch(step.sql, step.parameters))
 
     async def write(self, step: Write) -> Written:
         """Write a batch. The wait for the lock counts as part of the hold: SQLite waits inside."""
-        sql, parameters = step.statement()
-        async with self._lock:
-            self._require_idle()
-            return await run_to_completion(self._execute(sql, parameters))
+        return await self._alone(self._execute(*step.statement()))
+
+    async def _alone(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end, holding the host's lock."""
+        try:
+            async with self._lock:
+                self._require_idle()
+                return await run_to_completion(work)
+        except sqlite3.OperationalError as exc:
+            # The extended code: what is masked off tells this from a lock of somebody else's.
+            if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_BUSY_SNAPSHOT:
+                raise
+            raise DatabaseBusy(_HOSTS, _HALF_READ) from exc
+        finally:
+            work.close()  # of no effect once it has ended
 
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         async with self._connection.cursor() as cursor:
@@ -116,7 +139,7 @@ class _HostConnection:
         try:
             # One statement, and so one transaction: nothing is begun that could be left open.
             await (await self._connection.execute(sql, parameters)).close()
-        except sqlite3.Error as exc:
+        except (sqlite3.Error, UnicodeDecodeError) as exc:
             if not refuses_rows(exc):
                 raise
             error = exc.with_traceback(None)
@@ -127,9 +150,9 @@ class _HostConnection:
     def _require_idle(self) -> None:
         if self._connection.in_transaction:
             raise TransactionOpen(
-                "the host's connection",
+                _HOSTS,
                 "is in a transaction; hold the lock until it has ended, and do not use"
                 " autocommit=False, which is in one all the time",
             )
         if self._connection.text_factory is not str:
-            raise DatabaseFailed("the host's connection", "has a text_factory that is not str")
+            raise DatabaseFailed(_HOSTS, "has a text_factory that is not str")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -12,6 +13,7 @@ from mbcap_watch.bridge.sync import Syncer
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
+    ForeignWal,
     SnapshotError,
     SnapshotMalformed,
     SnapshotUnreadable,
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 # The first pause before something is tried again, and the longest while the database is busy.
 _FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 1.0
+LONGEST_PAUSE: Final = 1.0
+
+# Asking whose the `-wal` is takes no lock and reads nothing.
+_WAL_PAUSE: Final = 1.0
 
 
 class Bridge:
@@ -99,12 +104,15 @@ class Bridge:
         scheduler, watch = self._scheduler, self._watch
         unnoticed = reason == "sweep" and not scheduler.pending and not watch.polling
         scheduler.begin(reason, time.monotonic())
-        if reason in ("start", "sweep") or watch.awaits_directory:
-            watch.refresh()
+        refresh = reason in ("start", "sweep") or watch.awaits_directory
         only_if_changed = reason in ("poll", "sweep") or (
             reason == "retry" and isinstance(self._error, SnapshotError)
         )
-        report = await self._syncer.sync(reason, only_if_changed=only_if_changed)
+        report = await self._syncer.sync(
+            reason,
+            first=watch.refresh if refresh else lambda: None,
+            only_if_changed=only_if_changed,
+        )
         self._error = report.error
         watch.update(
             last_sync=time.time(),
@@ -127,10 +135,11 @@ class Bridge:
             self._attempt = 0
         error, growth = report.error, 2.0 ** min(self._attempt, 20)
         self._attempt += 1
-        if isinstance(error, DatabaseBusy):
+        if isinstance(error, DatabaseBusy) or report.owes_checkpoint:
             return busy_pause(growth)
         if isinstance(error, DatabaseError):
-            return self._settings.sweep_interval
+            pause = _WAL_PAUSE if isinstance(error, ForeignWal) else math.inf
+            return min(pause, self._settings.sweep_interval)
         if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
             # A torn file is repaired without a rename. The pauses grow until the sweep, or the
             # poll, is soon enough.
@@ -161,4 +170,4 @@ class Bridge:
 
 def busy_pause(growth: float) -> float:
     """Return a growing pause with jitter, so that two waiters do not meet again and again."""
-    return min(_LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)
+    return min(LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)

@@ -1,25 +1,35 @@
-"""The result of a sync, put together for people and programs. Pure."""
+"""The result of a sync, put together for people and programs, and errors nobody foresaw."""
 
 from __future__ import annotations
 
+import logging
+import traceback
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
+    DatabaseFailed,
     DatabaseMissing,
+    ForeignWal,
     SchemaMissing,
     SnapshotError,
     SnapshotMalformed,
     SnapshotNotFound,
     SnapshotRefused,
+    SnapshotUnreadable,
     printable,
 )
 from mbcap_watch.results import Outcome, PersistResult, Reason
+from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
 from mbcap_watch.store import plan
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mbcap_watch.store.reconcile import Tally
+
+logger = logging.getLogger("mbcap_watch")
 
 
 def describe(
@@ -58,6 +68,7 @@ _OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
     (SnapshotRefused, "refused"),
     (DatabaseMissing, "database_missing"),
     (SchemaMissing, "schema_missing"),
+    (ForeignWal, "foreign_wal"),
     (DatabaseBusy, "busy"),
 )
 
@@ -80,3 +91,28 @@ def _error_text(tally: Tally, error: SnapshotError | DatabaseError | None) -> st
         others = f" and {len(tally.failed) - 1} more" if len(tally.failed) > 1 else ""
         return printable(f"{table}: the row {key!r}{others} could not be written: {why}")
     return tally.waiting
+
+
+class Unforeseen:
+    """Names errors that nobody foresaw; logs where one came from, once for each place."""
+
+    def __init__(self) -> None:
+        self._logged: set[tuple[object, ...]] = set()
+
+    def in_database(self, database: Path, error: Exception) -> DatabaseFailed:
+        """Return the error as one of the database."""
+        text = f"could not be compared or written: {self._name(error)}"
+        return DatabaseFailed(database, text, "limit" if isinstance(error, MemoryError) else None)
+
+    def in_snapshot(self, directory: Path, error: Exception) -> SnapshotUnreadable:
+        """Return the error as one of the snapshot."""
+        text = f"could not be read: {self._name(error)}"
+        return SnapshotUnreadable(directory / SNAPSHOT_NAME, text)
+
+    def _name(self, error: Exception) -> str:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        identity = (type(error), place.filename, place.lineno)
+        if identity not in self._logged:
+            self._logged.add(identity)
+            logger.error("an unforeseen error; please report it", exc_info=error)
+        return f"{type(error).__name__}: {error}".removesuffix(": ")

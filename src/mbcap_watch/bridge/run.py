@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio
 
 from mbcap_watch.bridge.border import DEFAULT_BUFFER, Border
-from mbcap_watch.bridge.loop import Bridge, busy_pause
+from mbcap_watch.bridge.loop import LONGEST_PAUSE, Bridge, busy_pause
 from mbcap_watch.bridge.report import describe
-from mbcap_watch.bridge.sync import Syncer, preview
+from mbcap_watch.bridge.sync import Syncer
 from mbcap_watch.bridge.thread import BridgeThread
 from mbcap_watch.bridge.trigger import Trigger
 from mbcap_watch.errors import DatabaseFailed
@@ -33,11 +34,16 @@ OnState: TypeAlias = "Callable[[WatchState], Any]"
 OnTimings: TypeAlias = "Callable[[Timings], Any]"
 T = TypeVar("T")
 
+logger = logging.getLogger("mbcap_watch")
+
 
 async def persist_once(
     settings: Settings, *, on_progress: OnProgress | None = None
 ) -> PersistResult:
-    """Sync once: read the snapshot and apply it. Tries a busy database until `busy_deadline`.
+    """Sync once: read the snapshot and apply it.
+
+    Tries a busy database until `busy_deadline`, and waits as long as `wal_grace` says for a `-wal`
+    that was left behind.
 
     Never raises for the state of the files: the result's `outcome` and `error` tell.
 
@@ -68,9 +74,10 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
         EventLoopError: no asyncio or trio runs here.
 
     """
+    syncer = Syncer(settings)
 
     async def compare() -> tuple[PersistResult, list[tuple[str, Change]]]:
-        return preview(settings)
+        return syncer.preview()
 
     result, changes = await _until_not_busy(settings, compare)
     return result, changes or []
@@ -80,12 +87,19 @@ async def _until_not_busy(
     settings: Settings, sync: Callable[[], Awaitable[tuple[PersistResult, T]]]
 ) -> tuple[PersistResult, T | None]:
     async def repeat() -> tuple[PersistResult, T]:
-        deadline, attempt = time.monotonic() + settings.busy_deadline, 0
+        started, attempt, waiting = time.monotonic(), 0, False
         while True:
             answer = await sync()
-            pause = busy_pause(2.0 ** min(attempt, 10))
-            if answer[0].outcome != "busy" or time.monotonic() + pause > deadline:
+            result, pause = answer[0], busy_pause(2.0 ** min(attempt, 10))
+            patience = settings.busy_deadline
+            if result.cause == "wal_left_behind":
+                patience += settings.wal_grace + LONGEST_PAUSE
+            spent = time.monotonic() + pause - started
+            if result.outcome not in ("busy", "foreign_wal") or spent > patience:
                 return answer
+            if result.outcome == "foreign_wal" and not waiting:
+                waiting = True
+                logger.warning("waiting: %s", result.error)
             await anyio.sleep(pause)
             attempt += 1
 
@@ -132,7 +146,9 @@ async def run(
 
     """
     service = Service(settings)
-    await service.start(on_result)
+    while (result := service.start()) is not None:
+        await _call(on_result, result)
+        await service.pause()
     border, thread, started = service.border, service.thread, False
     async with thread:
         with (trigger or Trigger()).connected(service.sync_now):
@@ -161,16 +177,17 @@ class Service:
         self._bridge = Bridge(settings, self.border, self.thread.call)
         self.sync_now = self._bridge.sync_now
 
-    async def start(self, on_result: OnResult | None = None) -> None:
-        """Start it; while there is no thread or no descriptor for it, say so and try again."""
-        while True:
-            try:
-                self.thread.start()
-            except OSError as exc:
-                await _call(on_result, out_of_resources(self._settings, "start", exc))
-                await anyio.sleep(self._settings.sweep_interval)
-            else:
-                return
+    def start(self) -> PersistResult | None:
+        """Start it; return what to report if there is no thread or no descriptor for it now."""
+        try:
+            self.thread.start()
+        except OSError as exc:
+            return out_of_resources(self._settings, "start", exc)
+        return None
+
+    async def pause(self) -> None:
+        """Wait before it is started again."""
+        await anyio.sleep(self._settings.sweep_interval)
 
     async def _run(self) -> NoReturn:
         await self._bridge.run()

@@ -43,6 +43,7 @@ class Results:
         self._settings = settings
         self._buffer = buffer
         self._service: Service | None = None
+        self._not_started: PersistResult | None = None
 
     @property
     def dropped(self) -> int:
@@ -61,7 +62,9 @@ class Results:
 
     async def __aenter__(self) -> Self:
         self._service = service = Service(self._settings, self._buffer)
-        await service.start()
+        self._not_started = service.start()
+        if self._not_started is not None:
+            return self
         try:
             # The first sync is done, or may never be.
             while self.state.last_sync is None and self.state.stuck_since is None:
@@ -88,6 +91,9 @@ class Results:
     async def __anext__(self) -> PersistResult:
         """Return the next result, in order.
 
+        While the machine has no thread for the bridge, that is the result, and asking for the next
+        one tries again.
+
         Raises:
             StopAsyncIteration: the context was left.
 
@@ -95,6 +101,14 @@ class Results:
         if self._service is None:
             raise StopAsyncIteration
         border, thread = self._service.border, self._service.thread
+        while not thread.started:
+            if thread.stopped:
+                raise StopAsyncIteration
+            if self._not_started is not None:
+                result, self._not_started = self._not_started, None
+                return result
+            await self._service.pause()
+            self._not_started = self._service.start()
         while True:
             report = border.take()
             if report is not None and report.result is not None:

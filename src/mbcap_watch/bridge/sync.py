@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, load
-from mbcap_watch.bridge.report import describe
+from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
 from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan
-from mbcap_watch.store.connection import open_database, open_plainly
-from mbcap_watch.store.errors import as_database_errors
+from mbcap_watch.store.connection import open_database
+from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import preview_steps, run_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from mbcap_watch.settings import Settings
+    from mbcap_watch.store.steps import Steps
 
 OnProgress: TypeAlias = "Callable[[int, int], object]"
 
@@ -29,6 +33,10 @@ KEPT_ENTRIES: Final = 20_000
 
 # If more than one entry in so many is new, looking them up first saves nothing.
 DELTA_SHARE: Final = 4
+
+# Keys that are looked up where the database's files changed, to see whether it was overwritten by
+# a backup in place. A full comparison each time would cost what the resync does.
+SPOT_CHECKED: Final = 50
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +48,7 @@ class SyncReport:
         timings: None if the database was not compared.
         is_new: whether the snapshot is another than that of the sync before.
         error: what stands in the way of the files being served; None if nothing does.
+        owes_checkpoint: whether another sync must empty the `-wal` that this one filled.
 
     """
 
@@ -47,6 +56,7 @@ class SyncReport:
     timings: Timings | None = None
     is_new: bool = False
     error: SnapshotError | DatabaseError | None = None
+    owes_checkpoint: bool = False
 
     @property
     def compared(self) -> bool:
@@ -73,13 +83,24 @@ class Syncer:
         self._settings = settings
         self._alive = alive
         self._on_progress = on_progress
+        self._unforeseen = Unforeseen()
         self._seen: Fingerprint | None = None
         self._error: SnapshotError | DatabaseError | None = None
         self._busy: _Attempt | None = None
+        self._owes_checkpoint = False
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._applied: dict[str, plan.Value] | None = None
+        # What the last comparison left: some of the rows, and the files.
+        self._sample: dict[str, plan.Value] = {}
+        self._stamp: tuple[object, ...] = ()
 
-    async def sync(self, reason: Reason, *, only_if_changed: bool = False) -> SyncReport:
+    async def sync(
+        self,
+        reason: Reason,
+        *,
+        first: Callable[[], None] = lambda: None,
+        only_if_changed: bool = False,
+    ) -> SyncReport:
         """Sync once.
 
         After `busy`, the next sync goes on where this one stopped, and its result counts the work
@@ -87,16 +108,20 @@ class Syncer:
 
         Args:
             reason: for the sync.
+            first: what to do before.
             only_if_changed: whether to do nothing if the files are those of the sync before.
 
         """
-        attempt = self._busy or _Attempt(Tally(), time.perf_counter())
+        tally = Tally(owes_checkpoint=self._owes_checkpoint)
+        attempt = self._busy or _Attempt(tally, time.perf_counter())
         self._alive()
         before = self._seen
-        loaded = load(self._settings, before if only_if_changed else None, self._alive)
+        loaded = self._load(before if only_if_changed else None, first)
+        if only_if_changed and loaded.fingerprint == before:
+            if reason != "sweep" or not self._was_overwritten():
+                return SyncReport(result=None, error=self._error)
+            loaded = self._load()
         now = self._seen = loaded.fingerprint
-        if only_if_changed and now == before:
-            return SyncReport(result=None, error=self._error)
         is_new = before is None or before.snapshot != now.snapshot
         self._behind |= is_new
         error: SnapshotError | DatabaseError | None = loaded.error
@@ -107,42 +132,126 @@ class Syncer:
                 timings = self._timings(loaded, attempt.tally)
                 self._behind = False
         self._error = error
+        self._owes_checkpoint = attempt.tally.owes_checkpoint
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
-        result = _describe(reason, loaded, attempt, error)
-        return SyncReport(result=result, timings=timings, is_new=is_new, error=error)
+        return SyncReport(
+            result=_describe(reason, loaded, attempt, error),
+            timings=timings,
+            is_new=is_new,
+            error=error,
+            owes_checkpoint=self._owes_checkpoint,
+        )
+
+    def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
+        """Return what a sync would report and the changes it would make; make none. Blocks."""
+        attempt = _Attempt(Tally(), time.perf_counter())
+        loaded = self._load()
+        error: SnapshotError | DatabaseError | None = loaded.error
+        changes: list[tuple[str, plan.Change]] = []
+        if loaded.desired is not None:
+            try:
+                changes = self._differences(loaded.desired.values, attempt.tally)
+            except Exception as exc:  # noqa: BLE001 - see `_failed`
+                error = self._failed(exc)
+        return _describe("once", loaded, attempt, error), changes
+
+    def _load(
+        self, known: Fingerprint | None = None, first: Callable[[], None] = lambda: None
+    ) -> LoadedSnapshot:
+        try:
+            first()
+            return load(self._settings, known, self._alive)
+        except Exception as exc:  # noqa: BLE001 - see `_failed`
+            error = self._unforeseen.in_snapshot(self._settings.snapshot_dir, exc)
+        return LoadedSnapshot(Fingerprint(hash((type(error), str(error))), None), error=error)
 
     async def _apply(self, values: dict[str, plan.Value], tally: Tally) -> DatabaseError | None:
         """Make the rows what `values` says; return what went wrong."""
-        settings = self._settings
+        path = self._settings.database
 
         def get_on() -> None:
             self._alive()
             if self._on_progress is not None:
                 self._on_progress(min(tally.matched.total(), tally.wanted), tally.wanted)
 
-        steps = reconcile(
+        try:
+            async with open_database(path, tally, self._grace()) as database:
+                await run_steps(self._steps(values, tally, self._delta(values)), database, get_on)
+        except Exception as exc:  # noqa: BLE001 - see `_failed`
+            return self._failed(exc)
+        self._applied = values if len(values) <= KEPT_ENTRIES else None
+        refused = {key for _, key in tally.failed}
+        keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
+        self._sample = {key: values[key] for key in keys if key not in refused}
+        self._stamp = _stamp(path)
+        return None
+
+    def _steps(
+        self,
+        values: dict[str, plan.Value],
+        tally: Tally,
+        delta: dict[str, plan.Value] | None = None,
+    ) -> Steps:
+        settings = self._settings
+        return reconcile(
             settings.database,
             values,
             tally,
-            delta=self._delta(values),
+            delta=delta,
             batch_rows=settings.batch_rows,
             downgrade=settings.downgrade,
         )
-        try:
-            async with open_database(settings.database, tally) as database:
-                await run_steps(steps, database, get_on)
-        except DatabaseError as exc:
-            return _kept(exc)
-        except MemoryError:
-            return _short_of(settings, "out of memory")
-        self._applied = values if len(values) <= KEPT_ENTRIES else None
-        return None
+
+    def _differences(
+        self, values: dict[str, plan.Value], tally: Tally
+    ) -> list[tuple[str, plan.Change]]:
+        with open_to_read(self._settings.database, self._settings.wal_grace) as (connection, _):
+            return preview_steps(self._steps(values, tally), connection)
 
     def _delta(self, values: dict[str, plan.Value]) -> dict[str, plan.Value] | None:
         if self._applied is None:
             return None
         delta = plan.delta(self._applied, values)
         return delta if len(delta) * DELTA_SHARE <= len(values) else None
+
+    def _grace(self) -> float:
+        """Return how long a `-wal` is left alone; what the last sync left there, it may take up."""
+        ours = self._owes_checkpoint and _stamp(self._settings.database) == self._stamp
+        return 0.0 if ours else self._settings.wal_grace
+
+    def _was_overwritten(self) -> bool:
+        """Whether the database is not what the last sync left, by a few keys chosen at random.
+
+        Its inode tells of a file that was moved into place, but not of one that was copied over
+        it. Asked only where the files changed, as they do with every packet.
+        """
+        stamp = _stamp(self._settings.database)
+        if stamp == self._stamp or not self._sample:
+            return False
+        try:
+            differs = bool(self._differences(self._sample, Tally()))
+        except DatabaseBusy:
+            return False  # the next sweep asks again
+        except Exception:  # noqa: BLE001 - a full sync says what it is
+            return True
+        if not differs:
+            self._stamp = stamp
+        return differs
+
+    def _failed(self, error: Exception) -> DatabaseError:
+        """Return any error as one of the database; none may end the bridge.
+
+        It is kept until the next sync, and so without its frames, which hold the whole snapshot.
+        """
+        if isinstance(error, DatabaseError):
+            failed = error
+        elif isinstance(error, OSError):
+            text = f"cannot be opened now: {error.strerror or error}"
+            failed = DatabaseFailed(self._settings.database, text, "limit")
+        else:
+            failed = self._unforeseen.in_database(self._settings.database, error)
+        failed.__cause__ = failed.__context__ = None
+        return failed.with_traceback(None)
 
     def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:
         lag = None
@@ -154,33 +263,6 @@ class Syncer:
             waits=tuple(tally.waits),
             holds=tuple(tally.holds),
         )
-
-
-def preview(settings: Settings) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
-    """Return what a sync would report and, by table, the changes it would make; make none. Blocks.
-
-    Takes no lock and writes nothing.
-    """
-    attempt = _Attempt(Tally(), time.perf_counter())
-    loaded = load(settings)
-    error: SnapshotError | DatabaseError | None = loaded.error
-    changes: list[tuple[str, plan.Change]] = []
-    if loaded.desired is not None:
-        steps = reconcile(
-            settings.database,
-            loaded.desired.values,
-            attempt.tally,
-            batch_rows=settings.batch_rows,
-            downgrade=settings.downgrade,
-        )
-        try:
-            with as_database_errors(settings.database), open_plainly(settings.database) as database:
-                changes = preview_steps(steps, database)
-        except DatabaseError as exc:
-            error = _kept(exc)
-        except (OSError, MemoryError) as exc:
-            error = _short_of(settings, getattr(exc, "strerror", None) or "out of memory")
-    return _describe("once", loaded, attempt, error), changes
 
 
 class _Attempt(NamedTuple):
@@ -204,11 +286,14 @@ def _describe(
     return result
 
 
-def _kept(error: DatabaseError) -> DatabaseError:
-    """Return the error without its frames, which would keep the whole snapshot alive."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+def _stamp(database: Path) -> tuple[object, ...]:
+    """Return what changes whenever somebody writes to the database or its `-wal`."""
+    return tuple(_stamp_of(path) for path in (os.fspath(database), f"{database}-wal"))
 
 
-def _short_of(settings: Settings, what: str) -> DatabaseFailed:
-    return DatabaseFailed(settings.database, f"cannot be opened now: {what}", "limit")
+def _stamp_of(path: str) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

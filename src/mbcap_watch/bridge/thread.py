@@ -72,7 +72,12 @@ class DaemonThread(Generic[T]):
         self._function = function
         self._result: T | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a thread."""
+        return self._thread is not None
 
     def start(self) -> None:
         """Start the thread.
@@ -81,15 +86,22 @@ class DaemonThread(Generic[T]):
             OSError: EAGAIN, there can be no more threads.
 
         """
+        thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError as exc:
             raise no_thread() from exc
+        self._thread = thread
+
+    def join(self) -> None:
+        """Wait for the last moments of a thread that has told of its end."""
+        if self._thread is not None and self.ended.is_set():
+            self._thread.join()
 
     async def outcome(self) -> T:
         """Wait for the end; return what the function has returned, or raise what it has raised."""
         await self.ended.wait()
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]  # it is a T: there was no error
@@ -175,11 +187,10 @@ class BridgeThread(DaemonThread[T]):
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-        if exc_type is GeneratorExit:
+        if exc_type is GeneratorExit or not self.started:
             return  # a coroutine that is being closed may not wait
         await wait_shielded(self.ended, LEAVE_SECONDS)
-        if self.ended.is_set():
-            self._thread.join()
+        self.join()
 
     def _run_loop(self) -> T:
         options = {"loop_factory": lambda: self._loop}

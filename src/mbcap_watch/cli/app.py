@@ -68,6 +68,7 @@ def run(
     max_wait: options.MaxWait = None,
     batch_rows: options.BatchRows = None,
     busy_deadline: options.BusyDeadline = None,
+    wal_grace: options.WalGrace = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
     ack: options.Ack = None,
@@ -79,8 +80,8 @@ def run(
     Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
     with exit code 0 within 5 seconds of a signal.
     """
-    stop = Stop()  # before anything else: from here on a signal ends it cleanly
-    daemon.serve(_configure(context), stop, as_json=json)
+    stop = Stop()  # first: until here a signal ends the process at once (__main__)
+    daemon.serve(_load(context), stop, as_json=json)
 
 
 @app.command(epilog=manual.APPLY)
@@ -103,6 +104,7 @@ def apply(
     max_wait: options.MaxWait = None,
     batch_rows: options.BatchRows = None,
     busy_deadline: options.BusyDeadline = None,
+    wal_grace: options.WalGrace = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
 ) -> None:
@@ -198,8 +200,12 @@ def demo_command(
 inspection.register(app)
 
 
+def _load(context: typer.Context) -> config.Config:
+    return config.load(context.params, os.environ, context.params.get("config_file"))
+
+
 def _configure(context: typer.Context) -> config.Config:
-    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    loaded = _load(context)
     logs.configure(loaded.log_level, loaded.log_format)
     return loaded
 

@@ -5,39 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import random
 import sqlite3
-import stat
 import threading
 import time
-import traceback
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import quote
 
 import aiosqlite
 import anyio
-import msgspec
 
-from mbcap_watch.errors import DatabaseFailed, DatabaseMissing
-from mbcap_watch.limits import require_descriptors
-from mbcap_watch.store.errors import as_database_errors, is_busy, primary_code, refuses_rows
-from mbcap_watch.store.native import CHECKPOINT, Connection
-from mbcap_watch.store.steps import CHANGES, Written
+from mbcap_watch.errors import DatabaseFailed
+from mbcap_watch.limits import no_thread, require_descriptors
+from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
+from mbcap_watch.store.native import CHECKPOINT, Connection, file_identity
+from mbcap_watch.store.steps import CHANGES, Written, read_page
+from mbcap_watch.store.wal import HAS_RESET_BUG
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
-    from mbcap_watch.errors import Cause
     from mbcap_watch.store.reconcile import Tally
     from mbcap_watch.store.steps import Query, Write
 
 T = TypeVar("T")
-
-# UPDATE … FROM (https://www.sqlite.org/lang_update.html).
-LEAST_SQLITE: Final = (3, 33)
 
 # The pauses between attempts while another connection has the lock, less a random part, and how
 # long they go on. More patience is the caller's.
@@ -54,9 +45,6 @@ _LARGE_BATCH: Final = 100  # rows; what is smaller is in nobody's way
 
 # The database, its -wal and its -shm.
 _DESCRIPTORS: Final = 3
-
-_TEXT: Final = partial(str, encoding="utf-8", errors="surrogateescape")
-_page_decoder = msgspec.json.Decoder(list[tuple[int, Any, Any, Any]])
 
 
 class Database:
@@ -82,7 +70,9 @@ class Database:
 
     async def query(self, step: Query) -> list[Any]:
         """Return all rows at once: a cursor that is not read to its end pins the WAL."""
-        return await when_free(lambda: self._read(step))
+        if step.is_page:
+            return await when_free(lambda: read_page(self._fetch, step))
+        return await when_free(lambda: self._fetch(step.sql, step.parameters))
 
     async def write(self, step: Write) -> Written:
         """Write a batch; what refuses single rows is returned, other errors are raised."""
@@ -103,7 +93,8 @@ class Database:
         self._tally.holds.append(hold)
         self._tally.committed_at = time.time()
         self._unchecked += written.rows
-        if self._unchecked >= CHECKPOINT_ROWS:
+        # Two checkpoints at a time are what brings out the WAL-reset bug.
+        if self._unchecked >= CHECKPOINT_ROWS and not HAS_RESET_BUG:
             self._unchecked = 0
             with contextlib.suppress(sqlite3.Error), anyio.CancelScope(shield=True):
                 await self._connection.execute_fetchall(CHECKPOINT)
@@ -118,23 +109,11 @@ class Database:
             DatabaseMissing, DatabaseFailed: there is another file now, or none.
 
         """
-        if _identity(self._path) != self._identity:
+        if file_identity(self._path) != self._identity:
             raise DatabaseFailed(self._path, "was replaced while it was being written")
 
-    async def _read(self, step: Query) -> list[Any]:
-        if step.pages and self._reads_text:
-            try:
-                [[text]] = await self._connection.execute_fetchall(step.as_text(), step.parameters)
-                return _page_decoder.decode(text)
-            except (sqlite3.OperationalError, msgspec.DecodeError) as exc:
-                if isinstance(exc, sqlite3.Error) and primary_code(exc) not in _NO_JSON:
-                    raise
-                # Text that is not UTF-8, or a BLOB. The frames of the failed call hold a cursor
-                # in the middle of its rows, which would pin the WAL.
-                traceback.clear_frames(exc.__traceback__)
-            self._reads_text = False
-            self._connection.text_factory = _TEXT
-        return list(await self._connection.execute_fetchall(step.sql, step.parameters))
+    async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        return list(await self._connection.execute_fetchall(sql, parameters))
 
     async def _execute(self, sql: str, parameters: list[Any]) -> Written:
         # Both are queued at once: beside a busy host, each turn of a thread takes milliseconds.
@@ -148,14 +127,11 @@ class Database:
         [(rows,)] = counted
         if not isinstance(done, BaseException):
             return Written(rows)
-        if isinstance(done, sqlite3.Error) and refuses_rows(done):
+        if isinstance(done, (sqlite3.Error, UnicodeDecodeError)) and refuses_rows(done):
             # SQLite counts what a statement has done before RAISE(FAIL), and nothing if it was
             # undone.
             return Written(rows, done.with_traceback(None))
         raise done
-
-
-_NO_JSON: Final = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG)
 
 
 async def when_free(call: Callable[[], Awaitable[T]]) -> T:
@@ -181,21 +157,23 @@ async def when_free(call: Callable[[], Awaitable[T]]) -> T:
 
 
 @contextlib.asynccontextmanager
-async def open_database(path: Path, tally: Tally) -> AsyncIterator[Database]:
+async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator[Database]:
     """Open read-write, without ever creating the file.
 
+    Args:
+        path: of the database.
+        tally: is told of waits and holds, and whether a checkpoint is owed at the end.
+        grace: as `wal.require_own_wal`.
+
     Raises:
-        DatabaseMissing, DatabaseBusy, DatabaseFailed: on the way in, or out of the block, as
-            which SQLite's own errors leave it.
+        DatabaseMissing, ForeignWal, DatabaseBusy, DatabaseFailed: on the way in, or out of the
+            block, as which SQLite's own errors leave it.
 
     """
     with as_database_errors(path):
-        identity = _identity(path)
-        try:
-            require_descriptors(_DESCRIPTORS)
-        except OSError as exc:
-            raise DatabaseFailed(path, f"cannot be opened now: {exc.strerror}", "limit") from exc
-        connection = await when_free(lambda: _connect(path))
+        identity = file_identity(path)
+        require_descriptors(_DESCRIPTORS)
+        opened, connection = await when_free(lambda: _connect(path, grace, tally))
         try:
             database = Database(path, identity, connection, tally)
             database.require_same_file()
@@ -203,56 +181,28 @@ async def open_database(path: Path, tally: Tally) -> AsyncIterator[Database]:
         finally:
             with anyio.CancelScope(shield=True):
                 await connection.close()
+            tally.owes_checkpoint = opened.owes_checkpoint
 
 
-@contextlib.contextmanager
-def open_plainly(path: Path) -> Iterator[Connection]:
-    """Open as `open_database` does, for a thread that only reads and may block."""
-    _identity(path)
-    with contextlib.closing(Connection(path, **_options(path), timeout=BUSY_SECONDS)) as connection:
-        connection.text_factory = _TEXT
-        yield connection
-
-
-def _options(path: Path) -> dict[str, Any]:
-    if sqlite3.sqlite_version_info < LEAST_SQLITE:
-        text = f"needs SQLite {'.'.join(map(str, LEAST_SQLITE))}"
-        raise DatabaseFailed(path, f"{text} or newer, and Python has {sqlite3.sqlite_version}")
-    return {
-        "database": f"file://{quote(os.fsencode(path))}?mode=rw",  # https://sqlite.org/uri.html
-        "uri": True,
-        "isolation_level": None,
-    }
-
-
-async def _connect(path: Path) -> aiosqlite.Connection:
+async def _connect(
+    path: Path, grace: float, tally: Tally
+) -> tuple[Connection, aiosqlite.Connection]:
+    opened: list[Connection] = []
     threads: list[threading.Thread] = []
 
-    def factory(*args: Any, **kwargs: Any) -> Connection:
+    def factory(*_: Any, **__: Any) -> Connection:
         threads.append(threading.current_thread())
-        return Connection(path, *args, **kwargs)
+        opened.append(Connection(path, grace, owes_checkpoint=tally.owes_checkpoint))
+        return opened[0]
 
-    connection = aiosqlite.connect(**_options(path), timeout=0, factory=factory)
+    connection = aiosqlite.connect(path, factory=factory)
     try:
-        return await connection
+        await connection
     except RuntimeError as exc:
-        raise DatabaseFailed(path, f"no thread for its connection: {exc}", "limit") from exc
+        raise no_thread() from exc
     except BaseException:
         # aiosqlite does not wait for the thread of a connection that failed.
         for thread in threads:
             thread.join()
         raise
-
-
-def _identity(database: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(database)
-    except (FileNotFoundError, NotADirectoryError) as exc:
-        raise DatabaseMissing(database, "does not exist") from exc
-    except OSError as exc:
-        cause: Cause = "not_permitted" if isinstance(exc, PermissionError) else "disk_error"
-        raise DatabaseFailed(database, f"cannot be reached: {exc.strerror}", cause) from exc
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a directory, " if stat.S_ISDIR(status.st_mode) else ""
-        raise DatabaseFailed(database, f"is {kind}not a regular file", "not_a_file")
-    return status.st_dev, status.st_ino
+    return opened[0], connection

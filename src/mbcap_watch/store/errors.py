@@ -32,6 +32,9 @@ def as_database_errors(database: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
     try:
         yield
+    except UnicodeDecodeError as exc:  # see `message`; none of our SQL says what is not UTF-8
+        text = f"is corrupt: its schema holds text that is not UTF-8 ({message(exc)})"
+        raise DatabaseFailed(database, text, "corrupt") from exc
     except sqlite3.Error as exc:
         if is_busy(exc):
             raise DatabaseBusy(database, "is locked by another connection") from exc
@@ -50,9 +53,21 @@ def is_busy(error: sqlite3.Error) -> bool:
     return primary_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def refuses_rows(error: sqlite3.Error) -> bool:
-    """Whether an error may be about single rows: a constraint, or what a trigger does."""
-    return hasattr(error, "sqlite_errorcode") and primary_code(error) in _ABOUT_ROWS
+def refuses_rows(error: BaseException) -> bool:
+    """Whether an error may be about single rows: a constraint, or what a trigger does or says."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in _ABOUT_ROWS or isinstance(error, UnicodeDecodeError)
+
+
+def message(error: sqlite3.Error | UnicodeDecodeError) -> str:
+    """Return what SQLite says.
+
+    Where its message quotes bytes of the database that are not UTF-8, Python fails to decode it
+    and raises UnicodeDecodeError in place of SQLite's error, whose code is lost.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode("utf-8", "backslashreplace")
+    return str(error)
 
 
 _ABOUT_ROWS: Final = frozenset(

@@ -1,38 +1,76 @@
-"""SQLite's own connection, set up for writing beside others."""
+"""SQLite's own connections: one to write beside others, and one that only reads."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sqlite3
-import sys
-from typing import TYPE_CHECKING, Any, Final
+import stat
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import quote
+
+from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
+from mbcap_watch.store import wal
+from mbcap_watch.store.errors import as_database_errors
+from mbcap_watch.store.wal import Wal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from mbcap_watch.errors import Cause
+
+# UPDATE … FROM (https://www.sqlite.org/lang_update.html).
+LEAST_SQLITE: Final = (3, 33)
 
 # Moves what was written into the database, with the lock free. A passive one holds up neither
 # readers nor writers (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint). If it fails, on a
 # full disk, say, what was committed is safe in the WAL all the same, and a later one does it.
 CHECKPOINT: Final = "PRAGMA wal_checkpoint(PASSIVE)"
 
-# A WAL that has grown to this size is due for one as well: perhaps nobody else does it. It keeps
-# its size when it is filled anew from the start, so only growth tells that it is full.
+# A WAL that has grown to this size is due for one: perhaps nobody else does it. It keeps its size
+# when it is filled anew from the start, so only growth tells that it is full.
 CHECKPOINT_BYTES: Final = 4 << 20
+
+# After which pauses emptying the WAL is tried while somebody reads from it.
+_EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
+
+# How long one that only reads waits for a lock that keeps readers out.
+_READ_SECONDS: Final = 0.1
 
 
 class Connection(sqlite3.Connection):
-    """SQLite's connection: set up when opened, and leaving the WAL in order when closed."""
+    """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
 
-    def __init__(self, path: Path, /, *args: Any, **kwargs: Any) -> None:
+    Args:
+        path: of the database.
+        grace: as `wal.require_own_wal`.
+        owes_checkpoint: whether the connection before could not empty the WAL that it filled.
+
+    Attributes:
+        owes_checkpoint: the same of this one, once it is closed.
+
+    """
+
+    def __init__(self, path: Path, grace: float, *, owes_checkpoint: bool) -> None:
+        if sqlite3.sqlite_version_info < LEAST_SQLITE:
+            text = f"needs SQLite {'.'.join(map(str, LEAST_SQLITE))} or newer"
+            raise DatabaseFailed(path, f"{text}, and Python has {sqlite3.sqlite_version}")
+        self._path = path
         self._wal = f"{os.path.realpath(path)}-wal"
-        self._wal_size = _size(self._wal)
-        super().__init__(*args, **kwargs)
-        try:
-            self._set_up()
-        except BaseException:
-            super().close()
-            raise
+        self.owes_checkpoint = owes_checkpoint
+        wal.warn_of_second_sqlite()
+        with wal.OPENING:
+            self._found = wal.require_own_wal(path, grace)
+            self._wal_size = wal.size(self._wal)
+            super().__init__(f"{_uri(path)}?mode=rw", timeout=0, isolation_level=None, uri=True)
+            try:
+                self._set_up()
+            except BaseException:
+                super().close()
+                raise
 
     def _set_up(self) -> None:
         """Do not flush to disk or checkpoint while holding the lock, where that is safe.
@@ -42,37 +80,155 @@ class Connection(sqlite3.Connection):
         start repeats them. SQLite's automatic checkpoint would come inside a COMMIT, and make the
         longest batches ten times as long. These are properties of this connection alone.
         """
-        self._leave_wal_alone(alone=self._wal_size > 0)
+        _attach(self)
         if self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
             self.execute("PRAGMA synchronous = NORMAL")
             self.execute("PRAGMA wal_autocheckpoint = 0")
 
     def close(self) -> None:
-        """Close, and leave no large WAL behind."""
+        """Close, and leave the WAL as it was found."""
         try:
-            if self.total_changes:
-                self._leave_wal_alone(alone=False)
-                size = _size(self._wal)
-                if size >= CHECKPOINT_BYTES and size > self._wal_size:
-                    with contextlib.suppress(sqlite3.Error):
-                        self.execute(CHECKPOINT)
+            self._tidy()
         finally:
+            if self._leaves_files():
+                self._close_not_as_last()
+            else:
+                super().close()
+
+    def _tidy(self) -> None:
+        """Empty the WAL if it was empty; else leave it no larger than need be."""
+        size, wrote = wal.size(self._wal), self.total_changes > 0
+        if self.owes_checkpoint or (wrote and self._found in (Wal.ABSENT, Wal.EMPTY)):
+            self.owes_checkpoint = size > 0 and not self._empty_wal()
+        elif wrote and size >= CHECKPOINT_BYTES and size > self._wal_size:
+            self._checkpoint("PASSIVE")
+
+    def _empty_wal(self) -> bool:
+        """Move what was written into the database, and cut the WAL to nothing.
+
+        What stays in it would be replayed into a backup that is put in place now. Where a reader
+        stays attached, closing alone does not do it.
+        """
+        for pause in _EMPTY_PAUSES:
+            time.sleep(pause)
+            # The first does the slow part, without the write lock; the second cuts.
+            self._checkpoint("PASSIVE")
+            self._checkpoint("TRUNCATE")
+            if not wal.size(self._wal):
+                return True
+        return False
+
+    def _checkpoint(self, how: str) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self.execute(f"PRAGMA wal_checkpoint({how})").close()
+
+    def _leaves_files(self) -> bool:
+        """Whether -wal and -shm stay, even if this is the last connection.
+
+        SQLite's last connection moves the WAL into the database and removes it. That is right
+        for what this connection made, and for what an ingestor left that closed meanwhile. It is
+        wrong for an empty -wal that was there before: a read-only server that opens the database
+        at this moment would find it locked. And whoever only reads leaves alone what a process
+        that was killed left behind.
+        """
+        if self._found is Wal.LEFT_BEHIND:
+            return self.total_changes == 0
+        return self._found is Wal.EMPTY and not wal.size(self._wal)
+
+    def _close_not_as_last(self) -> None:
+        """Close while a read-only connection is attached, which itself cannot remove anything.
+
+        `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on.
+        """
+        uri = f"{_uri(self._path)}?mode=ro"
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(sqlite3.Error):
+                anchor = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+                stack.callback(anchor.close)
+                _attach(anchor)
             super().close()
 
-    def _leave_wal_alone(self, *, alone: bool) -> None:
-        """Say whether closing the last connection may move the WAL into the database.
 
-        Whoever only reads must not write, and that includes what a crashed process left behind.
-        Where there was nothing, SQLite is to remove its empty -wal and -shm as usual: left here,
-        they would belong to us, and could lock out another user's ingestor. Before Python 3.12
-        this cannot be said, and SQLite always tidies up.
-        """
-        if sys.version_info >= (3, 12):
-            self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, alone)
+class ReadOnly(NamedTuple):
+    """A database that is open for reading, and what lay beside it."""
+
+    connection: sqlite3.Connection
+    found: Wal
 
 
-def _size(path: str) -> int:
+@contextlib.contextmanager
+def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> Iterator[ReadOnly]:
+    """Open the database so that no file appears, vanishes or changes. Blocks.
+
+    Whoever opens a WAL database creates -wal and -shm where they are missing, `mode=ro` or not.
+    Where one is missing, nobody has it open, and `immutable` does without (sqlite.org/uri.html).
+    Any other database is locked for reading as usual.
+    The last one to close a database moves the WAL into it, but not with `mode=ro` (measured).
+
+    Args:
+        path: of the database.
+        grace: as `wal.require_own_wal`.
+        timeout: seconds to wait for a lock that keeps readers out.
+
+    Raises:
+        DatabaseMissing, ForeignWal, DatabaseFailed: as `open_database`.
+        DatabaseBusy: or somebody opened the database meanwhile, so that what was read may be torn.
+
+    """
+    identity = file_identity(path)
+    with as_database_errors(path), contextlib.ExitStack() as stack:
+        with wal.OPENING:
+            found = wal.require_own_wal(path, grace)
+            before = _stamp(path)
+            alone = found is not Wal.LEFT_BEHIND and not _is_shared(path)
+            immutable = alone and wal.is_wal_database(path)
+            uri = f"{_uri(path)}?mode=ro{'&immutable=1' if immutable else ''}"
+            connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+            stack.enter_context(contextlib.closing(connection))
+            if file_identity(path) != identity:
+                raise DatabaseFailed(path, "was replaced while it was being opened")
+            _attach(connection)
+        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+        yield ReadOnly(connection, found)
+        if immutable and (_is_shared(path) or _stamp(path) != before):
+            raise DatabaseBusy(path, "was opened by another process while it was being read")
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """Return which file is at the path of the database.
+
+    Raises:
+        DatabaseMissing, DatabaseFailed: there is none, or none that can be a database.
+
+    """
     try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise DatabaseMissing(path, "does not exist") from exc
+    except OSError as exc:
+        cause: Cause = "not_permitted" if isinstance(exc, PermissionError) else "disk_error"
+        raise DatabaseFailed(path, f"cannot be reached: {exc.strerror}", cause) from exc
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory, " if stat.S_ISDIR(status.st_mode) else ""
+        raise DatabaseFailed(path, f"is {kind}not a regular file", "not_a_file")
+    return status.st_dev, status.st_ino
+
+
+def _attach(connection: sqlite3.Connection) -> None:
+    """Read once: only then does SQLite open the `-wal` and take the locks that say so."""
+    connection.execute("PRAGMA schema_version").fetchone()
+
+
+def _uri(path: Path) -> str:
+    return f"file://{quote(os.fsencode(os.path.abspath(path)))}"
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether the files are there without which nobody can have a WAL database open."""
+    real = os.path.realpath(path)
+    return all(os.path.exists(f"{real}{side}") for side in ("-wal", "-shm"))
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns

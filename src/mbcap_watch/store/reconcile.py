@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SchemaMissing
-from mbcap_watch.store import plan
-from mbcap_watch.store.steps import (
-    COLUMNS,
-    LOOKUP,
-    MAX_BATCH_ROWS,
-    PROBE,
-    SCAN,
-    SIZE,
-    TABLES,
-    Query,
-    Write,
-)
+from mbcap_watch.store import plan, schema
+from mbcap_watch.store.errors import message
+from mbcap_watch.store.steps import LOOKUP, MAX_BATCH_ROWS, SCAN, SIZE, Query, Write
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Downgrade
+    from mbcap_watch.store.schema import Table
     from mbcap_watch.store.steps import Steps
 
 # Rows per SELECT: bounds the memory. Larger pages are not faster (500 to 10,000 rows: 52 to 55 ms
@@ -55,8 +48,6 @@ BATCH_CHARACTERS: Final = 256 * 1024
 # Rows that are looked for one by one when they are refused.
 MAX_HALVED: Final = 1_000
 
-_LEAST_ROWID: Final = -(2**63)
-
 
 @dataclasses.dataclass
 class Tally:
@@ -72,6 +63,8 @@ class Tally:
         waits: for the write lock, in seconds, one per transaction.
         holds: of the write lock, in seconds, one per transaction.
         committed_at: when rows were last committed, in seconds since the epoch; None before.
+        owes_checkpoint: whether a `-wal` that was empty before a write is not yet so again, because
+            somebody read from it meanwhile.
 
     """
 
@@ -84,6 +77,7 @@ class Tally:
     waits: list[float] = dataclasses.field(default_factory=list)
     holds: list[float] = dataclasses.field(default_factory=list)
     committed_at: float | None = None
+    owes_checkpoint: bool = False
 
 
 def reconcile(
@@ -127,38 +121,30 @@ def reconcile(
     yield from comparison.read((yield from _sizes(served)))
     for table, changes in comparison.pending.items():
         why = "an UPDATE leaves it as it is"
-        tally.failed.update({(table, change.public_key): why for change in changes})
+        tally.failed.update({(table.name, change.public_key): why for change in changes})
 
 
-def _columns() -> Generator[Query, Any, dict[str, set[str]]]:
-    """Return the columns of both tables. Never cached: tables and columns may come and go."""
-    columns: dict[str, set[str]] = {table: set() for table in TABLES}
-    for table, column in (yield Query(PROBE)):
-        columns[table].add(column.lower())
-    return columns
+def _served_tables(database: Path, tally: Tally) -> Generator[Query, Any, list[Table]]:
+    """Return the tables that can be served. Never cached: tables may come and go."""
+    tables, obstacles = schema.served((yield Query(schema.PROBE)))
+    tally.waiting = obstacles or None
+    if not tables:
+        raise SchemaMissing(database, obstacles)
+    return tables
 
 
-def _served_tables(database: Path, tally: Tally) -> Generator[Query, Any, list[str]]:
-    """Return the tables that have the columns."""
-    columns = yield from _columns()
-    lacking = []
-    for table, found in columns.items():
-        if missing := [column for column in COLUMNS if column not in found]:
-            lacking.append(f"{table} lacks {', '.join(missing)}" if found else f"no table {table}")
-    tally.waiting = "; ".join(lacking) or None
-    if len(lacking) == len(TABLES):
-        raise SchemaMissing(database, "; ".join(lacking))
-    return [table for table, found in columns.items() if found.issuperset(COLUMNS)]
+def _sizes(tables: Sequence[Table]) -> Generator[Query, Any, dict[Table, float]]:
+    """Return the tables that have rows, each with its size.
 
-
-def _sizes(tables: Sequence[str]) -> Generator[Query, Any, dict[str, int]]:
-    """Return the tables that have rows, each with its largest rowid.
-
-    SQLite finds that at once. It counts deleted rows, too; an upper bound of the size will do.
+    The size is the largest rowid, which is found at once; it counts deleted rows, too, but an
+    upper bound will do. Of a table without rowids it is not known.
     """
-    sizes = ", ".join(SIZE.format(table=table) for table in tables)
+    sizes = ", ".join(
+        SIZE.format(table=table.name, row=table.row) if table.has_rowid else "0" for table in tables
+    )
     [largest] = yield Query(f"SELECT {sizes}")
-    return {table: size for table, size in zip(tables, largest, strict=True) if size is not None}
+    found = zip(tables, largest, strict=True)
+    return {t: size if t.has_rowid else math.inf for t, size in found if size is not None}
 
 
 class _Rules(NamedTuple):
@@ -185,16 +171,16 @@ class _Pass:
         self._tally, self._batch_rows, self._downgrade = rules
         self._writes = writes
         self._seen: set[str] = set()
-        self.pending: dict[str, list[plan.Change]] = {}
+        self.pending: dict[Table, list[plan.Change]] = {}
         self.missed = 0
         self._tally.matched.clear()
         self._tally.failed.clear()
 
-    def read(self, sizes: Mapping[str, int]) -> Steps:
+    def read(self, sizes: Mapping[Table, float]) -> Steps:
         """Read the tables in the way that is cheaper for their size.
 
         The whole table where the snapshot covers a good part of it, the snapshot's keys where the
-        table is far larger.
+        table is far larger, or has no rowid to read it by.
         """
         for table, size in sizes.items():
             if size <= SCAN_ROWS_PER_KEY * len(self._values):
@@ -203,28 +189,35 @@ class _Pass:
                 yield from self._look_up(table)
         yield from self._end()
 
-    def look_up_in(self, tables: Iterable[str]) -> Steps:
+    def look_up_in(self, tables: Iterable[Table]) -> Steps:
         """Read the rows of the keys, whatever the size of the tables."""
         for table in tables:
             yield from self._look_up(table)
         yield from self._end()
 
-    def _scan(self, table: str) -> Steps:
-        after, full = _LEAST_ROWID, True
+    def _scan(self, table: Table) -> Steps:
+        sql = SCAN.format(table=table.name, row=table.row)
+        after, full = -math.inf, True  # every integer may be a rowid
         while full:
-            rows = yield Query(SCAN.format(table=table), (after, PAGE_ROWS), pages=True)
-            yield from self._compare(table, rows)
+            rows = yield Query(sql, (after, PAGE_ROWS), is_page=True)
+            yield from self._compare(table, self._values, rows)
             full = len(rows) == PAGE_ROWS
             after = rows[-1][0] if full else after
 
-    def _look_up(self, table: str) -> Steps:
-        for keys in _pages(self._values):
-            sql = LOOKUP.format(table=table, keys=", ".join("?" * len(keys)))
-            yield from self._compare(table, (yield Query(sql, keys, pages=True)))
+    def _look_up(self, table: Table) -> Steps:
+        items = iter(self._values.items())
+        # A column that ignores case gives rows of other keys as well, also of another page's.
+        while page := dict(itertools.islice(items, PAGE_KEYS)):
+            keys = ", ".join("?" * len(page))
+            sql = LOOKUP.format(table=table.name, row=table.row, keys=keys)
+            rows = yield Query(sql, tuple(page), is_page=True)
+            yield from self._compare(table, page, rows)
 
-    def _compare(self, table: str, rows: Sequence[Any]) -> Steps:
-        matched, changes = plan.compare(self._values, rows, self._downgrade)
-        self._tally.matched[table] += len(matched)
+    def _compare(
+        self, table: Table, values: Mapping[str, plan.Value], rows: Sequence[Any]
+    ) -> Steps:
+        matched, changes = plan.compare(values, rows, self._downgrade)
+        self._tally.matched[table.name] += len(matched)
         self._seen.update(matched)
         pending = self.pending.setdefault(table, [])
         pending += changes
@@ -237,13 +230,13 @@ class _Pass:
             while self._writes and changes:
                 yield from self._write_some(table)
 
-    def _write_some(self, table: str) -> Steps:
+    def _write_some(self, table: Table) -> Steps:
         pending = self.pending[table]
         batch = pending[: _fitting(pending, self._batch_rows)]
         yield from self._write(table, batch)
         del pending[: len(batch)]
 
-    def _write(self, table: str, changes: Sequence[plan.Change]) -> Steps:
+    def _write(self, table: Table, changes: Sequence[plan.Change]) -> Steps:
         """Write a batch; where a row is refused, write the others.
 
         A row that a trigger or a constraint refuses takes its batch down. Halving finds it in a
@@ -252,25 +245,19 @@ class _Pass:
         """
         tally = self._tally
         written = yield Write(table, changes, self._downgrade)
-        tally.changed[table] += written.rows
+        tally.changed[table.name] += written.rows
         if written.error is None:
             self.missed += len(changes) - written.rows
             return
-        if not (yield from _columns())[table].issuperset(COLUMNS):
-            raise written.error  # they were dropped between reading and writing
+        if table not in schema.served((yield Query(schema.PROBE)))[0]:
+            raise written.error  # its columns were dropped between reading and writing
         if len(changes) == 1 or len(tally.failed) >= MAX_HALVED:
-            why = str(written.error)
-            tally.failed.update({(table, change.public_key): why for change in changes})
+            why = message(written.error)
+            tally.failed.update({(table.name, change.public_key): why for change in changes})
             return
         half = len(changes) // 2
         yield from self._write(table, changes[:half])
         yield from self._write(table, changes[half:])
-
-
-def _pages(keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    remaining = iter(keys)
-    while page := tuple(itertools.islice(remaining, PAGE_KEYS)):
-        yield page
 
 
 def _fitting(changes: Sequence[plan.Change], size: int) -> int:

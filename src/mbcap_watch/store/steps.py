@@ -1,49 +1,48 @@
-"""The steps that `reconcile` takes, as data with their SQL, and what runs them."""
+"""The steps that `reconcile` takes, as data with the SQL for rows, and what runs them."""
 
 from __future__ import annotations
 
 import contextlib
+import sqlite3
+import traceback
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
+import msgspec
 from anyio.lowlevel import checkpoint_if_cancelled
 
 if TYPE_CHECKING:
-    import sqlite3
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.store.plan import Change
-
-TABLES: Final = ("nodes", "inactive_nodes")
-COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
+    from mbcap_watch.store.schema import Table
 
 # A statement takes 32,766 parameters (https://www.sqlite.org/limits.html), and four are a row's.
 MAX_BATCH_ROWS: Final = 8_000
 
-PROBE = " UNION ALL ".join(
-    f"SELECT '{table}', name FROM pragma_table_info('{table}')" for table in TABLES
-)
-SIZE = "(SELECT max(rowid) FROM {table})"
-_ROWS = (
-    "SELECT rowid AS id, public_key AS key, multibyte_sup AS sup, multibyte_evidence AS evidence"
+SIZE: Final = "(SELECT max({row}) FROM {table})"
+_ROWS: Final = (
+    "SELECT {row} AS id, public_key AS key, multibyte_sup AS sup, multibyte_evidence AS evidence"
     " FROM {table}"
 )
-SCAN = _ROWS + " WHERE rowid > ? ORDER BY rowid LIMIT ?"
-LOOKUP = _ROWS + " WHERE public_key IN ({keys})"
-_AS_TEXT = "SELECT json_group_array(json_array(id, key, sup, evidence)) FROM ({sql})"
+SCAN: Final = _ROWS + " WHERE {row} > ? ORDER BY {row} LIMIT ?"
+LOOKUP: Final = _ROWS + " WHERE public_key IN ({keys})"
 
 # One statement is one transaction, which nothing can tear: neither a cancellation nor a thread
 # that waits for the GIL holds the lock any longer. By rowid, because that is fastest under the
 # lock; guarded by the key, because a rowid can be given to another node meanwhile; and only if
-# the row still differs.
-_UPDATE = (
+# the row still differs, byte for byte, whatever collation the columns have.
+_UPDATE: Final = (
     "WITH wanted(id, key, sup, evidence) AS (VALUES {rows}) UPDATE {table}"
     " SET multibyte_sup = wanted.sup, multibyte_evidence = wanted.evidence FROM wanted"
-    " WHERE {table}.rowid = wanted.id AND {table}.public_key = wanted.key"
-    " AND (multibyte_sup IS NOT wanted.sup OR multibyte_evidence IS NOT wanted.evidence)"
+    " WHERE {table}.{row} = wanted.id AND {table}.public_key COLLATE BINARY = wanted.key"
+    " AND (multibyte_sup IS NOT wanted.sup"
+    " OR multibyte_evidence COLLATE BINARY IS NOT wanted.evidence)"
 )
-_NEVER_LOWER = (
-    " AND (multibyte_sup <= wanted.sup OR typeof(multibyte_sup) NOT IN ('integer', 'real'))"
+# What is no number is no known value. A column that was declared as TEXT holds digits.
+_NEVER_LOWER: Final = (
+    " AND NOT (coalesce(CAST(multibyte_sup AS NUMERIC), 0) > wanted.sup AND"
+    " (typeof(multibyte_sup) IN ('integer', 'real') OR multibyte_sup NOT GLOB '*[^0-9]*'))"
 )
 CHANGES: Final = "SELECT changes()"
 
@@ -54,27 +53,19 @@ class Query(NamedTuple):
     Attributes:
         sql: the statement.
         parameters: its parameters.
-        pages: whether it reads a page of nodes, which `as_text` can read as one value.
+        is_page: whether it reads a page of nodes, for `read_page`.
 
     """
 
     sql: str
     parameters: Sequence[Any] = ()
-    pages: bool = False
-
-    def as_text(self) -> str:
-        """Return the SQL that reads the same page as a single JSON text.
-
-        Python takes the GIL once for it, and not once a row: beside a host thread that is busy in
-        Python, 2,000 rows take 15 ms instead of 688.
-        """
-        return _AS_TEXT.format(sql=self.sql)
+    is_page: bool = False
 
 
 class Write(NamedTuple):
     """A step that writes a batch, as one short transaction; it is sent a `Written`."""
 
-    table: str
+    table: Table
     changes: Sequence[Change]
     downgrade: Downgrade
 
@@ -86,12 +77,13 @@ class Write(NamedTuple):
         """
         count = len(self.changes)
         padded = min(1 << (count - 1).bit_length(), MAX_BATCH_ROWS)
-        sql = _UPDATE.format(table=self.table, rows=", ".join(["(?, ?, ?, ?)"] * padded))
+        rows = ", ".join(["(?, ?, ?, ?)"] * padded)
+        sql = _UPDATE.format(table=self.table.name, row=self.table.row, rows=rows)
         if self.downgrade == "never":
             sql += _NEVER_LOWER
         parameters: list[Any] = []
         for change in self.changes:
-            parameters += (change.rowid, change.public_key, *change.after)
+            parameters += (change.row, change.public_key, *change.after)
         parameters += [None] * (4 * (padded - count))
         return sql, parameters
 
@@ -100,7 +92,7 @@ class Written(NamedTuple):
     """What became of a batch: how many rows it changed, and what refused the others."""
 
     rows: int
-    error: sqlite3.Error | None = None
+    error: sqlite3.Error | UnicodeDecodeError | None = None
 
 
 Steps: TypeAlias = "Generator[Query | Write, Any, None]"
@@ -151,6 +143,41 @@ def preview_steps(steps: Steps, connection: sqlite3.Connection) -> list[tuple[st
             if isinstance(step, Query):
                 answer = connection.execute(step.sql, step.parameters).fetchall()
             else:
-                changes += [(step.table, change) for change in step.changes]
+                changes += [(step.table.name, change) for change in step.changes]
                 answer = Written(len(step.changes))
     return changes
+
+
+# ------------------------------------------------------------------------------ pages
+
+_COLUMNS: Final = ("id", "key", "sup", "evidence")
+_AS_TEXT: Final = f"SELECT json_group_array(json_array({', '.join(_COLUMNS)})) FROM ({{sql}})"
+_typed = [f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), typeof({c})" for c in _COLUMNS]
+_AS_BYTES: Final = f"SELECT {', '.join(_typed)} FROM ({{sql}})"
+_decoder = msgspec.json.Decoder(list[tuple[Any, Any, Any, Any]])
+
+
+async def read_page(
+    fetch: Callable[[str, Sequence[Any]], Awaitable[list[Any]]], step: Query
+) -> list[Any]:
+    """Return the rows of a page, read as a single JSON text.
+
+    Python takes the GIL once for it, and not once a row: beside a host thread that is busy in
+    Python, 2,000 rows take 15 ms instead of 688. A page with text that is not UTF-8, or with a
+    BLOB, is read once more, the text as bytes.
+    """
+    try:
+        [[text]] = await fetch(_AS_TEXT.format(sql=step.sql), step.parameters)
+        return _decoder.decode(text)
+    except (sqlite3.OperationalError, msgspec.DecodeError) as exc:
+        code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        if code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG):
+            raise
+        # Its frames hold a cursor in the middle of its rows, which would pin the WAL.
+        traceback.clear_frames(exc.__traceback__)
+    rows = await fetch(_AS_BYTES.format(sql=step.sql), step.parameters)
+    return [tuple(map(_text, row[::2], row[1::2])) for row in rows]
+
+
+def _text(value: Any, kind: str) -> Any:
+    return value.decode("utf-8", "surrogateescape") if kind == "text" else value
