@@ -26,7 +26,7 @@ def test_defaults() -> None:
         "max_wait": 1.0,
         "batch_rows": 500,
         "busy_deadline": 30.0,
-        "max_bytes": 268_435_456,
+        "max_bytes": 12_582_912,
         "downgrade": "allow",
     }
 
