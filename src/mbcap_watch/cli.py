@@ -23,7 +23,7 @@ from mbcap_watch import (
     output,
     progress,
 )
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.result import PersistResult
 from mbcap_watch.service import persist_once, preview_once
 from mbcap_watch.signals import Stop
@@ -165,8 +165,9 @@ def publish(
             settings.database,
             parse_entries(data, source=source),
             snapshot_dir=settings.snapshot_dir,
+            max_bytes=settings.max_bytes,
         )
-    except SnapshotMalformed as exc:
+    except (SnapshotMalformed, SnapshotRefused) as exc:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)

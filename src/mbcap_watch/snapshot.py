@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mbcap_watch.errors import (
+    SnapshotMalformed,
     SnapshotNotFound,
     SnapshotNotPublished,
     SnapshotRefused,
@@ -209,6 +210,7 @@ def write_snapshot(
     snapshot: Snapshot,
     *,
     snapshot_dir: str | os.PathLike[str] | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Snapshot:
     """Publish `snapshot`: replace `snapshot.json` as a whole, by rename. The database stays shut.
 
@@ -220,17 +222,21 @@ def write_snapshot(
         database: the path of the database that the snapshot is about; it is not opened.
         snapshot: what to publish; without `written_at` the current UTC time is stamped.
         snapshot_dir: where to publish, if not beside the database. Created if missing.
+        max_bytes: what its readers accept.
 
     Returns:
         The snapshot as published, with its `written_at`.
 
     Raises:
-        SnapshotMalformed: no reader would accept it.
+        SnapshotMalformed: a reader would not accept it, or leave an entry out.
         SnapshotNotPublished: the operating system refused; the old snapshot is still there.
 
     """
     snapshot = stamped(snapshot)
     data = encode(snapshot)
+    if len(data) > max_bytes:
+        problem = f"takes {len(data):,} bytes, more than max_bytes ({max_bytes:,})"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
     directory = _ensure(_directory(database, snapshot_dir))
     path = directory / SNAPSHOT_NAME
     temporary = directory / f"{SNAPSHOT_NAME}.{secrets.token_hex(8)}.tmp"
