@@ -96,7 +96,8 @@ def read_snapshot(
     Raises:
         SnapshotNotFound: there is none; treat it as "nothing to persist".
         SnapshotMalformed: its bytes are no snapshot.
-        SnapshotRefused: it is not a regular file, or too large.
+        SnapshotRefused: it is not a regular file, too large, or behind a link of another user
+            that does not lead to a file of that user.
         SnapshotUnreadable: the operating system refused.
 
     """

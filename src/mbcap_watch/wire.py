@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from mbcap_watch import timestamp
-from mbcap_watch.errors import SnapshotMalformed
+from mbcap_watch.errors import SnapshotMalformed, quoted
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     else:
         document = _decode(_decoder, data, source) or _Document()
     if document.written_at is not None and not timestamp.is_valid(document.written_at):
-        raise SnapshotMalformed(source, f"writtenAt {document.written_at!r} is not RFC 3339")
+        raise SnapshotMalformed(source, f"writtenAt {quoted(document.written_at)} is not RFC 3339")
     return Snapshot(_no_nulls(document.entries or ()), document.written_at)
 
 
@@ -176,7 +176,7 @@ def _written_at(snapshot: Snapshot) -> str:
     if given is None:
         return timestamp.ZERO
     if not isinstance(given, str) or not timestamp.is_valid(given):
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"writtenAt {given!r} is not RFC 3339")
+        raise SnapshotMalformed(SNAPSHOT_NAME, f"writtenAt {quoted(given)} is not RFC 3339")
     return timestamp.canonical(given)
 
 
@@ -205,10 +205,10 @@ def encode(snapshot: Snapshot) -> bytes:
 
 def _wire_entry(entry: object) -> _WireEntry:
     if not isinstance(entry, Entry):
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"not an Entry: {entry!r}")
+        raise SnapshotMalformed(SNAPSHOT_NAME, f"not an Entry: {quoted(entry)}")
     texts = (entry.public_key, entry.status, entry.evidence)
     for text in texts:
         if not isinstance(text, str | None):
-            raise SnapshotMalformed(SNAPSHOT_NAME, f"not text: {text!r}")
+            raise SnapshotMalformed(SNAPSHOT_NAME, f"not text: {quoted(text)}")
     public_key, status, evidence = (text or "" for text in texts)
     return _WireEntry(public_key, status, evidence)
