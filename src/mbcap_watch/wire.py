@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from mbcap_watch import timestamp
-from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused
+from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused, quoted
 
 T = TypeVar("T")
 
@@ -210,7 +210,7 @@ def _require_time(text: str, source: str) -> None:
     if len(text) > MAX_WRITTEN_AT:
         problem = f"has {len(text):,} characters, more than {MAX_WRITTEN_AT}"
     elif not timestamp.is_valid(text):
-        problem = f"{text!r} is not RFC 3339"
+        problem = f"{quoted(text)} is not RFC 3339"
     else:
         return
     raise SnapshotMalformed(source, f"writtenAt {problem}")
