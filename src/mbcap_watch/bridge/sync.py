@@ -48,9 +48,10 @@ T = TypeVar("T")
 # An event loop opens three, a database with its WAL three more.
 _DESCRIPTORS: Final = 6
 
-# What the last snapshot wanted is kept up to this size (4 MB), to write first what is new in the
-# next one: without, a rename of 2,400 entries takes half as long again to be seen.
-KEPT_ENTRIES: Final = 20_000
+# What the last snapshot wanted is kept up to this size of its file (17,000 entries, 4 MB), to write
+# first what is new in the next one: without, a rename of 2,400 entries takes half as long again to
+# be seen.
+KEPT_BYTES: Final = 2 << 20
 
 # If more than one entry in so many is new, looking them up first saves nothing.
 NEWS_SHARE: Final = 4
@@ -141,7 +142,7 @@ class Looker:
             self.timings = self._timings(reading, attempt.ledger)
             self._behind = False
             values = reading.targets.values
-            self._applied = values if len(values) <= KEPT_ENTRIES else None
+            self._applied = values if reading.size <= KEPT_BYTES else None
         self._seen, self.error = now, error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
         seconds = time.perf_counter() - attempt.started

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import aiosqlite
 
-from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
+from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, DatabaseMissing, printable
 from mbcap_watch.store import errors, wal
 from mbcap_watch.store.wal import Wal
 
@@ -417,4 +417,5 @@ def as_database_errors(database: Path) -> Iterator[None]:
             raise DatabaseBusy(database, "is locked by another connection") from exc
         name = getattr(exc, "sqlite_errorname", type(exc).__name__)
         problem, cause = errors.explain(database, code)
-        raise DatabaseFailed(database, f"{problem} ({name}: {exc})", cause) from exc
+        said = printable(str(exc), QUOTED)  # a trigger's message, say
+        raise DatabaseFailed(database, f"{problem} ({name}: {said})", cause) from exc
