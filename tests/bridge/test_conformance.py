@@ -124,7 +124,8 @@ def test_a_large_file_is_read_as_a_small_one(
             return None
 
     whole = read()
-    monkeypatch.setattr(codec, "_ONE_BY_ONE_FROM", 0)
+    monkeypatch.setattr(codec, "_LARGE", 0)
+    monkeypatch.setattr(codec, "_LEAST_ENTRY", 0)
     assert read() == whole
 
 

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
         (Entry("k", None), {}, 0, 1),
         (Entry("k", "2"), {}, 0, 1),
         (Entry(None, "confirmed"), {}, 0, 1),
+        (Entry("k" * 1024, "confirmed", "x" * 4096), {"k" * 1024: (2, "x" * 4096)}, 0, 0),
+        (Entry("é" * 1024, "suspected", "😀" * 4096), {"é" * 1024: (1, "😀" * 4096)}, 0, 0),
+        (Entry("k" * 1025, "confirmed"), {}, 0, 1),
+        (Entry("k", "confirmed", "x" * 4097), {}, 0, 1),
+        (Entry("k" * 1025, "unknown"), {}, 0, 1),
+        (Entry(None, "unknown", "x" * 4097), {}, 0, 1),
         (Entry(), {}, 0, 1),
     ],
 )

@@ -221,7 +221,8 @@ def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path)
     ).stderr
     _, look, _ = trace.split('access("/marker"')
     calls = [line for line in look.splitlines()[1:] if "(" in line]
-    assert 5 <= len(calls) <= 20, look
+    on_the_way = 2 * len(database.parts)  # each directory is opened and closed: see `links`
+    assert 5 <= len(calls) - on_the_way <= 25, look
 
 
 # ------------------------------------------------------------------------------ healing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from mbcap_watch.errors import SnapshotError, SnapshotMalformed
+from mbcap_watch.errors import SnapshotError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
 from mbcap_watch.store import plan
 
@@ -41,6 +41,7 @@ class LoadedSnapshot(NamedTuple):
         written_at: `writtenAt` as in the file.
         error: why there is no desired state.
         changed_at: when the file was put in place, in seconds since the epoch.
+        size: of the file, in bytes; 0 if there is no desired state.
 
     """
 
@@ -49,6 +50,7 @@ class LoadedSnapshot(NamedTuple):
     written_at: str | None = None
     error: SnapshotError | None = None
     changed_at: float | None = None
+    size: int = 0
 
 
 def load(
@@ -76,13 +78,16 @@ def load(
     alive()
     try:
         snapshot = parse(data, source=str(path))
-    except SnapshotMalformed as exc:
-        return LoadedSnapshot(fingerprint, error=exc)
+    except SnapshotError as exc:
+        # Kept until the next sync: it may not keep the frames, and with them the whole document.
+        exc.__cause__ = exc.__context__ = None
+        return LoadedSnapshot(fingerprint, error=exc.with_traceback(None))
+    size = len(data)
     del data
     alive()
     desired = plan.desired_state(snapshot.entries)
     alive()
-    return LoadedSnapshot(fingerprint, desired, snapshot.written_at, changed_at=changed_at)
+    return LoadedSnapshot(fingerprint, desired, snapshot.written_at, None, changed_at, size)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

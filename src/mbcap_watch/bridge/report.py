@@ -7,6 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import (
+    QUOTED,
     DatabaseBusy,
     DatabaseError,
     DatabaseFailed,
@@ -19,6 +20,7 @@ from mbcap_watch.errors import (
     SnapshotRefused,
     SnapshotUnreadable,
     printable,
+    quoted,
 )
 from mbcap_watch.results import Outcome, PersistResult, Reason
 from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
@@ -54,7 +56,7 @@ def describe(
         changed_active=tally.changed["nodes"],
         changed_inactive=tally.changed["inactive_nodes"],
         failed_rows=len(tally.failed),
-        written_at=written_at,
+        written_at=written_at and printable(written_at, QUOTED),
         error=_error_text(tally, error),
         cause=getattr(error, "cause", None),
         seconds=seconds,
@@ -89,7 +91,8 @@ def _error_text(tally: Tally, error: SnapshotError | DatabaseError | None) -> st
     if tally.failed:
         (table, key), why = next(iter(tally.failed.items()))
         others = f" and {len(tally.failed) - 1} more" if len(tally.failed) > 1 else ""
-        return printable(f"{table}: the row {key!r}{others} could not be written: {why}")
+        what = f"{table}: the row {quoted(key)}{others} could not be written"
+        return f"{what}: {printable(why, QUOTED)}"
     return tally.waiting
 
 

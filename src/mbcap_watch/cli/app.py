@@ -17,7 +17,7 @@ from mbcap_watch.bridge.run import persist_once, preview_once
 from mbcap_watch.cli import config, inspection, manual, options, output, progress
 from mbcap_watch.cli import run as daemon
 from mbcap_watch.cli.signals import Stop
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.results import PersistResult
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse_entries, write_snapshot
 from mbcap_watch.telemetry import logs
@@ -158,8 +158,9 @@ def publish(
             settings.database,
             parse_entries(data, source=source),
             snapshot_dir=settings.snapshot_dir,
+            max_bytes=settings.max_bytes,
         )
-    except SnapshotMalformed as exc:
+    except (SnapshotMalformed, SnapshotRefused) as exc:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)

@@ -18,7 +18,14 @@ from mbcap_watch.doctor import locks
 from mbcap_watch.doctor.database import place
 from mbcap_watch.doctor.findings import Finding, ok, problem, warning
 from mbcap_watch.doctor.remedies import remedy
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, ForeignWal, SchemaMissing
+from mbcap_watch.errors import (
+    QUOTED,
+    DatabaseBusy,
+    DatabaseError,
+    ForeignWal,
+    SchemaMissing,
+    printable,
+)
 from mbcap_watch.store import schema
 from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
@@ -85,7 +92,9 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
                     what = remedy("corrupt", str(database))
-                    yield problem("tables", f"{table} is damaged: {verdict}", what)
+                    yield problem(
+                        "tables", f"{table} is damaged: {printable(verdict, QUOTED)}", what
+                    )
             yield from _judge_triggers(connection, database)
             steps = reconcile(
                 database,
@@ -96,7 +105,8 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
             )
             preview_steps(steps, connection)
     except SchemaMissing as exc:
-        text = f"{exc.problem}; there is {', '.join(names[:8]) or 'no table at all'}"
+        there = printable(", ".join(names[:8]), QUOTED) or "no table at all"
+        text = f"{exc.problem}; there is {there}"
         advice = (
             "" if "nodes" in names else "if it is not CoreScope's database, set the path; else "
         )
@@ -159,19 +169,16 @@ def _judge_triggers(connection: sqlite3.Connection, database: Path) -> Iterator[
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
     for name, table, text in connection.execute(sql).fetchall():
         if table.lower() in schema.TABLES and _ON_UPDATE.search(text):
-            look = f"SELECT sql FROM sqlite_master WHERE name = {_literal(name)}"
+            look = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
             advice = f"see what it does: sqlite3 -readonly {shlex.quote(str(database))}"
             advice += f" {shlex.quote(look)}; DROP TRIGGER if it has no business there"
-            what = f"the trigger {name} runs at each update of {table}, and may refuse it"
+            what = f"the trigger {printable(name, QUOTED)} runs at each update of {table}, and may"
+            what += " refuse it"
             yield warning("triggers", what, advice)
 
 
 # In SQL's syntax, what a trigger waits for stands before the first ON.
 _ON_UPDATE: Final = re.compile(r"^\s*CREATE(?:(?!\bON\b).)*\bUPDATE\b", re.IGNORECASE | re.DOTALL)
-
-
-def _literal(name: str) -> str:
-    return "'" + name.replace("'", "''") + "'"
 
 
 def judge_preview(changes: int, unmatched: int, wanted: int, nodes: int) -> Finding:

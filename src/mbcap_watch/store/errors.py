@@ -12,7 +12,7 @@ import sqlite3
 import stat
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.errors import DatabaseBusy, DatabaseFailed
+from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,8 @@ def as_database_errors(database: Path) -> Iterator[None]:
             raise DatabaseBusy(database, "is locked by another connection") from exc
         name = getattr(exc, "sqlite_errorname", type(exc).__name__)
         problem, cause = explain(database, primary_code(exc))
-        raise DatabaseFailed(database, f"{problem} ({name}: {exc})", cause) from exc
+        said = printable(str(exc), QUOTED)  # a trigger's message, say
+        raise DatabaseFailed(database, f"{problem} ({name}: {said})", cause) from exc
 
 
 def primary_code(error: sqlite3.Error) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import msgspec
 
+from mbcap_watch.snapshot.codec import MAX_EVIDENCE, MAX_KEY
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -54,7 +56,8 @@ class DesiredState(NamedTuple):
         values: by public key; of several written entries with the same key the last one counts.
         entries: entries in the snapshot.
         skipped_unknown: entries with the status `unknown`.
-        skipped_unrecognized: entries that are not written for any other reason.
+        skipped_unrecognized: entries that are not written for any other reason: no known status,
+            no key, a key or an evidence that is too long.
 
     """
 
@@ -71,10 +74,13 @@ def desired_state(entries: Iterable[Entry]) -> DesiredState:
     count = unknown = unrecognized = 0
     for entry in entries:
         count += 1
+        key, evidence = entry.public_key, entry.evidence or ""
         sup = SUP.get(entry.status or "")
-        if sup is not None and entry.public_key is not None:
-            value = (sup, entry.evidence or "")
-            values[entry.public_key] = shared.setdefault(value, value)
+        if len(key or "") > MAX_KEY or len(evidence) > MAX_EVIDENCE:
+            unrecognized += 1
+        elif sup is not None and key is not None:
+            value = (sup, evidence)
+            values[key] = shared.setdefault(value, value)
         elif entry.status == UNKNOWN:
             unknown += 1
         else:

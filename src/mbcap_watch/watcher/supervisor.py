@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
 from mbcap_watch.watcher.inotify import InotifyWatch
 from mbcap_watch.watcher.mounts import mount_of
@@ -92,6 +93,7 @@ class Watch:
             self._inotify = None
 
     def _say(self, why: str, *, degraded: bool = False) -> None:
+        why = printable(why)  # it names a directory
         if self._inotify is None:
             self.update(mode="poll", why=why, armed_since=None, degraded=degraded)
         else:
