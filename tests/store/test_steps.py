@@ -1,0 +1,193 @@
+"""The steps of reconciling, played by hand: no database, no loop."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mbcap_watch import PersistResult, SchemaMissing, Settings, persist_once
+from mbcap_watch.snapshot.files import snapshot_path
+from mbcap_watch.store import reconcile as algorithm
+from mbcap_watch.store import schema
+from mbcap_watch.store.plan import Change
+from mbcap_watch.store.reconcile import Tally, reconcile
+from mbcap_watch.store.schema import Table
+from mbcap_watch.store.steps import MAX_BATCH_ROWS, Query, Write, Written
+from support import connect, document, put, read_rows
+
+if TYPE_CHECKING:
+    from mbcap_watch.store.plan import Value
+    from mbcap_watch.store.steps import Steps
+
+DATABASE = Path("meshcore.db")
+COLUMNS = [
+    (table, "table", 0, column, 0)
+    for table in ("nodes", "inactive_nodes")
+    for column in ("public_key", "multibyte_sup", "multibyte_evidence")
+]
+NODES, INACTIVE = Table("nodes", "rowid"), Table("inactive_nodes", "rowid")
+WANTED: dict[str, Value] = {"a": (2, "x"), "b": (1, "y"), "c": (2, "z"), "gone": (2, "")}
+ROWS: dict[str, list[Any]] = {
+    "nodes": [(1, "a", 0, None), (2, "b", 1, "y"), (3, "c", 0, ""), (4, "other", 2, "q")],
+    "inactive_nodes": [(7, "a", 1, "x")],
+}
+
+
+def start(tally: Tally, **options: Any) -> tuple[Steps, Query | Write]:
+    options = {"batch_rows": 500, "downgrade": "allow", **options}
+    steps = reconcile(DATABASE, WANTED, tally, **options)
+    probe = next(steps)
+    assert probe == Query(schema.PROBE)
+    return steps, steps.send(COLUMNS)
+
+
+def answer(step: Query) -> list[Any]:
+    if "max(" in step.sql:
+        return [(4, 7)]
+    return ROWS["inactive_nodes" if "inactive_nodes" in step.sql else "nodes"]
+
+
+def played(steps: Steps, step: Query | Write, written: dict[str, int] | None = None) -> list[Write]:
+    """Answer every step; return the writes. `written` says how many rows a write changes."""
+    writes = []
+    try:
+        while True:
+            if isinstance(step, Query):
+                step = steps.send(answer(step))
+            else:
+                writes.append(step)
+                rows = (written or {}).get(step.table.name, len(step.changes))
+                step = steps.send(Written(rows))
+    except StopIteration:
+        return writes
+
+
+def keys(writes: list[Write]) -> list[tuple[str, list[str]]]:
+    return [(write.table.name, [change.public_key for change in write.changes]) for write in writes]
+
+
+def test_only_rows_that_differ_are_written() -> None:
+    tally = Tally()
+    writes = played(*start(tally))
+    assert keys(writes) == [("nodes", ["a", "c"]), ("inactive_nodes", ["a"])]
+    assert writes[0].changes[0] == Change(1, "a", (0, None), (2, "x"))
+    assert (tally.matched, tally.changed) == (
+        {"nodes": 3, "inactive_nodes": 1},
+        {"nodes": 2, "inactive_nodes": 1},
+    )
+    assert (tally.wanted, tally.unmatched, tally.waiting) == (4, 1, None)
+
+
+def test_batches_are_as_large_as_told() -> None:
+    writes = played(*start(Tally(), batch_rows=1))
+    assert keys(writes) == [("nodes", ["a"]), ("nodes", ["c"]), ("inactive_nodes", ["a"])]
+
+
+def test_the_delta_is_looked_up_and_written_before_anything_else_is_read() -> None:
+    steps, step = start(Tally(), delta={"c": (2, "z")})
+    assert isinstance(step, Query)
+    assert (step.parameters, "IN (?)" in step.sql, step.is_page) == (("c",), True, True)
+    step = steps.send([(3, "c", 0, "")])
+    assert "inactive_nodes" in step.sql  # type: ignore[union-attr]
+    step = steps.send([])
+    assert step == Write(NODES, [Change(3, "c", (0, ""), (2, "z"))], "allow")
+    step = steps.send(Written(1))
+    assert "max(" in step.sql  # type: ignore[union-attr]
+
+
+def test_a_row_that_changed_in_between_is_compared_again_but_not_for_ever() -> None:
+    tally = Tally()
+    writes = played(*start(tally), written={"nodes": 1})
+    assert len(writes) == 2 * algorithm.MAX_PASSES
+    assert tally.failed == {
+        ("nodes", "a"): "an UPDATE leaves it as it is",
+        ("nodes", "c"): "an UPDATE leaves it as it is",
+        ("inactive_nodes", "a"): "an UPDATE leaves it as it is",
+    }
+
+
+def test_a_refused_batch_is_halved_until_the_row_is_found() -> None:
+    tally, refused = Tally(), sqlite3.IntegrityError("not this one")
+    refused.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT
+    steps, step = start(tally)
+    seen = []
+    try:
+        while True:
+            if isinstance(step, Query):
+                step = steps.send(COLUMNS if step.sql == schema.PROBE else answer(step))
+                continue
+            seen += keys([step])
+            bad = any(c.public_key == "c" for c in step.changes)
+            step = steps.send(Written(0, refused) if bad else Written(len(step.changes)))
+    except StopIteration:
+        pass
+    assert seen[:3] == [("nodes", ["a", "c"]), ("nodes", ["a"]), ("nodes", ["c"])]
+    assert tally.failed == {("nodes", "c"): "not this one"}
+    assert tally.changed == {"nodes": 1, "inactive_nodes": 1}
+
+
+def test_columns_that_are_dropped_between_reading_and_writing_are_no_refusal() -> None:
+    gone = sqlite3.OperationalError("no such column: multibyte_sup")
+    steps, step = start(Tally())
+    while isinstance(step, Query):
+        step = steps.send(answer(step))
+    assert steps.send(Written(0, gone)) == Query(schema.PROBE)
+    with pytest.raises(sqlite3.OperationalError, match="no such column"):
+        steps.send(COLUMNS[3:])
+
+
+def test_no_table_to_serve() -> None:
+    steps = reconcile(DATABASE, WANTED, Tally(), batch_rows=1, downgrade="allow")
+    next(steps)
+    with pytest.raises(SchemaMissing, match="no table nodes; no table inactive_nodes"):
+        steps.send([])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 500, 4096, 4097, MAX_BATCH_ROWS])
+@pytest.mark.parametrize("downgrade", ["allow", "never"])
+def test_a_batch_is_one_statement_of_any_size(database: Path, rows: int, downgrade: Any) -> None:
+    changes = [Change(number, f"k{number}", (0, None), (2, "e")) for number in range(rows)]
+    sql, parameters = Write(NODES, changes, downgrade).statement()
+    with connect(database) as connection:
+        connection.executemany(
+            "INSERT INTO nodes (rowid, public_key) VALUES (?, ?)",
+            [(100 + number, f"k{number}") for number in range(rows)],
+        )
+        connection.execute("UPDATE nodes SET rowid = rowid - 100 WHERE public_key = 'k0'")
+        connection.execute(sql, parameters)
+        assert connection.execute("SELECT changes()").fetchone() == (1,), "the keys are guarded"
+        assert not connection.in_transaction
+
+
+async def refuse_by_fail(database: Path) -> PersistResult:
+    with connect(database) as connection:
+        connection.execute(
+            "CREATE TRIGGER t BEFORE UPDATE ON nodes WHEN OLD.public_key = 'dd44'"
+            " BEGIN SELECT RAISE(FAIL, 'no'); END"
+        )
+    entries = [(key, "confirmed", "new") for key in ("aa11", "cc33", "dd44", "ee55")]
+    put(document(*entries), snapshot_path(database))
+    return await persist_once(Settings(database))
+
+
+@pytest.mark.anyio
+async def test_rows_before_the_one_that_fails_are_written_and_counted_once(database: Path) -> None:
+    """RAISE(FAIL) keeps what the statement has done before it."""
+    result = await refuse_by_fail(database)
+    assert (result.changed_active, result.failed_rows) == (3, 1)
+    assert {row[1] for row in read_rows(database) if row[0] == "nodes" and row[3] == "new"} == {
+        *("aa11", "cc33", "ee55")
+    }
+
+
+@pytest.mark.anyio
+async def test_sqlite_that_is_too_old_is_named(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 32, 3))
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    result = await persist_once(Settings(database))
+    assert (result.outcome, "needs SQLite 3.33 or newer" in str(result.error)) == ("failed", True)
