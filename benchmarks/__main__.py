@@ -18,6 +18,7 @@ NAMES: Final = (
     "large",
     "hostile",
     "neighbour",
+    "busy_host",
     "bursts",
     "idle",
     "startup",

@@ -302,7 +302,7 @@ def test_the_host_stalls_its_loop_and_the_lock_is_free_all_the_same(tmp_path: Pa
 KILLS = int(os.environ.get("MBCAP_TEST_KILLS", "150"))
 
 ZYGOTE = """
-    import asyncio, os, sys
+    import asyncio, os, sys, time
     from mbcap_watch import Settings, persist_once
     import mbcap_watch.bridge.run
     from mbcap_watch.snapshot.files import snapshot_path
@@ -312,18 +312,21 @@ ZYGOTE = """
     async def work():
         number = 0
         while True:
+            started = time.monotonic()
             path = snapshot_path(database)
             with open(str(path) + ".tmp", "wb") as file:
                 file.write(versions[number % 2])
             os.replace(str(path) + ".tmp", path)
             await persist_once(settings)
             number += 1
+            if number == 1:
+                print(time.monotonic() - started, flush=True)
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
             sys.stdin.close()
+            print(os.getpid(), flush=True)
             asyncio.run(work())
-        print(child, flush=True)
         os.waitpid(child, 0)
         print("dead", flush=True)
 """
@@ -349,7 +352,8 @@ def test_sigkill_at_any_moment(tmp_path: Path) -> None:
             zygote.stdin.write("\n")
             zygote.stdin.flush()
             child = int(read_line(zygote))
-            time.sleep(moment.uniform(0, 0.04))
+            # The second sync is as long as the first one was.
+            time.sleep(moment.uniform(0, float(read_line(zygote))))
             os.kill(child, signal.SIGKILL)
             assert read_line(zygote) == "dead"
 
