@@ -40,7 +40,8 @@ class PersistResult:
         reason: what made the bridge look.
         entries: entries in the snapshot.
         skipped_unknown: entries with the status `unknown`, which is never written.
-        skipped_unrecognized: entries not written for another reason (no known status, no key).
+        skipped_unrecognized: entries not written for another reason (no known status, no key, a
+            key or an evidence that is too long).
         unmatched: keys to be written that are in neither table.
         matched_active: rows of `nodes` that the snapshot has a value for.
         matched_inactive: the same of `inactive_nodes`.
