@@ -28,7 +28,8 @@ def told_to_end(seconds: float) -> bool:
 
 
 def say(line: object) -> None:
-    print(line, flush=True)
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def ingest(database: str, generation: str) -> None:

@@ -52,8 +52,8 @@ class Case:
         snapshot: when a new snapshot arrives: `before` the backup is put in place, `after`, `no`.
         server: a read-only server that has the database open: `no`, it stops `first` (after the
             ingestor, before the backup is put in place), or `last` (after all others).
-        tail: what the operator does then: `nothing`; `restart` the ingestor; `tidy`: stop it, remove
-            `-wal` and `-shm`, start it; `killed_tidy`: as `tidy`, but a live one is killed.
+        tail: what the operator does then: `nothing`; `restart` the ingestor; `tidy`: stop it,
+            remove `-wal` and `-shm`, start it; `killed_tidy`: as `tidy`, but a live one is killed.
         backup: `smaller` than the database, `larger`, or `current`: it has the snapshot's values.
 
     """
