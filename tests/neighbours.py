@@ -1,7 +1,7 @@
 """The other processes at a database: CoreScope's ingestor, its server, a host that embeds us.
 
 Run as a program, `neighbours.py ROLE DATABASE …`. Each prints `ready` once it has the database
-open, and ends when it reads a line. As in CoreScope, the ingestor empties its `-wal` when it is
+open, and ends when its standard input does. As in CoreScope, the ingestor empties its `-wal` when it is
 told to stop, and the server reads without a busy timeout and cannot empty anything.
 """
 
@@ -20,7 +20,12 @@ BURST = 40
 
 
 def main(role: str, database: str, *arguments: str) -> None:
-    {"ingestor": ingest, "server": serve, "host": host}[role](database, *arguments)
+    if role == "ingestor":
+        ingest(database, *arguments)
+    elif role == "server":
+        serve(database)
+    else:
+        host(database, *arguments)
 
 
 def told_to_end(seconds: float) -> bool:

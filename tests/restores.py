@@ -37,7 +37,7 @@ LIVE_PACKETS = 300
 BACKUP_PACKETS = {"smaller": 120, "larger": 500, "current": 120}
 
 # What a bridge that has nothing to say is given to do harm in. It says something at each resync.
-SILENCE = 3.0
+SILENCE = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +107,12 @@ class Restored(NamedTuple):
 
 
 class Process:
-    """A process that prints lines, and ends when it is told to."""
+    """A process that prints lines, and ends when its standard input does, or on a signal."""
 
     def __init__(self, *command: str, log: Path) -> None:
         self.lines: list[str] = []
-        with open(log, "ab") as stderr:
+        self.log = log
+        with open(log, "wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, *command],
                 stdin=subprocess.PIPE,
@@ -119,12 +120,14 @@ class Process:
                 stderr=stderr,
                 text=True,
             )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._stdout:
             self.lines.append(line.strip())
 
     def ready(self) -> Process:
@@ -132,31 +135,28 @@ class Process:
         assert "ready" in self.lines
         return self
 
-    def say(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-
     def end(self, signum: signal.Signals | None = None) -> None:
-        """Tell it to end, or send it a signal; return once it has."""
-        if signum is None:
-            self.say()
-        else:
+        """Tell it to end, by a signal if there is one; return once it has."""
+        if signum is not None:
             self._process.send_signal(signum)
+        # To hear that standard input has ended is to be told as well.
+        self._stdin.close()
         self._process.wait(30)
         self._reader.join(30)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self._stdout.close()
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.lines if line.startswith("{")]
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
 
 
-def neighbour(role: str, *arguments: object, log: Path) -> Process:
-    return Process(str(TESTS / "neighbours.py"), role, *map(str, arguments), log=log)
+def neighbour(role: str, database: Path, *arguments: str) -> Process:
+    log = database.with_name(f"{role}.txt")
+    return Process(str(TESTS / "neighbours.py"), role, str(database), *arguments, log=log)
 
 
 def make_packets(path: Path, generation: str, packets: int) -> Path:
@@ -187,7 +187,7 @@ class Scene:
 
     def __init__(self, base: Path, case: Case) -> None:
         self.case = case
-        self.log = base / "stderr.txt"
+        self.base = base
         self.backup = make_packets(base / "backup.db", "backup", BACKUP_PACKETS[case.backup])
         if case.backup == "current":
             with connect(self.backup) as connection:
@@ -203,7 +203,7 @@ class Scene:
     # What the operator does
 
     def start_ingestor(self, generation: str) -> None:
-        self.ingestor = neighbour("ingestor", self.database, generation, log=self.log).ready()
+        self.ingestor = neighbour("ingestor", self.database, generation).ready()
 
     def stop_ingestor(self) -> None:
         if self.ingestor is not None:
@@ -228,7 +228,7 @@ class Scene:
             Path(f"{self.database}{suffix}").unlink(missing_ok=True)
 
     def start_server(self) -> None:
-        self.server = neighbour("server", self.database, log=self.log).ready()
+        self.server = neighbour("server", self.database).ready()
 
     def stop_server(self) -> None:
         if self.server is not None:
@@ -245,34 +245,38 @@ class Scene:
             case "daemon":
                 options = [f"--{n.replace('_', '-')}={value}" for n, value in CLOCKS.items()]
                 command = ["-m", "mbcap_watch", "run", "--json", f"--database={self.database}"]
-                self.running = Process(*command, *options, log=self.log)
+                self.running = Process(*command, *options, log=self.base / "ours.txt")
             case "embedded":
                 settings = [f"{name}={value}" for name, value in CLOCKS.items()]
-                self.running = neighbour("host", self.database, *settings, log=self.log).ready()
+                self.running = neighbour("host", self.database, *settings).ready()
             case "host":
-                self.running = neighbour("host", self.database, log=self.log).ready()
+                self.running = neighbour("host", self.database).ready()
 
     def stop_ours(self) -> None:
         if self.running is not None:
-            ended = self.running.ended
-            self.running.end(signal.SIGTERM if self.case.ours == "daemon" else None)
-            assert not ended, self.log.read_text()
+            lives = self.case.ours in ("daemon", "embedded", "host")
+            assert not (lives and self.running.ended), self.running.log.read_text()
+            asked = self.case.ours in ("embedded", "host")
+            self.running.end(None if asked else signal.SIGTERM)
             self.running = None
 
     def let_ours_sync(self) -> None:
         """Return once ours has looked at the files as they are now."""
         match self.case.ours:
             case "apply" | "dry_run":
-                dry = ["--dry-run"] if self.case.ours == "dry_run" else []
-                command = ["apply", "--json", f"--database={self.database}", *dry]
-                done = subprocess.run(
-                    [sys.executable, "-m", "mbcap_watch", *command],
-                    capture_output=True,
-                    check=False,
-                    text=True,
-                    timeout=60,
-                )
-                self.results.append(json.loads(done.stdout))
+                # While it waits, it logs that it does, and the operator goes on.
+                if self.running is None:
+                    dry = ["--dry-run"] if self.case.ours == "dry_run" else []
+                    command = ["-m", "mbcap_watch", "apply", "--json", *dry]
+                    self.running = Process(
+                        *command, f"--database={self.database}", log=self.base / "ours.txt"
+                    )
+                running = self.running
+                wait_until(lambda: running.ended or running.log.stat().st_size, "an answer")
+                if running.ended:
+                    running.end()
+                    self.results += running.results
+                    self.running = None
             case "daemon" | "embedded":
                 assert self.running is not None
                 lines, known = self.running.lines, len(self.running.lines)
@@ -280,13 +284,19 @@ class Scene:
                 # The sync that the next line tells of may have begun before.
                 while len(lines) < known + 2 and time.monotonic() < deadline:
                     time.sleep(0.01)
-                self.results = [json.loads(line) for line in lines if line.startswith("{")]
+                self.results = self.running.results
 
     def let_ours_settle(self) -> None:
         """As `let_ours_sync`, and return only once it has found all well, or never will."""
         deadline = time.monotonic() + SILENCE
+        known = len(self.results)
         self.let_ours_sync()
-        while self.outcome not in (None, "applied", "unchanged") and time.monotonic() < deadline:
+        while time.monotonic() < deadline and (
+            len(self.results) == known or self.outcome not in ("applied", "unchanged")
+        ):
+            if self.case.ours in ("none", "host"):
+                return
+            time.sleep(0.01)
             self.let_ours_sync()
 
     @property

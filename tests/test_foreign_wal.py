@@ -66,7 +66,7 @@ def backup(tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def running(role: str, database: Path, *arguments: str) -> Iterator[Process]:
-    process = neighbour(role, database, *arguments, log=database.with_name("stderr.txt"))
+    process = neighbour(role, database, *arguments)
     try:
         yield process.ready()
     finally:
