@@ -23,6 +23,7 @@ VALUES: dict[str, list[tuple[str, object]]] = {
     "max_wait": [("2s", 2.0), ("3s", 3.0), ("4s", 4.0)],
     "batch_rows": [("2", 2), ("3", 3), ("4", 4)],
     "busy_deadline": [("2s", 2.0), ("3s", 3.0), ("4s", 4.0)],
+    "wal_grace": [("2s", 2.0), ("3s", 3.0), ("4s", 4.0)],
     "max_bytes": [("2KiB", 2048), ("3KiB", 3072), ("4KiB", 4096)],
     "downgrade": [("never", "never"), ("allow", "allow"), ("never", "never")],
     "log_level": [("debug", "debug"), ("warning", "warning"), ("error", "error")],

@@ -26,6 +26,7 @@ def test_defaults() -> None:
         "max_wait": 1.0,
         "batch_rows": 500,
         "busy_deadline": 30.0,
+        "wal_grace": 60.0,
         "max_bytes": 268_435_456,
         "downgrade": "allow",
     }

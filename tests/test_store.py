@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -169,7 +168,7 @@ async def test_both_ways_to_compare_find_the_same(
     ledger = Ledger()
 
     await store.apply(
-        database, {**wanted, "none": (1, "")}, ledger, batch_rows=13, downgrade="allow"
+        database, {**wanted, "none": (1, "")}, ledger, batch_rows=13, downgrade="allow", grace=0.0
     )
 
     after = {key: (sup, evidence) for _, key, sup, evidence in read_rows(database)}
@@ -198,6 +197,7 @@ async def test_news_is_written_first_and_the_rest_all_the_same(tmp_path: Path) -
         news={first: wanted[first], "none": (1, "")},
         batch_rows=500,
         downgrade="allow",
+        grace=0.0,
     )
 
     with connect(database) as connection:
@@ -434,7 +434,7 @@ async def test_a_database_that_is_replaced_is_never_written_through_the_old_file
     os.link(database, old)
     ledger = Ledger()
 
-    async with open_database(database, ledger) as access:
+    async with open_database(database, ledger, 0.0) as access:
         os.replace(backup, database)
         with pytest.raises(DatabaseFailed, match="replaced"):
             await access.write("UPDATE nodes SET multibyte_sup = ?", [(2,)])
@@ -583,7 +583,6 @@ async def test_a_table_that_refuses_everything_does_not_stop_the_other(tmp_path:
     assert result.failed_rows == ROWS
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="cannot be told to SQLite before 3.12")
 async def test_only_reading_leaves_a_leftover_wal_alone(database: Path, tmp_path: Path) -> None:
     """A process was killed with rows in its WAL; a dry run is not the one to move them."""
     left = tmp_path / "left"
@@ -594,7 +593,7 @@ async def test_only_reading_leaves_a_leftover_wal_alone(database: Path, tmp_path
             shutil.copy(path, left)
     put(document(("aa11", "confirmed"), ("in the wal", "unknown")), snapshot_path(left / "m"))
     before = (left / "meshcore.db").read_bytes()
-    result, changes = await preview_once(Settings(database=left / "meshcore.db"))
+    result, changes = await preview_once(Settings(database=left / "meshcore.db", wal_grace=0))
 
     assert (result.outcome, len(changes)) == ("applied", 1)
     assert (left / "meshcore.db").read_bytes() == before

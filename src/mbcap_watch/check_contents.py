@@ -1,30 +1,28 @@
 """`check`, the database from inside: its tables, and what the snapshot would change.
 
-Nothing is written and no lock is taken: `_glimpse` opens the database so that no -wal and -shm are
-left behind. The few queries here are the doctor's own; the comparison is the store's.
+Nothing is written and no lock is taken. The few queries here are the doctor's own; the comparison
+is the store's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import shlex
 import sqlite3
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
 
 from mbcap_watch import check_locks, store
 from mbcap_watch.check_database import place
-from mbcap_watch.database import as_database_errors
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, SchemaMissing
+from mbcap_watch.database import open_to_read
+from mbcap_watch.errors import DatabaseBusy, DatabaseError, ForeignWal, SchemaMissing
 from mbcap_watch.finding import Finding, ok, problem, warning
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.remedies import remedy
+from mbcap_watch.wal import HAS_RESET_BUG, Wal, is_wal_database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,9 +36,6 @@ SQL_SECONDS: Final = 8.0
 # How long it may wait for a lock that keeps readers out.
 BUSY_SECONDS: Final = 2.0
 
-_MAGIC: Final = b"SQLite format 3\0"
-_WAL_VERSION: Final = b"\x02\x02"  # bytes 18 and 19 (sqlite.org/fileformat2.html#file_format_ver)
-
 
 def examine(settings: Settings, values: Mapping[str, Value]) -> list[Finding]:
     """Look into the database, and hold it against what the snapshot wants written. Blocks.
@@ -53,66 +48,26 @@ def examine(settings: Settings, values: Mapping[str, Value]) -> list[Finding]:
     real = Path(os.path.realpath(settings.database))
     if not place(real).regular or not place(real).readable or not os.path.getsize(real):
         return []  # what is wrong was said
-    # Before SQLite opens it: closing a descriptor drops all locks that the process has on a file.
-    with real.open("rb") as file:
-        header = file.read(100)
-    wal = header.startswith(_MAGIC) and header[18:20] == _WAL_VERSION
-    shared = _shared(real)
-    found = list(_read(settings, dict(values), wal=wal, shared=shared))
-    if shared != _shared(real):  # somebody opened it meanwhile: what was read may be torn
-        found = list(_read(settings, dict(values), wal=wal, shared=not shared))
-    return [*found, check_locks.judge_lock(real, wal=wal), *check_locks.judge_wal(real)]
-
-
-def _shared(real: Path) -> bool:
-    return all(os.path.exists(f"{real}{side}") for side in ("-wal", "-shm"))
+    wal = is_wal_database(real)
+    return [
+        *_judge_library(wal=wal),
+        *_read(settings, dict(values), wal=wal),
+        check_locks.judge_lock(real, wal=wal),
+        *check_locks.judge_wal(real),
+    ]
 
 
 # ------------------------------------------------------------------------------ reading
 
 
-@contextlib.contextmanager
-def _glimpse(database: Path, *, immutable: bool) -> Iterator[sqlite3.Connection]:
-    """Open the database for reading, so that no file appears, vanishes or changes.
-
-    Whoever opens a WAL database creates -wal and -shm where they are missing, `mode=ro` or not.
-    So it is `immutable` where they are missing: then nobody has it open (sqlite.org/uri.html). The
-    last one to close a database moves the WAL into it, but not with `mode=ro` (measured).
-
-    Raises:
-        DatabaseBusy, DatabaseFailed: as SQLite's errors; SQLITE_INTERRUPT after `SQL_SECONDS`.
-
-    """
-    uri = f"file://{quote(os.fsencode(database))}?mode=ro{'&immutable=1' if immutable else ''}"
-    deadline = time.monotonic() + SQL_SECONDS
-    with (
-        as_database_errors(database),
-        contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as connection,
-    ):
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
-        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
-        yield connection
-
-
-class _DryRun:
-    """Access to the rows for `store.reconcile` that takes every write for done."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        return self._connection.execute(sql, parameters).fetchall()
-
-    async def write(self, _: str, rows: list[tuple[Any, ...]]) -> int:
-        return len(rows)
-
-
-def _read(
-    settings: Settings, values: dict[str, Value], *, wal: bool, shared: bool
-) -> Iterator[Finding]:
+def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterator[Finding]:
     ledger, names, database = Ledger(), [""], settings.database
     try:
-        with _glimpse(database, immutable=wal and not shared) as connection:
+        with open_to_read(database, settings.wal_grace, BUSY_SECONDS) as access:
+            connection = access.connection
+            yield from _judge_left_behind(access.found, database)
+            deadline = time.monotonic() + SQL_SECONDS
+            connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
 
             def fetch(sql: str) -> list[Any]:
                 return [value for (value, *_) in connection.execute(sql).fetchall()]
@@ -132,7 +87,7 @@ def _read(
                     yield problem("tables", f"{table} is damaged: {verdict}", what)
             yield from _judge_triggers(connection, database)
             comparison = store.reconcile(
-                _DryRun(connection),
+                access,
                 database,
                 values,
                 ledger,
@@ -147,6 +102,9 @@ def _read(
         )
         yield problem("tables", text, advice + _UPGRADE)
         return
+    except ForeignWal as exc:
+        yield problem("wal", exc.what, remedy(exc.cause, str(database)))
+        return
     except DatabaseError as exc:
         yield problem("tables", exc.what, _what_to_do(exc, settings))
         return
@@ -158,6 +116,22 @@ def _read(
     if values:
         changes, nodes = ledger.changed.total(), sum(counts.values())
         yield judge_preview(changes, ledger.unmatched, len(values), nodes)
+
+
+def _judge_library(*, wal: bool) -> Iterator[Finding]:
+    if wal and HAS_RESET_BUG:
+        text = (
+            f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: two programs that checkpoint"
+        )
+        text += " at the same moment may lose rows, or damage the database"
+        advice = "use a Python whose SQLite is 3.51.3, 3.50.7, 3.44.6 or later, and so in CoreScope"
+        yield warning("sqlite", text, f"{advice} (sqlite.org/wal.html, 11)")
+
+
+def _judge_left_behind(found: Wal, database: Path) -> Iterator[Finding]:
+    if found is Wal.LEFT_BEHIND:
+        text = f"{database}-wal was left behind by a process that has ended"
+        yield warning("wal", text, "start CoreScope, which recovers it; never delete it")
 
 
 _UPGRADE: Final = (

@@ -49,10 +49,7 @@ def judge_wal(real: Path) -> Iterator[Finding]:
     """Judge what is in the WAL, and why it is still there."""
     log, shm = place(Path(f"{real}-wal")), place(Path(f"{real}-shm"))
     length = log.status.st_size if log.status else 0
-    if length and not shm.status:
-        text = f"{log.path} ({size(length)}) was left by a crash, or copied; it is not looked at"
-        yield warning("wal", text, "start CoreScope, which recovers it; never delete it")
-    elif length > _LARGE_WAL:
+    if length > _LARGE_WAL:
         text, remedy = f"{log.path} has grown to {size(length)}", "restart CoreScope's ingestor"
         if (pid := _holder({shm.path: _WAL_READERS}, fcntl.F_WRLCK)) is not None:
             text += f"; {_who(pid)} keeps a transaction open, which keeps it from being emptied"

@@ -75,6 +75,7 @@ def run(
     max_wait: options.MaxWait = None,
     batch_rows: options.BatchRows = None,
     busy_deadline: options.BusyDeadline = None,
+    wal_grace: options.WalGrace = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
     ack: options.Ack = None,
@@ -110,6 +111,7 @@ def apply(
     max_wait: options.MaxWait = None,
     batch_rows: options.BatchRows = None,
     busy_deadline: options.BusyDeadline = None,
+    wal_grace: options.WalGrace = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
 ) -> None:

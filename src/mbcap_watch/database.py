@@ -6,7 +6,6 @@ import contextlib
 import os
 import sqlite3
 import stat
-import sys
 import threading
 import time
 import traceback
@@ -16,8 +15,9 @@ from urllib.parse import quote
 
 import aiosqlite
 
-from mbcap_watch import diagnosis
+from mbcap_watch import diagnosis, wal
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
+from mbcap_watch.wal import Wal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -37,6 +37,8 @@ CHECKPOINT_ROWS: Final = 10_000
 # its size when it is filled anew from the start, so only growth tells that it is full.
 CHECKPOINT_BYTES: Final = 4 << 20
 
+# How often, and after which pauses, emptying the WAL is tried while somebody reads from it.
+_EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
 
 # For this share of a batch's hold the lock is left alone after it. Other writers try again at
 # growing intervals, and miss a gap that is too short: the wait of one that inserts every
@@ -88,24 +90,32 @@ class _Connection(sqlite3.Connection):
     machine for long, and whatever struck in between would leave it held.
     """
 
-    def __init__(self, database: Path, ledger: Ledger, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, database: Path, ledger: Ledger, grace: float, *args: Any, **kwargs: Any
+    ) -> None:
         self._database = database
         self._ledger = ledger
         self._identity = _identity(database)
         self._tuned = False
-        self._wal = f"{os.fspath(database)}-wal"
-        self._wal_size = _size(self._wal)
+        self._wrote = False
+        self._wal = f"{os.path.realpath(database)}-wal"
         self._unchecked = 0
-        super().__init__(*args, **kwargs)
-        try:
-            self._require_same_file()
-            self._leave_wal_alone(alone=self._wal_size > 0)
-        except BaseException:
-            self.close()
-            raise
+        wal.warn_of_second_sqlite()
+        with wal.OPENING:
+            self._found = wal.require_own_wal(database, grace)
+            self._wal_size = wal.size(self._wal)
+            self._empties = self._found in (Wal.ABSENT, Wal.EMPTY) or ledger.owes_checkpoint
+            super().__init__(*args, **kwargs)
+            try:
+                self._require_same_file()
+                _attach(self)
+            except BaseException:
+                super().close()
+                raise
 
     def executemany(self, sql: str, parameters: Iterable[Any], /) -> sqlite3.Cursor:
         self._tune()
+        self._wrote = True
         cursor = self.cursor()
         try:
             rows = timed_transaction(cursor, sql, parameters, self._ledger, self._require_same_file)
@@ -116,17 +126,70 @@ class _Connection(sqlite3.Connection):
         if rows >= _LARGE_BATCH:
             time.sleep(PAUSE_SHARE * self._ledger.holds[-1])
         self._unchecked += rows
-        if self._unchecked >= CHECKPOINT_ROWS:
+        # Two checkpoints at a time are what brings out the WAL-reset bug.
+        if self._unchecked >= CHECKPOINT_ROWS and not wal.HAS_RESET_BUG:
             self._checkpoint()
         return cursor
 
     def close(self) -> None:
-        """Close, and leave no large WAL behind."""
+        """Close, and leave the WAL as it was found."""
         try:
-            size = _size(self._wal)
-            if self._unchecked and size >= CHECKPOINT_BYTES and size > self._wal_size:
-                self._checkpoint()
+            self._tidy()
         finally:
+            if self._leaves_files():
+                self._close_not_as_last()
+            else:
+                super().close()
+
+    def _tidy(self) -> None:
+        """Empty the WAL if it was empty; else leave it no larger than need be."""
+        size = wal.size(self._wal)
+        if self._empties and (self._wrote or self._ledger.owes_checkpoint):
+            self._ledger.owes_checkpoint = size > 0 and not self._empty_wal()
+        elif self._unchecked and size >= CHECKPOINT_BYTES and size > self._wal_size:
+            self._checkpoint()
+
+    def _empty_wal(self) -> bool:
+        """Move what was written into the database, and cut the WAL to nothing.
+
+        What stays in it would be replayed into a backup that is put in place now. Where a reader
+        stays attached, closing alone does not do it.
+        """
+        self.execute("PRAGMA busy_timeout = 0").close()
+        for pause in _EMPTY_PAUSES:
+            time.sleep(pause)
+            # The first does the slow part, without the write lock; the second cuts.
+            self._checkpoint()
+            with contextlib.suppress(sqlite3.Error):
+                self.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            if not wal.size(self._wal):
+                return True
+        return False
+
+    def _leaves_files(self) -> bool:
+        """Whether -wal and -shm stay, even if this is the last connection.
+
+        SQLite's last connection moves the WAL into the database and removes it. That is right
+        for what this connection made, and for what an ingestor left that closed meanwhile. It is
+        wrong for an empty -wal that was there before: a read-only server that opens the database
+        at this moment would find it locked. And whoever only reads leaves alone what a process
+        that was killed left behind.
+        """
+        if self._found is Wal.LEFT_BEHIND:
+            return not self._wrote
+        return self._found is Wal.EMPTY and not wal.size(self._wal)
+
+    def _close_not_as_last(self) -> None:
+        """Close while a read-only connection is attached, which itself cannot remove anything.
+
+        `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on.
+        """
+        uri = f"{_uri(self._database)}?mode=ro"
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(sqlite3.Error):
+                anchor = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+                stack.callback(anchor.close)
+                _attach(anchor)
             super().close()
 
     def _checkpoint(self) -> None:
@@ -153,19 +216,7 @@ class _Connection(sqlite3.Connection):
         if not self._tuned and self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
             self.execute("PRAGMA synchronous = NORMAL")
             self.execute("PRAGMA wal_autocheckpoint = 0")
-        self._leave_wal_alone(alone=False)
         self._tuned = True
-
-    def _leave_wal_alone(self, *, alone: bool) -> None:
-        """Say whether closing the last connection may move the WAL into the database.
-
-        Whoever only reads must not write, and that includes what a crashed process left behind.
-        Where there was nothing, SQLite is to remove its empty -wal and -shm as usual: left here,
-        they would belong to us, and could lock out another user's ingestor. Before Python 3.12
-        this cannot be said, and SQLite always tidies up.
-        """
-        if sys.version_info >= (3, 12):
-            self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, alone)
 
     def _require_same_file(self) -> None:
         """Never write into a file that an operator has just replaced by a backup."""
@@ -225,11 +276,13 @@ _ABOUT_ROWS: Final = frozenset(
 )
 
 
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
+def _attach(connection: sqlite3.Connection) -> None:
+    """Read once: only then does SQLite open the `-wal` and take the locks that say so."""
+    connection.execute("PRAGMA schema_version").fetchone()
+
+
+def _uri(database: Path) -> str:
+    return f"file://{quote(os.fsencode(os.path.abspath(database)))}"
 
 
 def _identity(database: Path) -> tuple[int, int]:
@@ -247,22 +300,29 @@ def _identity(database: Path) -> tuple[int, int]:
 
 
 @contextlib.asynccontextmanager
-async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[OwnConnection]:
+async def open_database(
+    database: Path, ledger: Ledger, grace: float
+) -> AsyncIterator[OwnConnection]:
     """Open read-write, without ever creating the file (https://www.sqlite.org/uri.html).
 
+    Args:
+        database: its path.
+        ledger: what the connection writes down.
+        grace: as `wal.require_own_wal`.
+
     Raises:
-        DatabaseMissing, DatabaseBusy, DatabaseFailed: on the way in, or out of the block, as
-            which SQLite's own errors leave it.
+        DatabaseMissing, ForeignWal, DatabaseBusy, DatabaseFailed: on the way in, or out of the
+            block, as which SQLite's own errors leave it.
 
     """
     threads: list[threading.Thread] = []
 
     def connect(*args: Any, **kwargs: Any) -> _Connection:
         threads.append(threading.current_thread())
-        return _Connection(database, ledger, *args, **kwargs)
+        return _Connection(database, ledger, grace, *args, **kwargs)
 
     connection = aiosqlite.connect(
-        f"file://{quote(os.fsencode(database))}?mode=rw",
+        f"{_uri(database)}?mode=rw",
         uri=True,
         timeout=BUSY_TIMEOUT,
         isolation_level=None,  # transactions begin where we say so
@@ -283,6 +343,77 @@ async def open_database(database: Path, ledger: Ledger) -> AsyncIterator[OwnConn
             yield OwnConnection(connection)
         finally:
             await connection.close()
+
+
+@contextlib.contextmanager
+def open_to_read(database: Path, grace: float, timeout: float = BUSY_TIMEOUT) -> Iterator[ReadOnly]:
+    """Open the database so that no file appears, vanishes or changes.
+
+    Whoever opens a WAL database creates -wal and -shm where they are missing, `mode=ro` or not.
+    Where one is missing, nobody has it open, and `immutable` does without (sqlite.org/uri.html).
+    Any other database is locked for reading as usual.
+    The last one to close a database moves the WAL into it, but not with `mode=ro` (measured).
+
+    Args:
+        database: its path.
+        grace: as `wal.require_own_wal`.
+        timeout: seconds to wait for a lock that keeps readers out.
+
+    Raises:
+        DatabaseMissing, ForeignWal, DatabaseFailed: as `open_database`.
+        DatabaseBusy: or somebody opened the database meanwhile, so that what was read may be torn.
+
+    """
+    identity = _identity(database)
+    with as_database_errors(database), contextlib.ExitStack() as stack:
+        with wal.OPENING:
+            found = wal.require_own_wal(database, grace)
+            before = _stamp(database)
+            alone = found is not Wal.LEFT_BEHIND and not _is_shared(database)
+            immutable = alone and wal.is_wal_database(database)
+            uri = f"{_uri(database)}?mode=ro{'&immutable=1' if immutable else ''}"
+            connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
+            stack.enter_context(contextlib.closing(connection))
+            if _identity(database) != identity:
+                raise DatabaseFailed(database, "was replaced while it was being opened")
+            _attach(connection)
+        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
+        yield ReadOnly(connection, found)
+        if immutable and (_is_shared(database) or _stamp(database) != before):
+            raise DatabaseBusy(database, "was opened by another process while it was being read")
+
+
+class ReadOnly:
+    """Access to the rows that takes every write for done.
+
+    Attributes:
+        connection: to the database.
+        found: what lay beside it.
+
+    """
+
+    def __init__(self, connection: sqlite3.Connection, found: Wal) -> None:
+        self.connection = connection
+        self.found = found
+
+    async def fetch(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
+        """Return all rows of a query."""
+        return self.connection.execute(sql, parameters).fetchall()
+
+    async def write(self, _: str, rows: list[tuple[Any, ...]]) -> int:
+        """Write nothing."""
+        return len(rows)
+
+
+def _is_shared(database: Path) -> bool:
+    """Whether the files are there without which nobody can have a WAL database open."""
+    real = os.path.realpath(database)
+    return all(os.path.exists(f"{real}{side}") for side in ("-wal", "-shm"))
+
+
+def _stamp(database: Path) -> tuple[int, int, int]:
+    status = os.stat(database)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager

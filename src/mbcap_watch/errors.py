@@ -13,6 +13,7 @@
         ├── TransactionOpen        the host's connection is in a transaction of the host's
         ├── DatabaseMissing        no file; never created
         ├── SchemaMissing          no table has the two columns yet
+        ├── ForeignWal             the `-wal` beside it is not its own, or may not be
         ├── DatabaseBusy           somebody else held the lock
         └── DatabaseFailed         anything else SQLite or the disk refused
 
@@ -35,10 +36,13 @@ Cause = Literal[
     "disk_error",
     "limit",
     "no_database",
+    "wal_replaced",
+    "wal_left_behind",
 ]
 """What is behind a `DatabaseFailed`, as far as it can be told, for programs.
 
-`no_database` is behind no error: there is no snapshot yet, and no database either.
+`no_database` is behind no error: there is no snapshot yet, and no database either. `wal_replaced`
+and `wal_left_behind` are those of `ForeignWal`.
 """
 
 
@@ -158,6 +162,32 @@ class SchemaMissing(DatabaseError):
     """Neither table has the columns; they are never added here."""
 
     hint = "tables and columns are never added here; the snapshot is applied once they appear"
+
+
+class ForeignWal(DatabaseError):
+    """The `-wal` beside the database is not its own, or may not be; the database is not opened.
+
+    Attributes:
+        cause: `wal_replaced`: it belongs to the file that was at the path before, and that somebody
+            still has open. `wal_left_behind`: nobody has the database open, and its files were
+            touched a moment ago.
+
+    """
+
+    hint = (
+        "it is not opened, because SQLite would replay that -wal into it; this is over once the"
+        " ingestor has opened the file, or the -wal was left alone for wal_grace; if a backup was"
+        " restored, stop the ingestor and remove the -wal and -shm, which belong to the old file"
+    )
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        problem: str,
+        cause: Literal["wal_replaced", "wal_left_behind"],
+    ) -> None:
+        super().__init__(path, problem)
+        self.cause = cause
 
 
 class DatabaseBusy(DatabaseError):

@@ -39,6 +39,7 @@ def show_config(
     max_wait: options.MaxWait = None,
     batch_rows: options.BatchRows = None,
     busy_deadline: options.BusyDeadline = None,
+    wal_grace: options.WalGrace = None,
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
     ack: options.Ack = None,

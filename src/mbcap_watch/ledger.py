@@ -25,6 +25,8 @@ class Ledger:
         committed_at: when rows were last committed, in seconds since the epoch; None before.
         waiting: what a table that cannot be served yet lacks.
         on_progress: called for every page read and every batch written.
+        owes_checkpoint: whether a `-wal` that was empty before a write is not yet so again, because
+            somebody read from it meanwhile.
         stopped: whether whoever waits for this has gone; then the rest is left for another look.
 
     """
@@ -39,6 +41,7 @@ class Ledger:
     committed_at: float | None = None
     waiting: str | None = None
     on_progress: Callable[[], None] = lambda: None
+    owes_checkpoint: bool = False
     stopped: bool = False
 
     def stop(self) -> None:

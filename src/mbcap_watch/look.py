@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
+import random
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
@@ -28,6 +30,7 @@ from mbcap_watch.result import PersistResult, Reason, Timings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.worker import Worker
@@ -45,6 +48,10 @@ KEPT_ENTRIES: Final = 20_000
 # If more than one entry in so many is new, looking them up first saves nothing.
 NEWS_SHARE: Final = 4
 
+# Keys that are looked up where the database's files changed, to see whether it was overwritten by
+# a backup in place. A full comparison each time would cost what the resync does.
+SPOT_CHECKED: Final = 50
+
 
 class Looker:
     """Looks at one snapshot for one database, and remembers what it has seen of the files.
@@ -53,6 +60,7 @@ class Looker:
         error: what stood in the way of the last look; None if nothing did.
         snapshot_changed: whether the last look found another snapshot than the one before.
         timings: of the last look that reached the database; None if it did not.
+        owes_checkpoint: whether another look must empty the `-wal` that this one filled.
 
     """
 
@@ -66,6 +74,9 @@ class Looker:
         self._busy: _Attempt | None = None
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._applied: dict[str, plan.Value] | None = None
+        self._sample: dict[str, plan.Value] = {}
+        self._stamp: tuple[object, ...] = ()
+        self.owes_checkpoint = False
         self.error: SnapshotError | DatabaseError | None = None
         self.snapshot_changed = False
         self.timings: Timings | None = None
@@ -98,11 +109,13 @@ class Looker:
     async def _look(
         self, reason: Reason, first: Callable[[], None] | None, known: Fingerprint | None
     ) -> PersistResult | None:
-        attempt = self._busy or _Attempt(Ledger(), time.perf_counter())
+        attempt = self._busy or _Attempt(
+            Ledger(owes_checkpoint=self.owes_checkpoint), time.perf_counter()
+        )
         attempt.ledger.on_progress = partial(self._note_progress, attempt.ledger)
         try:
             reading, error = await self._worker.call(
-                self._read_and_apply, first, known, attempt.ledger
+                self._read_and_apply, first, known, attempt.ledger, spot_check=reason == "sweep"
             )
         except asyncio.CancelledError:
             attempt.ledger.stop()
@@ -110,8 +123,9 @@ class Looker:
         before, now = self._seen, reading.fingerprint
         self.snapshot_changed = before is None or before.snapshot != now.snapshot
         self.timings = None
-        if now == known:
+        if now == known and reading.targets is None:
             return None
+        self.owes_checkpoint = attempt.ledger.owes_checkpoint
         self._behind |= self.snapshot_changed
         if reading.targets is not None and error is None:
             self.timings = self._timings(reading, attempt.ledger)
@@ -157,12 +171,19 @@ class Looker:
             self._on_progress(min(ledger.matched.total(), ledger.wanted), ledger.wanted)
 
     def _read_and_apply(
-        self, first: Callable[[], None] | None, known: Fingerprint | None, ledger: Ledger
+        self,
+        first: Callable[[], None] | None,
+        known: Fingerprint | None,
+        ledger: Ledger,
+        *,
+        spot_check: bool,
     ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
         if first is not None:
             first()
         settings = self._settings
         reading = read(settings, known, self._worker.note_progress)
+        if spot_check and reading.fingerprint == known and self._was_overwritten():
+            reading = read(settings, None, self._worker.note_progress)
         if reading.targets is None or ledger.stopped:
             return reading, reading.error
         values = reading.targets.values
@@ -180,9 +201,45 @@ class Looker:
                 news=news,
                 batch_rows=settings.batch_rows,
                 downgrade=settings.downgrade,
+                grace=self._grace(),
             )
         )
+        if error is None:
+            refused = {key for _, key in ledger.failed}
+            keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
+            self._sample = {key: values[key] for key in keys if key not in refused}
+            self._stamp = _stamp(settings.database)
         return reading, error
+
+    def _grace(self) -> float:
+        """Return how long a `-wal` is left alone; what the last look left there, it may take up."""
+        ours = self.owes_checkpoint and _stamp(self._settings.database) == self._stamp
+        return 0.0 if ours else self._settings.wal_grace
+
+    def _was_overwritten(self) -> bool:
+        """Whether the database is not what the last look left, by a few keys chosen at random.
+
+        Its inode tells of a file that was moved into place, but not of one that was copied over
+        it. Asked only where the files changed, as they do with every packet.
+        """
+        settings, stamp = self._settings, _stamp(self._settings.database)
+        if stamp == self._stamp or not self._sample:
+            return False
+        differs, error = self._in_loop(
+            lambda: store.differs(
+                settings.database,
+                self._sample,
+                Ledger(),
+                downgrade=settings.downgrade,
+                grace=settings.wal_grace,
+            )
+        )
+        if isinstance(error, DatabaseBusy):
+            return False  # the next sweep asks again
+        if error is None and not differs:
+            self._stamp = stamp
+            return False
+        return True
 
     def _read_and_preview(
         self, ledger: Ledger
@@ -193,7 +250,13 @@ class Looker:
             return reading, reading.error, []
         values = reading.targets.values
         changes, error = self._in_loop(
-            lambda: store.preview(settings.database, values, ledger, downgrade=settings.downgrade)
+            lambda: store.preview(
+                settings.database,
+                values,
+                ledger,
+                downgrade=settings.downgrade,
+                grace=settings.wal_grace,
+            )
         )
         ledger.changed.update(table for table, _ in changes or [])
         return reading, error, changes or []
@@ -213,6 +276,19 @@ class Looker:
         # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
         error.__cause__ = error.__context__ = None
         return None, error.with_traceback(None)
+
+
+def _stamp(database: Path) -> tuple[object, ...]:
+    """Return what changes whenever somebody writes to the database or its `-wal`."""
+    return tuple(_stamp_of(path) for path in (os.fspath(database), f"{database}-wal"))
+
+
+def _stamp_of(path: str) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class _Attempt(NamedTuple):

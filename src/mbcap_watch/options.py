@@ -98,6 +98,13 @@ BatchRows = Annotated[
 BusyDeadline = Annotated[
     Text, _setting("DURATION", "How long to try a locked database. Default: 30s.")
 ]
+WalGrace = Annotated[
+    Text,
+    _setting(
+        "DURATION",
+        "How long to leave a -wal alone that nobody has open, before it is recovered. Default: 1m.",
+    ),
+]
 MaxBytes = Annotated[Text, _setting("SIZE", "Refuse larger snapshots. Default: 256MiB.")]
 Downgrade = Annotated[
     Text,

@@ -26,6 +26,7 @@ EXIT_CODES: Final[dict[Outcome, int]] = {
     "refused": EXIT_BAD_SNAPSHOT,
     "database_missing": 4,
     "schema_missing": 4,
+    "foreign_wal": 4,
     "busy": 5,
     "failed": 1,
 }

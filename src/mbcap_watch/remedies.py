@@ -66,6 +66,11 @@ REMEDIES: Final = {
     "schema_missing": "start CoreScope's ingestor in a version that adds the columns: they are"
     " never added here. If there is no such table at all, compare --database (or DB_PATH) with the"
     " file that the ingestor writes",
+    "foreign_wal": "`{check}` says whose it is",
+    "wal_replaced": "stop what still has the old file open (CoreScope's ingestor); remove the -wal"
+    " and -shm beside {database}, which belong to the old file; then start the ingestor",
+    "wal_left_behind": "start CoreScope's ingestor, or wait: it goes on by itself. If a backup was"
+    " restored, remove the -wal and -shm beside {database} first, which belong to the old file",
     "busy": "`{check}`, as root, names who keeps a transaction open: a backup, VACUUM, an sqlite3"
     " shell, a stuck ingestor; end it, and the snapshot is applied",
     "rows_refused": "see the triggers and constraints of the table (sqlite3 -readonly {database}"

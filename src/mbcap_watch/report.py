@@ -9,6 +9,7 @@ from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
     DatabaseMissing,
+    ForeignWal,
     SchemaMissing,
     SnapshotError,
     SnapshotMalformed,
@@ -58,6 +59,7 @@ _OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
     (SnapshotRefused, "refused"),
     (DatabaseMissing, "database_missing"),
     (SchemaMissing, "schema_missing"),
+    (ForeignWal, "foreign_wal"),
     (DatabaseBusy, "busy"),
 )
 

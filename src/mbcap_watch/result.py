@@ -17,6 +17,7 @@ Outcome = Literal[
     "refused",
     "database_missing",
     "schema_missing",
+    "foreign_wal",
     "busy",
     "failed",
 ]

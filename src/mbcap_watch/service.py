@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import math
 import random
 import time
 from functools import partial
@@ -15,6 +17,7 @@ from mbcap_watch.agenda import Agenda
 from mbcap_watch.errors import (
     DatabaseBusy,
     DatabaseError,
+    ForeignWal,
     SnapshotError,
     SnapshotMalformed,
     SnapshotUnreadable,
@@ -40,15 +43,23 @@ OnState: TypeAlias = "Callable[[WatchState], Any]"
 OnTimings: TypeAlias = "Callable[[Timings], Any]"
 T = TypeVar("T")
 
+logger = logging.getLogger("mbcap_watch")
+
 # The first pause before something is tried again, and the longest while the database is busy.
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
+
+# Asking whose the `-wal` is takes no lock and reads nothing.
+_WAL_PAUSE: Final = 1.0
 
 
 async def persist_once(
     settings: Settings, *, on_progress: OnProgress | None = None
 ) -> PersistResult:
-    """Look once: read the snapshot and apply it. Tries a busy database until `busy_deadline`.
+    """Look once: read the snapshot and apply it.
+
+    Tries a busy database until `busy_deadline`, and waits as long as `wal_grace` says for a `-wal`
+    that was left behind.
 
     Never raises for the state of the files: the result's `outcome` and `error` tell.
 
@@ -81,15 +92,22 @@ async def _until_not_busy(
     on_progress: OnProgress | None = None,
 ) -> tuple[PersistResult, T]:
     loop = require_asyncio()
-    deadline = loop.time() + settings.busy_deadline
+    started, waiting = loop.time(), False
     async with Worker() as worker:
         looker = Looker(settings, worker, on_progress)
         attempt = 0
         while True:
             answer = await look(looker)
-            pause = _busy_pause(2.0 ** min(attempt, 10))
-            if answer[0].outcome != "busy" or loop.time() + pause > deadline:
+            result, pause = answer[0], _busy_pause(2.0 ** min(attempt, 10))
+            patience = settings.busy_deadline
+            if result.cause == "wal_left_behind":
+                patience += settings.wal_grace + _LONGEST_PAUSE
+            spent = loop.time() + pause - started
+            if result.outcome not in ("busy", "foreign_wal") or spent > patience:
                 return answer
+            if result.outcome == "foreign_wal" and not waiting:
+                waiting = True
+                logger.warning("waiting: %s", result.error)
             await anyio.sleep(pause)
             attempt += 1
 
@@ -242,10 +260,11 @@ class _Bridge:
             self._attempt = 0
         error, growth = self._looker.error, 2.0 ** min(self._attempt, 20)
         self._attempt += 1
-        if isinstance(error, DatabaseBusy):
+        if isinstance(error, DatabaseBusy) or self._looker.owes_checkpoint:
             return _busy_pause(growth)
         if isinstance(error, DatabaseError):
-            return self._settings.sweep_interval
+            pause = _WAL_PAUSE if isinstance(error, ForeignWal) else math.inf
+            return min(pause, self._settings.sweep_interval)
         if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
             # A torn file is repaired without a rename. The pauses grow until the sweep, or the
             # poll, is soon enough.

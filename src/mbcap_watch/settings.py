@@ -56,6 +56,8 @@ class Settings:
             that is longer.
         batch_rows: rows written per hold of the write lock.
         busy_deadline: seconds for which a busy database is tried before that is reported.
+        wal_grace: seconds for which a `-wal` that nobody has open is left alone before SQLite may
+            recover it: time for an operator who restores a backup to remove it.
         max_bytes: a larger snapshot is refused without being read.
         downgrade: whether `suspected` may replace a stored `confirmed`: `allow` or `never`.
 
@@ -74,6 +76,7 @@ class Settings:
     max_wait: float
     batch_rows: int
     busy_deadline: float
+    wal_grace: float
     max_bytes: int
     downgrade: Downgrade
 
@@ -89,6 +92,7 @@ class Settings:
         max_wait: float | str = 1.0,
         batch_rows: int = 500,
         busy_deadline: float | str = 30.0,
+        wal_grace: float | str = 60.0,
         max_bytes: int | str = DEFAULT_MAX_BYTES,
         downgrade: Downgrade = "allow",
     ) -> None:
@@ -105,6 +109,7 @@ class Settings:
             "max_wait": duration("max_wait", max_wait, 0.0),
             "batch_rows": _whole("batch_rows", batch_rows, 1, _MAX_BATCH_ROWS),
             "busy_deadline": duration("busy_deadline", busy_deadline, 0.0),
+            "wal_grace": duration("wal_grace", wal_grace, 0.0),
             "max_bytes": _size("max_bytes", max_bytes),
             "downgrade": _choice("downgrade", downgrade, get_args(Downgrade)),
         }

@@ -8,7 +8,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from mbcap_watch import plan
-from mbcap_watch.database import open_database, refuses_rows
+from mbcap_watch.database import open_database, open_to_read, refuses_rows
 from mbcap_watch.errors import SchemaMissing
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ async def apply(
     news: dict[str, plan.Value] | None = None,
     batch_rows: int,
     downgrade: Downgrade,
+    grace: float,
 ) -> None:
     """Make the rows what `values` says; write down in `ledger` what was done.
 
@@ -86,10 +87,11 @@ async def apply(
     stays, and is right. See `reconcile` for the arguments.
 
     Raises:
-        DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
+        DatabaseMissing, SchemaMissing, ForeignWal, DatabaseBusy, DatabaseFailed: see their
+            docstrings.
 
     """
-    async with open_database(database, ledger) as access:
+    async with open_database(database, ledger, grace) as access:
         await reconcile(
             access, database, values, ledger, news=news, batch_rows=batch_rows, downgrade=downgrade
         )
@@ -154,18 +156,49 @@ async def _pass(
 
 
 async def preview(
-    database: Path, values: dict[str, plan.Value], ledger: Ledger, *, downgrade: Downgrade
+    database: Path,
+    values: dict[str, plan.Value],
+    ledger: Ledger,
+    *,
+    downgrade: Downgrade,
+    grace: float,
 ) -> list[tuple[str, plan.Change]]:
     """Return, by table, what `apply` would write; takes no lock and writes nothing.
 
     Raises:
-        DatabaseMissing, SchemaMissing, DatabaseBusy, DatabaseFailed: see their docstrings.
+        DatabaseMissing, SchemaMissing, ForeignWal, DatabaseBusy, DatabaseFailed: see their
+            docstrings.
 
     """
-    async with open_database(database, ledger) as access:
+    with open_to_read(database, grace) as access:
         tables = await _served_tables(access, database, ledger)
         differences = _differences(access, tables, values, ledger, downgrade)
         return [(table, change) async for table, changes in differences for change in changes]
+
+
+async def differs(
+    database: Path,
+    values: dict[str, plan.Value],
+    ledger: Ledger,
+    *,
+    downgrade: Downgrade,
+    grace: float,
+) -> bool:
+    """Return whether any row of the keys in `values` is not as they say; writes nothing.
+
+    Raises:
+        DatabaseMissing, SchemaMissing, ForeignWal, DatabaseBusy, DatabaseFailed: see their
+            docstrings.
+
+    """
+    async with open_database(database, ledger, grace) as access:
+        tables = await _served_tables(access, database, ledger)
+        pages = [
+            changes
+            async for _, changes in _differences(access, tables, values, ledger, downgrade)
+            if changes
+        ]
+        return bool(pages)
 
 
 # ------------------------------------------------------------------------------ reading

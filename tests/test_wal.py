@@ -1,0 +1,243 @@
+"""Whose `-wal` is it: what is opened, what is left alone, and how it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from mbcap_watch import Settings, persist_once, snapshot_path, watch
+from mbcap_watch.service import preview_once
+from mbcap_watch.wal import Wal, has_reset_bug, require_own_wal
+from support import (
+    DEADLINE,
+    connect,
+    document,
+    make_database,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mbcap_watch import PersistResult
+
+pytestmark = pytest.mark.anyio
+
+ROWS = [("nodes", "aa11", 0, None)]
+
+# Another program that has the database open, with or without rows in its -wal.
+HOLDER = """
+    import sqlite3, sys
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None, uri=True, timeout=5)
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    connection.execute("SELECT count(*) FROM nodes").fetchall()
+    if sys.argv[2] == "writes":
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+    print("open", flush=True)
+    sys.stdin.readline()
+    connection.close()
+    print("closed", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def held(database: Path, what: str = "writes", uri: str = "") -> Iterator[None]:
+    with other_process(HOLDER, uri or str(database), what) as process:
+        assert read_line(process) == "open"
+        yield
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    made = make_database(tmp_path / "m.db", ROWS)
+    put(document(("aa11", "confirmed")), snapshot_path(made))
+    return made
+
+
+def left_behind(database: Path) -> None:
+    """Have a program killed that has rows in its -wal."""
+    with held(database):
+        pass
+
+
+async def apply(database: Path, grace: float = 60.0) -> PersistResult:
+    """Return the first result; unlike `persist_once`, the bridge tells of it and waits on."""
+    async with watch(Settings(database, wal_grace=grace)) as results:
+        return await anext(results)
+
+
+def wal_of(database: Path) -> bytes | None:
+    path = database.with_name(database.name + "-wal")
+    return path.read_bytes() if path.exists() else None
+
+
+async def test_a_wal_in_use_is_its_own(database: Path) -> None:
+    with held(database):
+        assert require_own_wal(database, 60.0) is Wal.IN_USE
+        assert (await apply(database)).outcome == "applied"
+        assert wal_of(database)
+
+
+async def test_a_wal_that_this_process_uses_is_its_own(database: Path) -> None:
+    """The locks of a host's own connection count, and are still held after the question."""
+    with connect(database) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        assert require_own_wal(database, 60.0) is Wal.IN_USE
+        assert (await apply(database)).outcome == "applied"
+        with other_process(ASK, str(database)) as process:
+            assert read_line(process) == "locked locked"
+
+
+ASK = """
+    import fcntl, os, struct, sys
+    def held(path, start, length):
+        with open(path, "rb") as file:
+            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            kind = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+            return "free" if kind == fcntl.F_UNLCK else "locked"
+    print(held(sys.argv[1], 1073741826, 510), held(sys.argv[1] + "-shm", 128, 1), flush=True)
+"""
+
+
+async def test_the_wal_of_a_file_that_was_replaced(database: Path, tmp_path: Path) -> None:
+    backup = make_database(tmp_path / "backup.db", [*ROWS, ("nodes", "backup", 0, None)])
+    image = backup.read_bytes()
+    with held(database):
+        os.replace(backup, database)
+        before = wal_of(database)
+        for grace in (60.0, 0.0):
+            result = await apply(database, grace)
+            assert (result.outcome, result.cause) == ("foreign_wal", "wal_replaced")
+            preview, _ = await preview_once(Settings(database, busy_deadline=0))
+            assert preview.outcome == "foreign_wal"
+    assert (database.read_bytes(), wal_of(database)) == (image, before)
+    for side in ("-wal", "-shm"):
+        os.unlink(f"{database}{side}")
+    assert (await apply(database)).outcome == "applied"
+    assert {row[1] for row in read_rows(database)} == {"aa11", "backup"}
+
+
+async def test_a_wal_that_was_left_behind_is_left_alone_for_a_while(database: Path) -> None:
+    left_behind(database)
+    before = (database.read_bytes(), wal_of(database))
+    result = await persist_once(Settings(database, busy_deadline=0, wal_grace="0.3s"))
+    assert result.outcome == "applied"  # it waits for the grace, though not for a lock
+    assert {row[1] for row in read_rows(database)} == {"aa11", "in the wal"}
+    assert before[1]
+
+
+async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
+    database: Path, tmp_path: Path
+) -> None:
+    """The files were old enough; what counts is when the backup came."""
+    left_behind(database)
+    backup = make_database(tmp_path / "backup.db", ROWS)
+    before = backup.read_bytes()
+    os.replace(backup, database)
+    os.utime(database, (1, 1))  # as cp -p and most backup programs do
+    result = await apply(database)
+    assert (result.outcome, result.cause) == ("foreign_wal", "wal_left_behind")
+    assert database.read_bytes() == before
+
+
+@pytest.mark.parametrize("server", [False, True])
+async def test_the_wal_is_empty_after_a_write_if_it_was_before(
+    database: Path, server: bool
+) -> None:
+    with (
+        held(database, "reads", f"file:{database}?mode=ro") if server else contextlib.nullcontext()
+    ):
+        assert (await apply(database)).outcome == "applied"
+        assert not wal_of(database)
+    assert ("nodes", "aa11", 2, "") in read_rows(database)
+
+
+async def test_an_empty_wal_of_a_server_stays_as_it_is(database: Path) -> None:
+    """Removing it would lock out, for a moment, a read-only server that does not wait."""
+    with held(database, "reads", f"file:{database}?mode=ro"):
+        pass
+    files = sorted(os.listdir(database.parent))
+    assert wal_of(database) == b""
+    for _ in range(2):  # once with a row to write, once without
+        await apply(database)
+        assert sorted(os.listdir(database.parent)) == files
+        assert wal_of(database) == b""
+
+
+async def test_a_reader_in_the_middle_of_its_rows(database: Path) -> None:
+    """It keeps the -wal from being emptied; the bridge does that once the reader is through."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as server:
+        half_read = server.execute("SELECT 1 FROM nodes UNION ALL SELECT 2 UNION ALL SELECT 3")
+        half_read.fetchone()
+        async with watch(Settings(database)) as results:
+            assert (await anext(results)).outcome == "applied"
+            assert wal_of(database)
+            half_read.close()
+            with anyio.fail_after(DEADLINE):
+                while wal_of(database):
+                    await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "version, affected",
+    [
+        ((3, 6, 23), False),
+        ((3, 7, 0), True),
+        ((3, 40, 1), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 45, 0), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 53, 0), False),
+    ],
+)
+def test_which_sqlite_has_the_wal_reset_bug(version: tuple[int, int, int], affected: bool) -> None:
+    assert has_reset_bug(version) is affected
+
+
+def test_a_second_sqlite_in_the_process(database: Path) -> None:
+    script = """
+        import asyncio, logging, sys
+        import apsw
+        from mbcap_watch import Settings, persist_once
+        logging.basicConfig(stream=sys.stdout)
+        for _ in range(2):
+            asyncio.run(persist_once(Settings(sys.argv[1])))
+        print("end")
+    """
+    pytest.importorskip("apsw")
+    with other_process(script, str(database)) as process:
+        assert "apsw is loaded beside" in read_line(process)
+        assert read_line(process) == "end"
+
+
+async def test_descriptors_of_the_database_are_not_kept(database: Path) -> None:
+    with held(database):
+        before = sorted(os.listdir("/proc/self/fd"))
+        await apply(database)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_path: Path) -> None:
+    """The host has the database open, but has not read yet; its lock file is its own."""
+    shutil.copy(database, tmp_path / "spare")
+    with connect(database) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('mine')")
+        require_own_wal(database, 60.0)
+        with other_process(ASK, str(database)) as process:
+            assert read_line(process) == "locked locked"
+        connection.execute("COMMIT")
