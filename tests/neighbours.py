@@ -1,8 +1,8 @@
 """The other processes at a database: CoreScope's ingestor, its server, a host that embeds us.
 
 Run as a program, `neighbours.py ROLE DATABASE …`. Each prints `ready` once it has the database
-open, and ends when its standard input does. As in CoreScope, the ingestor empties its `-wal` when it is
-told to stop, and the server reads without a busy timeout and cannot empty anything.
+open, and ends when its standard input does. As in CoreScope, the ingestor empties its `-wal` when
+it is told to stop, and the server reads without a busy timeout and cannot empty anything.
 """
 
 from __future__ import annotations

@@ -145,6 +145,11 @@ class Process:
         self._reader.join(30)
         self._stdout.close()
 
+    def ended_or_waits(self) -> bool:
+        """Return once it has ended, or said why it has not yet; whether it has ended."""
+        wait_until(lambda: self.ended or self.log.stat().st_size, "an answer")
+        return self.ended
+
     @property
     def results(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.lines if line.startswith("{")]
@@ -157,6 +162,11 @@ class Process:
 def neighbour(role: str, database: Path, *arguments: str) -> Process:
     log = database.with_name(f"{role}.txt")
     return Process(str(TESTS / "neighbours.py"), role, str(database), *arguments, log=log)
+
+
+def apply(database: Path, *options: str) -> Process:
+    command = ["-m", "mbcap_watch", "apply", "--json", f"--database={database}"]
+    return Process(*command, *options, log=database.with_name("apply.txt"))
 
 
 def make_packets(path: Path, generation: str, packets: int) -> Path:
@@ -267,15 +277,10 @@ class Scene:
                 # While it waits, it logs that it does, and the operator goes on.
                 if self.running is None:
                     dry = ["--dry-run"] if self.case.ours == "dry_run" else []
-                    command = ["-m", "mbcap_watch", "apply", "--json", *dry]
-                    self.running = Process(
-                        *command, f"--database={self.database}", log=self.base / "ours.txt"
-                    )
-                running = self.running
-                wait_until(lambda: running.ended or running.log.stat().st_size, "an answer")
-                if running.ended:
-                    running.end()
-                    self.results += running.results
+                    self.running = apply(self.database, *dry)
+                if self.running.ended_or_waits():
+                    self.running.end()
+                    self.results += self.running.results
                     self.running = None
             case "daemon" | "embedded":
                 assert self.running is not None

@@ -13,14 +13,16 @@ import itertools
 import os
 import tempfile
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from restores import Case, Restored, play
 
-AXES = {name: get_args(hint) for name, hint in get_type_hints(Case).items()}
-OURS = ("apply", "dry_run", "daemon", "embedded")
+AXES: dict[str, tuple[Any, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(Case).items()
+}
+OURS: tuple[Any, ...] = ("apply", "dry_run", "daemon", "embedded")
 
 # What was seen to destroy a backup. Where no tail is given, the control is whole only with this.
 FOUND = {
@@ -54,9 +56,13 @@ def each_once() -> list[Case]:
     """
     found = list(itertools.chain(*FOUND.values()))
     known = {(case.ingestor, case.put, case.ours) for case in found}
-    tails = {("live", "cp"): "killed_tidy", "live": "restart", "stopped": "restart"}
+    tails: dict[object, Any] = {
+        ("live", "cp"): "killed_tidy",
+        "live": "restart",
+        "stopped": "restart",
+    }
     arrivals = itertools.cycle(AXES["snapshot"])
-    servers = itertools.cycle(["first", "no"])
+    servers = itertools.cycle(AXES["server"][1::-1])
     return [
         Case(
             i, put, ours, next(arrivals), next(servers), tails.get((i, put)) or tails.get(i, "tidy")
