@@ -26,9 +26,11 @@ check: $(VENV)/tox
 
 # What the tests do briefly, at length: about a quarter of an hour.
 campaign: $(VENV)/tox
-	HYPOTHESIS_PROFILE=campaign MBCAP_TEST_KILLS=10000 $(VENV)/bin/tox run -e 3.11 \
+	HYPOTHESIS_PROFILE=campaign MBCAP_TEST_KILLS=10000 MBCAP_TEST_CORRUPTIONS=10000 \
+		$(VENV)/bin/tox run -e 3.11 \
 		$(if $(PYENV),--discover $(PYENV)) -- -q -o faulthandler_timeout=0 \
-		tests/test_mishaps.py tests/test_cancel.py tests/test_wire.py tests/test_plan.py
+		tests/test_mishaps.py tests/test_cancel.py tests/test_corruption.py tests/test_wire.py \
+		tests/test_plan.py
 
 format: $(VENV)/tox
 	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix

@@ -16,6 +16,7 @@ NAMES: Final = (
     "latency",
     "apply",
     "large",
+    "hostile",
     "neighbour",
     "bursts",
     "idle",

@@ -25,11 +25,12 @@ def _status(field: str) -> int:
 def main() -> None:
     """Look once at an empty directory, to have everything loaded, then at the real one."""
     database = Path(sys.argv[1])
+    settings = Settings(database, max_bytes="1GiB")
     anyio.run(persist_once, Settings(database, snapshot_dir=database.parent / "nowhere"))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before = _status("VmHWM")
     started = time.perf_counter()
-    result = anyio.run(persist_once, Settings(database))
+    result = anyio.run(persist_once, settings)
     seconds = time.perf_counter() - started
     answer = {
         "seconds": seconds,

@@ -104,7 +104,9 @@ class Report(list[Finding]):
     @property
     def worse(self) -> set[tuple[str, str]]:
         """What is wrong; the SQLite of the machine is another matter."""
-        judged = {(each.subject, each.level) for each in self if each.level != "ok"}
+        judged: set[tuple[str, str]] = {
+            (each.subject, each.level) for each in self if each.level != "ok"
+        }
         return judged - {("sqlite", "warning")}
 
 

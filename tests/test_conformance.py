@@ -124,7 +124,8 @@ def test_a_large_file_is_read_as_a_small_one(
             return None
 
     whole = read()
-    monkeypatch.setattr(wire, "_ONE_BY_ONE_FROM", 0)
+    monkeypatch.setattr(wire, "_LARGE", 0)
+    monkeypatch.setattr(wire, "_LEAST_ENTRY", 0)
     assert read() == whole
 
 

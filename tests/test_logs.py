@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mbcap_watch.errors import printable
 from mbcap_watch.logs import ResultLog, StateLog, _JsonFormatter, _TextFormatter, summary
 from mbcap_watch.result import Outcome, PersistResult, WatchState
 
@@ -215,8 +216,11 @@ def test_json_has_the_fields_of_the_result(caplog: pytest.LogCaptureFixture) -> 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", fields.pop("time"))
     assert fields.pop("level") == "warning"
     assert fields.pop("logger") == "mbcap_watch"
-    assert fields.pop("message") == f"malformed: {each.error}"
-    assert fields == json.loads(each.to_json())  # and nothing else
+    assert fields.pop("message") == printable(f"malformed: {each.error}")
+    assert fields.pop("error") == printable(str(each.error))
+    others = json.loads(each.to_json())
+    del others["error"]
+    assert fields == others  # and nothing else
 
 
 def test_json_has_the_fields_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
@@ -247,6 +251,7 @@ def test_times_are_utc_with_milliseconds(
 
 SCRIPT = """
 import logging, sys
+from mbcap_watch.errors import printable
 from mbcap_watch.logs import configure
 configure("info", sys.argv[1])
 logger = logging.getLogger("mbcap_watch")
@@ -290,5 +295,53 @@ def test_text_is_for_people() -> None:
     lines = run("text")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO 5 rows", lines[0])
     assert lines[1].endswith(" ERROR oh")
-    assert lines[2] == "Traceback (most recent call last):"
+    assert lines[2] == "  Traceback (most recent call last):"
     assert lines[-1].endswith(" WARNING a guest")
+
+
+# ------------------------------------------------------------------------------ unsafe text
+
+
+UNSAFE = """
+import logging, sys
+from mbcap_watch.errors import printable
+from mbcap_watch.logs import configure
+configure("info", sys.argv[1])
+logger = logging.getLogger("mbcap_watch")
+path = b"/\\xff".decode("utf-8", "surrogateescape")
+logger.info("path %s", path, extra={"data": {path: path, "path": path, "n": 1.5, "none": None}})
+logger.info("one\\n2026-01-01T00:00:00.000Z INFO forged \\x1b[2J")
+try:
+    raise ValueError("two\\n2026-01-01T00:00:00.000Z INFO forged \\x1b[2J " + path)
+except ValueError:
+    logger.exception("oh")
+logger.info("object", extra={"data": {"o": object, "t": (path,)}})
+logger.info("no dict", extra={"data": 5})
+"""
+
+
+def run_unsafe(style: str) -> list[str]:
+    command = [sys.executable, "-c", UNSAFE, style]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=20)
+    return done.stderr.decode().split("\n")[:-1]
+
+
+def test_every_line_arrives_as_json_whatever_text_is_in_it() -> None:
+    lines = [json.loads(line) for line in run_unsafe("json")]
+    messages = [line["message"] for line in lines]
+    assert len(messages) == 5
+    assert messages[0] == "path /\\udcff"
+    assert lines[0]["path"] == lines[0]["/\\udcff"] == "/\\udcff"
+    assert (lines[0]["n"], lines[0]["none"]) == (1.5, None)
+    assert "\\udcff" in lines[2]["traceback"]
+    assert "\\udcff" in lines[3]["t"]
+
+
+def test_no_text_can_look_like_a_line_of_its_own() -> None:
+    lines = run_unsafe("text")
+    starts = [line for line in lines if not line.startswith("  ")]
+    assert [line.split(" ", 2)[2].split()[0] for line in starts] == [
+        *("path", "one\\n2026-01-01T00:00:00.000Z", "oh", "object", "no"),
+    ]
+    assert "  2026-01-01T00:00:00.000Z INFO forged" in "\n".join(lines), "in the traceback"
+    assert not any("\x1b" in line for line in lines)

@@ -50,6 +50,10 @@ class Manager:
                 lines += self._socket.recv(65536).decode().split("\n")
         return lines
 
+    def read_one(self) -> list[str]:
+        """Return the lines of the next datagram."""
+        return self._socket.recv(65536).decode().split("\n")
+
     def close(self) -> None:
         self._socket.close()
 
@@ -95,6 +99,40 @@ def test_ready_once_the_first_look_is_done(path: Path, manager: Manager) -> None
     assert manager.read() == []
 
 
+def test_a_status_is_cut_and_has_a_datagram_of_its_own(path: Path, manager: Manager) -> None:
+    told = notifier(path, watchdog=1)
+    told.on_result(PersistResult(outcome="malformed", reason="start", error="x" * 300_000))
+    told.on_state(LOOKED)
+    assert [line.partition("=")[0] for line in manager.read_one()] == ["READY", "WATCHDOG_USEC"]
+    (status,) = manager.read_one()
+    assert status.startswith("STATUS=malformed: xxx")
+    assert status.endswith("x…; watching by inotify")
+    assert len(status) < 300
+
+
+def test_a_status_that_cannot_be_sent_holds_no_sign_of_life_up(
+    path: Path, manager: Manager, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    told = notifier(path, watchdog=60)
+    sent = 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:  # until the manager's queue is full
+                other.sendto(b"OTHER=1", os.fspath(path))
+                sent += 1
+    manager.read_one()  # there is room for one
+    told.on_state(LOOKED)
+    lines = manager.read()
+    assert lines == ["OTHER=1"] * (sent - 1) + ["READY=1"]
+    assert caplog.text.count("the service manager cannot be told") == 1
+    clock[0] += 31
+    told.on_state(looks(1)[0])
+    assert manager.read_one() == ["WATCHDOG=1"]
+    assert manager.read_one() == ["STATUS=watching by inotify"]
+    assert manager.read() == []
+
+
 def test_stopping(path: Path, manager: Manager) -> None:
     notifier(path).stopping()
     assert manager.read() == ["STOPPING=1", "STATUS=stopping"]
@@ -134,7 +172,7 @@ def test_an_error_is_shown_on_one_line(path: Path, manager: Manager) -> None:
     told.on_state(LOOKED)
     assert manager.read() == [
         "READY=1",
-        "STATUS=failed: /a\\udcffb: cannot READY=0; watching by inotify",
+        "STATUS=failed: /a\\udcffb: cannot\\nREADY=0; watching by inotify",
     ]
 
 

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
         (Entry("k", None), {}, 0, 1),
         (Entry("k", "2"), {}, 0, 1),
         (Entry(None, "confirmed"), {}, 0, 1),
+        (Entry("k" * 1024, "confirmed", "x" * 4096), {"k" * 1024: (2, "x" * 4096)}, 0, 0),
+        (Entry("é" * 1024, "suspected", "😀" * 4096), {"é" * 1024: (1, "😀" * 4096)}, 0, 0),
+        (Entry("k" * 1025, "confirmed"), {}, 0, 1),
+        (Entry("k", "confirmed", "x" * 4097), {}, 0, 1),
+        (Entry("k" * 1025, "unknown"), {}, 0, 1),
+        (Entry(None, "unknown", "x" * 4097), {}, 0, 1),
         (Entry(), {}, 0, 1),
     ],
 )
@@ -148,7 +154,7 @@ def applied(listed: list[Entry], table: Table, downgrade: Downgrade) -> Table:
     """Plan, and do it; every change has to fit the row that it names."""
     result = dict(table)
     for change in changes_of(listed, table, downgrade):
-        assert rows_of(table)[change.rowid].public_key == change.public_key
+        assert rows_of(table)[int(change.row)].public_key == change.public_key
         assert result[change.public_key] == change.before
         result[change.public_key] = change.after
     return result

@@ -54,9 +54,34 @@ def test_importing_the_library_loads_no_command_line() -> None:
     assert "watchdog" in loaded
 
 
+def test_importing_the_package_loads_nothing_else() -> None:
+    """A signal in the first moments finds the handlers of `run` set (test_signals.py)."""
+    out = python("""if True:
+        import sys
+        before = set(sys.modules)
+        import mbcap_watch
+        print(*set(sys.modules) - before)
+    """)
+    assert out.split() == ["mbcap_watch"]
+
+
+def test_the_library_is_silent_until_its_host_configures_logging() -> None:
+    script = """if True:
+        import logging
+        from mbcap_watch import run
+        logging.getLogger("mbcap_watch").warning("unasked")
+        logging.getLogger("other").warning("heard")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.split() == ["heard"]
+
+
 def test_every_public_name_is_there() -> None:
     for name in mbcap_watch.__all__:
         assert getattr(mbcap_watch, name) is not None
+    assert set(mbcap_watch.__all__) <= set(dir(mbcap_watch))
     with pytest.raises(AttributeError, match="no_such_name"):
         mbcap_watch.no_such_name  # noqa: B018
 

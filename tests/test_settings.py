@@ -27,7 +27,7 @@ def test_defaults() -> None:
         "batch_rows": 500,
         "busy_deadline": 30.0,
         "wal_grace": 60.0,
-        "max_bytes": 268_435_456,
+        "max_bytes": 12_582_912,
         "downgrade": "allow",
     }
 

@@ -309,7 +309,7 @@ def test_a_huge_file_is_refused_without_being_read(database: Path, path: Path) -
     path.write_bytes(b"")
     os.truncate(path, 10 << 30)  # sparse: it takes no space
     before = bytes_read_so_far()
-    with pytest.raises(SnapshotRefused, match=r"larger than max_bytes \(268,435,456 bytes\)"):
+    with pytest.raises(SnapshotRefused, match=r"larger than max_bytes \(12,582,912 bytes\)"):
         read_snapshot(database)
     assert bytes_read_so_far() - before < 1 << 20
 
@@ -446,11 +446,36 @@ def test_leftovers_of_killed_publishers_are_removed_after_an_hour(
 
 def test_what_no_reader_would_take_is_not_published(database: Path) -> None:
     write_snapshot(database, OLD)
-    for bad in (Snapshot((Entry("\ud800"),)), Snapshot((), "yesterday")):
+    for bad in (
+        Snapshot((Entry("\ud800"),)),
+        Snapshot((), "yesterday"),
+        Snapshot((Entry("k" * 1025, "confirmed"),)),
+        Snapshot(None),  # type: ignore[arg-type]
+        None,
+    ):
         with pytest.raises(SnapshotMalformed):
-            write_snapshot(database, bad)
+            write_snapshot(database, bad)  # type: ignore[arg-type]
     assert read_snapshot(database) == OLD
     assert names(snapshot_dir(database)) == ["snapshot.json"]
+
+
+def test_what_is_larger_than_a_reader_accepts_is_not_published(database: Path) -> None:
+    write_snapshot(database, OLD)
+    size = snapshot_path(database).stat().st_size
+    assert write_snapshot(database, OLD, max_bytes=size) == OLD
+    assert read_snapshot(database, max_bytes=size) == OLD
+    with pytest.raises(SnapshotMalformed, match=rf"takes {size} bytes, more than max_bytes"):
+        write_snapshot(database, OLD, max_bytes=size - 1)
+    large = tuple(Entry(f"{number:064x}", "confirmed", "x" * 4000) for number in range(3_200))
+    with pytest.raises(SnapshotMalformed, match=r"more than max_bytes \(12,582,912\)"):
+        write_snapshot(database, Snapshot(large))
+    assert read_snapshot(database) == OLD
+
+
+def test_an_entry_without_a_key_is_not_published_as_one_with_an_empty_key(database: Path) -> None:
+    entries = (Entry(None, "confirmed", "advert"), Entry("", "suspected"), Entry("a"))
+    write_snapshot(database, Snapshot(entries))
+    assert read_snapshot(database).entries == entries
 
 
 def test_a_full_disk_keeps_the_old_snapshot(database: Path) -> None:
@@ -462,7 +487,7 @@ from mbcap_watch.errors import SnapshotNotPublished
 from mbcap_watch.snapshot import Entry, Snapshot, write_snapshot
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    write_snapshot(sys.argv[1], Snapshot((Entry("k", "confirmed", "x" * 100_000),)))
+    write_snapshot(sys.argv[1], Snapshot((Entry("k", "confirmed", "x" * 4_096),)))
 except SnapshotNotPublished as exc:
     print(exc)
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
+import random
 from typing import Any
 
 import pytest
@@ -11,8 +13,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mbcap_watch import timestamp
-from mbcap_watch.errors import SnapshotMalformed
-from mbcap_watch.wire import Entry, Snapshot, encode, parse, parse_entries, stamped
+from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused
+from mbcap_watch.plan import targets
+from mbcap_watch.wire import (
+    MAX_EVIDENCE,
+    MAX_KEY,
+    MAX_WRITTEN_AT,
+    Entry,
+    Snapshot,
+    encode,
+    parse,
+    parse_entries,
+    stamped,
+)
 
 KEY = "5f3a" * 16
 EXAMPLE = (
@@ -80,6 +93,8 @@ MALFORMED = {
     "writtenAt empty": b'{"writtenAt": ""}',
     "writtenAt a number": b'{"writtenAt": 1752828457}',
     "writtenAt no date": b'{"writtenAt": "2026-02-30T00:00:00Z"}',
+    "writtenAt of 65 characters": b'{"writtenAt": "2026-07-18T08:47:37.' + b"1" * 44 + b'Z"}',
+    "writtenAt huge": b'{"writtenAt": "' + b"9" * 300_000 + b'"}',
     "writtenAt in lower case": b'{"writtenAt": "2026-02-20t00:00:00z"}',
     "raw control character": b'{"entries": [{"status": "a\nb"}]}',
     "raw control character, skipped": b'{"x": "a\nb"}',
@@ -105,6 +120,14 @@ MALFORMED = {
 def test_malformed_as_a_whole(data: bytes) -> None:
     with pytest.raises(SnapshotMalformed, match=r"^/a/snapshot\.json: ."):
         parse(data, source="/a/snapshot.json")
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m\u202e", "9" * 64, "9" * 65, "😀" * 100_000])
+def test_an_error_quotes_little_of_a_time_and_makes_it_safe(text: str) -> None:
+    with pytest.raises(SnapshotMalformed, match="writtenAt") as caught:
+        parse(json.dumps({"writtenAt": text}).encode())
+    assert str(caught.value).isprintable()
+    assert len(caught.value.problem) < 100
 
 
 # ------------------------------------------------------------------------------ lenient
@@ -164,7 +187,8 @@ def test_a_duplicate_of_the_wrong_type_is_malformed_even_where_it_loses() -> Non
 
 
 def test_written_at_is_kept_as_it_is_in_the_file() -> None:
-    text = "2026-07-18T08:47:37.1000000000000+00:00"
+    text = f"2026-07-18T08:47:37.1{'0' * 37}+00:00"
+    assert len(text) == MAX_WRITTEN_AT
     assert parse(f'{{"writtenAt": "{text}"}}'.encode()).written_at == text
 
 
@@ -292,6 +316,41 @@ def test_no_torn_document_is_a_snapshot(length: int) -> None:
         parse(EXAMPLE[:length])
 
 
+def corrupted(data: bytes, chance: random.Random) -> bytes:
+    """Return the bytes as a bad disk, a torn write or a bad program may leave them."""
+    for _ in range(chance.randint(1, 3)):
+        at, length = chance.randrange(len(data)), chance.randint(1, 40)
+        other = chance.randrange(len(data))
+        match chance.randrange(6):
+            case 0:
+                data = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+            case 1:
+                data = data[: at + 1]
+            case 2:
+                data = data[:at] + data[at + length :] or b"{"
+            case 3:
+                data = data[:at] + data[other : other + length] + data[at:]
+            case 4:
+                data = data[:at] + chance.randbytes(length) + data[at + length :]
+            case _:
+                data = data[:at] + bytes(length) + data[at + length :]
+    return data
+
+
+LARGE = encode(Snapshot(tuple(Entry(f"{number:064x}", "unknown") for number in range(11_000))))
+DOCUMENTS = [EXAMPLE, *MALFORMED.values(), *EMPTY.values()]
+
+
+def test_10_000_corruptions_of_documents_end_in_a_snapshot_or_an_error() -> None:
+    chance = random.Random(7)
+    for number in range(10_000):
+        data = EXAMPLE if number % 2 else chance.choice(DOCUMENTS)
+        survives(corrupted(data or b"{", chance))
+    assert len(LARGE) > 1 << 20
+    for _ in range(50):
+        survives(corrupted(LARGE, chance))
+
+
 # ------------------------------------------------------------------------------ encode
 
 GO_ESCAPES = {
@@ -322,11 +381,12 @@ def go_bytes(snapshot: Snapshot) -> bytes:
     """Write a snapshot as Go does, field by field, apart from the code under test."""
     entries = []
     for entry in snapshot.entries:
-        fields = f'"public_key":{go_string(entry.public_key or "")}'
-        fields += f',"status":{go_string(entry.status or "")}'
+        fields = {"public_key": entry.public_key, "status": entry.status}
         if entry.evidence:
-            fields += f',"evidence":{go_string(entry.evidence)}'
-        entries.append(f"{{{fields}}}")
+            fields["evidence"] = entry.evidence
+        # Go has no None: what is None here is left out.
+        present = [f'"{k}":{go_string(v)}' for k, v in fields.items() if v is not None]
+        entries.append(f"{{{','.join(present)}}}")
     written_at = timestamp.canonical(snapshot.written_at or timestamp.ZERO)
     return f'{{"writtenAt":"{written_at}","entries":[{",".join(entries)}]}}'.encode()
 
@@ -350,7 +410,7 @@ def go_bytes(snapshot: Snapshot) -> bytes:
                 '{"public_key":"a","status":"confirmed","evidence":"advert"},'
                 '{"public_key":"b","status":"suspected"},'
                 '{"public_key":"c","status":"unknown"},'
-                '{"public_key":"","status":""}]}'
+                "{}]}"
             ),
         ),
     ],
@@ -388,6 +448,27 @@ snapshots = st.builds(
 )
 
 
+def around(most: int) -> st.SearchStrategy[str | None]:
+    """Return texts that are about as long as a reader takes."""
+    return texts | st.builds(str.__mul__, chars, st.integers(most - 1, most + 1))
+
+
+# Whatever a host may hand over, and what it should not.
+any_text = texts | st.text() | st.integers() | st.binary(max_size=4)
+any_snapshots = st.builds(
+    Snapshot,
+    st.lists(
+        st.builds(
+            Entry, around(MAX_KEY) | any_text, around(MAX_EVIDENCE) | any_text, around(MAX_EVIDENCE)
+        )
+        | st.none(),
+        max_size=4,
+    ).map(tuple)
+    | st.none(),
+    st.none() | stamps | around(MAX_WRITTEN_AT) | st.integers(),
+)
+
+
 @given(snapshots)
 def test_encode_writes_the_bytes_of_go(snapshot: Snapshot) -> None:
     assert encode(snapshot) == go_bytes(snapshot)
@@ -395,14 +476,65 @@ def test_encode_writes_the_bytes_of_go(snapshot: Snapshot) -> None:
 
 @given(snapshots)
 def test_encode_then_parse_is_the_same_snapshot(snapshot: Snapshot) -> None:
-    entries = tuple(
-        Entry(entry.public_key or "", entry.status or "", entry.evidence or None)
+    data = encode(snapshot)
+    assert parse(data) == as_in_go(snapshot)
+    assert encode(parse(data)) == data
+
+
+def as_in_go(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with what Go writes in one way only: its time, and no evidence."""
+    return Snapshot(
+        tuple(Entry(e.public_key, e.status, e.evidence or None) for e in snapshot.entries),
+        timestamp.canonical(snapshot.written_at or timestamp.ZERO),
+    )
+
+
+@given(any_snapshots)
+def test_what_encode_accepts_is_read_as_it_was(snapshot: Snapshot) -> None:
+    try:
+        data = encode(snapshot)
+    except SnapshotMalformed:
+        return
+    assert parse(data) == as_in_go(snapshot)
+    # and nothing of it is left out
+    assert targets(parse(data).entries) == targets(snapshot.entries)
+    assert all(
+        len(entry.public_key or "") <= MAX_KEY and len(entry.evidence or "") <= MAX_EVIDENCE
         for entry in snapshot.entries
     )
-    written_at = timestamp.canonical(snapshot.written_at or timestamp.ZERO)
-    data = encode(snapshot)
-    assert parse(data) == Snapshot(entries, written_at)
-    assert encode(parse(data)) == data
+
+
+def test_encode_refuses_swelling_exactly_where_parse_does() -> None:
+    count = 40_000
+    verdicts = set()
+    for more in range(-2, 3):  # of the bytes that so many entries have to take
+        fill = 32 * count - 2 - len('{"evidence":""},') * count + 1 + more
+        sizes = [fill // count + (number < fill % count) for number in range(count)]
+        entries = tuple(Entry(None, None, "x" * size) for size in sizes)
+        data = go_bytes(Snapshot(entries))
+        try:
+            assert encode(Snapshot(entries)) == data
+        except SnapshotMalformed:
+            verdicts.add("refused")
+            with pytest.raises(SnapshotRefused):
+                parse(data)
+        else:
+            verdicts.add("written")
+            assert parse(data).entries == entries
+    assert verdicts == {"refused", "written"}
+
+
+class Status(enum.Enum):
+    CONFIRMED = "confirmed"
+
+
+class TextStatus(str, enum.Enum):  # noqa: UP042 - as hosts write it
+    CONFIRMED = "confirmed"
+
+
+def test_text_of_a_subclass_is_text() -> None:
+    data = encode(Snapshot((Entry("a", TextStatus.CONFIRMED),)))
+    assert parse(data).entries == (Entry("a", "confirmed"),)
 
 
 BAD: dict[str, Snapshot] = {
@@ -411,6 +543,17 @@ BAD: dict[str, Snapshot] = {
     "lone surrogate as evidence": Snapshot((Entry("a", "confirmed", "x\udcff"),)),
     "lone surrogate as time": Snapshot((), "\ud800"),
     "no time": Snapshot((), "yesterday"),
+    "a time of 65 characters": Snapshot((), f"2026-07-18T08:47:37.{'1' * 44}Z"),
+    "key of 1,025 characters": Snapshot((Entry("k" * 1025, "unknown"),)),
+    "evidence of 4,097 characters": Snapshot((Entry("k", "confirmed", "x" * 4097),)),
+    "many small entries": Snapshot((Entry("k"),) * 100_000),
+    "no entries": Snapshot(None),  # type: ignore[arg-type]
+    "entries a text": Snapshot("ab"),  # type: ignore[arg-type]
+    "entry null": Snapshot((None,)),  # type: ignore[arg-type]
+    "entry a dict": Snapshot(({"public_key": "a"},)),  # type: ignore[arg-type]
+    "time a number": Snapshot((), 1752828457),  # type: ignore[arg-type]
+    "not a snapshot": None,  # type: ignore[dict-item]
+    "status an enum": Snapshot((Entry("a", Status.CONFIRMED),)),  # type: ignore[arg-type]
     "no date": Snapshot((), "2026-02-30T00:00:00Z"),
     "key a number": Snapshot((Entry(5, "confirmed"),)),  # type: ignore[arg-type]
     "status a list": Snapshot((Entry("a", ["confirmed"]),)),  # type: ignore[arg-type]
@@ -421,8 +564,11 @@ BAD: dict[str, Snapshot] = {
 
 @pytest.mark.parametrize("snapshot", BAD.values(), ids=BAD.keys())
 def test_encode_refuses_what_no_reader_would_take(snapshot: Snapshot) -> None:
-    with pytest.raises(SnapshotMalformed):
+    with pytest.raises(SnapshotMalformed) as caught:
         encode(snapshot)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(SnapshotMalformed):
+        encode(stamped(snapshot))
 
 
 # ------------------------------------------------------------------------------ stamped

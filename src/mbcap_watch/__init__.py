@@ -1,50 +1,45 @@
 """Persist CoreScope's multi-byte capability snapshots the moment they are published.
 
+Every name is loaded when it is first asked for, so importing the package costs next to nothing.
 The hand-off (`Snapshot`, `Entry`, `read_snapshot`, `write_snapshot`) loads neither aiosqlite nor
-watchdog; what needs them is loaded when it is first asked for.
+watchdog.
 """
 
-from __future__ import annotations
-
-import importlib
-import logging
-from typing import TYPE_CHECKING, Any
-
-from mbcap_watch.errors import (
-    DatabaseBusy,
-    DatabaseError,
-    DatabaseFailed,
-    DatabaseMissing,
-    EventLoopError,
-    ForeignWal,
-    MbcapWatchError,
-    SchemaMissing,
-    SettingsError,
-    SnapshotError,
-    SnapshotMalformed,
-    SnapshotNotFound,
-    SnapshotNotPublished,
-    SnapshotRefused,
-    SnapshotUnreadable,
-    TransactionOpen,
-)
-from mbcap_watch.result import PersistResult, Timings, WatchState
-from mbcap_watch.settings import Settings
-from mbcap_watch.snapshot import (
-    Entry,
-    Snapshot,
-    ensure_snapshot_dir,
-    read_snapshot,
-    snapshot_dir,
-    snapshot_path,
-    write_snapshot,
-)
-from mbcap_watch.trigger import Trigger
-
+TYPE_CHECKING = False  # `typing` alone would take longer to load than all of this
 if TYPE_CHECKING:
+    from mbcap_watch.errors import (
+        DatabaseBusy,
+        DatabaseError,
+        DatabaseFailed,
+        DatabaseMissing,
+        EventLoopError,
+        ForeignWal,
+        MbcapWatchError,
+        SchemaMissing,
+        SettingsError,
+        SnapshotError,
+        SnapshotMalformed,
+        SnapshotNotFound,
+        SnapshotNotPublished,
+        SnapshotRefused,
+        SnapshotUnreadable,
+        TransactionOpen,
+    )
     from mbcap_watch.host import apply_snapshot
+    from mbcap_watch.result import PersistResult, Timings, WatchState
     from mbcap_watch.service import persist_once, run
+    from mbcap_watch.settings import Settings
+    from mbcap_watch.snapshot import (
+        Entry,
+        Snapshot,
+        ensure_snapshot_dir,
+        read_snapshot,
+        snapshot_dir,
+        snapshot_path,
+        write_snapshot,
+    )
     from mbcap_watch.stream import Results, watch
+    from mbcap_watch.trigger import Trigger
 
 __version__ = "0.1.0"
 
@@ -84,20 +79,34 @@ __all__ = [
     "write_snapshot",
 ]
 
-_LAZY = {
-    "Results": "mbcap_watch.stream",
-    "apply_snapshot": "mbcap_watch.host",
-    "persist_once": "mbcap_watch.service",
-    "run": "mbcap_watch.service",
-    "watch": "mbcap_watch.stream",
-}
+_MODULES = {
+    "host": ["apply_snapshot"],
+    "result": ["PersistResult", "Timings", "WatchState"],
+    "service": ["persist_once", "run"],
+    "settings": ["Settings"],
+    "snapshot": [
+        *("Entry", "Snapshot", "ensure_snapshot_dir", "read_snapshot"),
+        *("snapshot_dir", "snapshot_path", "write_snapshot"),
+    ],
+    "stream": ["Results", "watch"],
+    "trigger": ["Trigger"],
+}  # all others are errors
 
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-
-def __getattr__(name: str) -> Any:  # PEP 562
-    if name not in _LAZY:
+def __getattr__(name: str) -> object:  # PEP 562
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    import importlib  # noqa: PLC0415
+    import logging  # noqa: PLC0415
+
+    logger = logging.getLogger(__name__)
+    if not logger.handlers:  # a library is silent until its host configures logging
+        logger.addHandler(logging.NullHandler())
+    home = next((module for module, names in _MODULES.items() if name in names), "errors")
+    value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

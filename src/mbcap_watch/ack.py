@@ -18,7 +18,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mbcap_watch import atomic, timestamp
+from mbcap_watch import atomic, links, timestamp
 from mbcap_watch.errors import printable
 
 if TYPE_CHECKING:
@@ -124,14 +124,11 @@ class Ack:
 
     def _write(self, data: bytes) -> None:
         # By descriptor: the directory cannot be exchanged between the two steps.
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with links.opened(os.fspath(self.path.parent)) as directory:
             if not self._tidied:
                 atomic.remove_leftovers(directory, RESULT_NAME)
                 self._tidied = True
             atomic.replace(directory, RESULT_NAME, data, _MODE)
-        finally:
-            os.close(directory)
 
     def _note(self, problem: str | None) -> None:
         """Log what is new about `problem`."""

@@ -39,7 +39,11 @@ def replace(directory: int, name: str, data: bytes, mode: int) -> None:
 
 def remove_leftovers(directory: int, name: str) -> None:
     """Remove temporary files that a killed process left an hour ago or more."""
-    for each in os.listdir(directory):
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return  # a directory may be for writing only; this is for tidiness alone
+    for each in names:
         if not (each.startswith(f"{name}.") and each.endswith(".tmp")):
             continue
         try:

@@ -21,9 +21,10 @@ from mbcap_watch import (
     check_service,
     check_snapshot,
 )
-from mbcap_watch.errors import printable
+from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.finding import Finding, problem
 from mbcap_watch.mounts import mount_table
+from mbcap_watch.status import plain
 from mbcap_watch.watcher import Watch
 from mbcap_watch.worker import Worker
 
@@ -111,7 +112,7 @@ async def _ask(path: Path, seconds: float, examination: Awaitable[T]) -> T | Fin
             f"{remedy} if it is a local disk: dmesg, for it may be failing",
         )
     except Exception as exc:  # noqa: BLE001 - a doctor does not faint
-        text = f"examining {path} failed: {type(exc).__name__}: {exc}"
+        text = f"examining {path} failed: {type(exc).__name__}: {printable(str(exc), QUOTED)}"
         return problem("check", text, "the other lines stand; please report this one")
 
 
@@ -126,21 +127,18 @@ def render(findings: Sequence[Finding], console: Console) -> None:
     Long lines are left to the terminal, so that a remedy can be copied.
     """
 
-    def show(*parts: str | tuple[str, str]) -> None:
+    def show(*parts: str | Text | tuple[str, str]) -> None:
         console.print(Text.assemble(*parts), soft_wrap=True)
-
-    def plain(text: str) -> str:
-        """Names of files and processes may hold anything, terminal sequences included."""
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in printable(text))
-        return shown.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
     width = max((len(finding.subject) for finding in findings), default=0)
     for each in findings:
         show(
-            (f"{each.level:8}", _STYLES[each.level]), f"{each.subject:{width}}  ", plain(each.text)
+            (f"{each.level:8}", _STYLES[each.level]),
+            f"{each.subject:{width}}  ",
+            plain(each.text, console),
         )
         if each.remedy:
-            show(" " * (width + 10), ("-> ", "bold"), plain(each.remedy))
+            show(" " * (width + 10), ("-> ", "bold"), plain(each.remedy, console))
     counts = [
         f"{number} {level}{'s' if number > 1 else ''}"
         for level in ("problem", "warning")

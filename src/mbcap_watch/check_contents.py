@@ -15,10 +15,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch import check_locks, store
+from mbcap_watch import check_locks, schema, store
 from mbcap_watch.check_database import place
 from mbcap_watch.database import open_to_read
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, ForeignWal, SchemaMissing
+from mbcap_watch.errors import (
+    QUOTED,
+    DatabaseBusy,
+    DatabaseError,
+    ForeignWal,
+    SchemaMissing,
+    printable,
+)
 from mbcap_watch.finding import Finding, ok, problem, warning
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.remedies import remedy
@@ -80,11 +87,13 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
                 advice = "let CoreScope's ingestor open it once, which sets WAL; is it CoreScope's?"
                 yield warning("journal mode", f"{text} other", advice)
             counts = {}
-            for table in sorted(set(store.TABLES).intersection(names)):
+            for table in sorted(set(schema.TABLES).intersection(names)):
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
                     what = remedy("corrupt", str(database))
-                    yield problem("tables", f"{table} is damaged: {verdict}", what)
+                    yield problem(
+                        "tables", f"{table} is damaged: {printable(verdict, QUOTED)}", what
+                    )
             yield from _judge_triggers(connection, database)
             comparison = store.reconcile(
                 access,
@@ -96,7 +105,8 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
             )
             asyncio.run(comparison)
     except SchemaMissing as exc:
-        text = f"{exc.problem}; there is {', '.join(names[:8]) or 'no table at all'}"
+        there = printable(", ".join(names[:8]), QUOTED) or "no table at all"
+        text = f"{exc.problem}; there is {there}"
         advice = (
             "" if "nodes" in names else "if it is not CoreScope's database, set the path; else "
         )
@@ -158,20 +168,17 @@ def _judge_triggers(connection: sqlite3.Connection, database: Path) -> Iterator[
     """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
     for name, table, text in connection.execute(sql).fetchall():
-        if table.lower() in store.TABLES and _ON_UPDATE.search(text):
-            look = f"SELECT sql FROM sqlite_master WHERE name = {_literal(name)}"
+        if table.lower() in schema.TABLES and _ON_UPDATE.search(text):
+            look = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
             advice = f"see what it does: sqlite3 -readonly {shlex.quote(str(database))}"
             advice += f" {shlex.quote(look)}; DROP TRIGGER if it has no business there"
-            what = f"the trigger {name} runs at each update of {table}, and may refuse it"
+            what = f"the trigger {printable(name, QUOTED)} runs at each update of {table}, and may"
+            what += " refuse it"
             yield warning("triggers", what, advice)
 
 
 # In SQL's syntax, what a trigger waits for stands before the first ON.
 _ON_UPDATE: Final = re.compile(r"^\s*CREATE(?:(?!\bON\b).)*\bUPDATE\b", re.IGNORECASE | re.DOTALL)
-
-
-def _literal(name: str) -> str:
-    return "'" + name.replace("'", "''") + "'"
 
 
 def judge_preview(changes: int, unmatched: int, wanted: int, nodes: int) -> Finding:

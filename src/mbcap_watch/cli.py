@@ -23,7 +23,7 @@ from mbcap_watch import (
     output,
     progress,
 )
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed
+from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.result import PersistResult
 from mbcap_watch.service import persist_once, preview_once
 from mbcap_watch.signals import Stop
@@ -87,8 +87,8 @@ def run(
     Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
     with exit code 0 within 5 seconds of a signal.
     """
-    stop = Stop()  # before anything else: from here on a signal ends it cleanly
-    daemon.serve(_configure(context), stop, as_json=json)
+    stop = Stop()  # first: until here a signal ends the process at once (__main__)
+    daemon.serve(_load(context), stop, as_json=json)
 
 
 @app.command(epilog=manual.APPLY)
@@ -165,8 +165,9 @@ def publish(
             settings.database,
             parse_entries(data, source=source),
             snapshot_dir=settings.snapshot_dir,
+            max_bytes=settings.max_bytes,
         )
-    except SnapshotMalformed as exc:
+    except (SnapshotMalformed, SnapshotRefused) as exc:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)
@@ -207,8 +208,12 @@ def demo_command(
 inspection.register(app)
 
 
+def _load(context: typer.Context) -> config.Config:
+    return config.load(context.params, os.environ, context.params.get("config_file"))
+
+
 def _configure(context: typer.Context) -> config.Config:
-    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    loaded = _load(context)
     logs.configure(loaded.log_level, loaded.log_format)
     return loaded
 

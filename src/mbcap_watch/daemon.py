@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -19,6 +20,7 @@ from mbcap_watch.notify import Notifier
 from mbcap_watch.service import run
 from mbcap_watch.snapshot import SNAPSHOT_NAME
 from mbcap_watch.statsfile import StatsFile
+from mbcap_watch.writer import LineWriter
 
 if TYPE_CHECKING:
     from mbcap_watch.heartbeat import Keeper
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from mbcap_watch.signals import Stop
 
 logger = logging.getLogger("mbcap_watch")
+
+# For how long the end waits for whoever reads the results.
+_FLUSH_SECONDS: Final = 0.5
 
 
 def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
@@ -41,7 +46,9 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         OutputError: a result cannot be printed.
 
     """
+    logs.configure(loaded.log_level, loaded.log_format, logs.UnblockedHandler())
     settings = loaded.settings
+    printer = _Printer(stop) if as_json else None
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
     answers = Ack(settings) if loaded.ack else None
@@ -60,8 +67,8 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         notifier.on_result(result)
         if answers is not None:
             answers.on_result(result)  # returns at once
-        if as_json:
-            output.print_line(result.to_json())
+        if printer is not None:
+            printer.print(result)
 
     logger.info(
         "mbcap-watch %s: %s into %s",
@@ -83,8 +90,45 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     anyio.run(main)
     log.end()
     state_log.end()
+    if printer is not None:
+        printer.end()
     logger.info("stopped")
     stop.ignore_more()
+
+
+class _Printer:
+    """Prints results on standard output without waiting for whoever reads them.
+
+    Args:
+        stop: what ends the daemon once standard output is gone.
+
+    """
+
+    def __init__(self, stop: Stop) -> None:
+        if sys.stdout is None:
+            raise output.OutputError("standard output cannot be written: it is closed")
+        self._stop = stop
+        self._error: OSError | None = None
+        self._writer = LineWriter(sys.stdout.fileno(), self._lost, self._fail)
+
+    def print(self, result: PersistResult) -> None:
+        self._writer.write(result.to_json())
+
+    def end(self) -> None:
+        """Give the reader a moment, and say what went wrong."""
+        unread = self._writer.flush(_FLUSH_SECONDS)
+        if self._error is not None:
+            raise output.OutputError(f"standard output cannot be written: {self._error}")
+        if unread:
+            self._lost(unread)
+
+    def _lost(self, count: int) -> None:
+        data = {"data": {"lost": count}}
+        logger.warning("%d results are lost: nobody read standard output", count, extra=data)
+
+    def _fail(self, exc: OSError) -> None:
+        self._error = exc
+        self._stop.cancel()
 
 
 def keepers_of(loaded: config.Config) -> list[Keeper]:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import aiosqlite
 
 from mbcap_watch import diagnosis, wal
-from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
+from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, DatabaseMissing, printable
 from mbcap_watch.wal import Wal
 
 if TYPE_CHECKING:
@@ -261,21 +261,6 @@ def timed_transaction(
     return changed
 
 
-def refuses_rows(error: sqlite3.Error) -> bool:
-    """Whether an error may be about single rows: a constraint, or what a trigger does."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _ABOUT_ROWS
-
-
-_ABOUT_ROWS: Final = frozenset(
-    {
-        sqlite3.SQLITE_CONSTRAINT,
-        sqlite3.SQLITE_ERROR,
-        sqlite3.SQLITE_MISMATCH,
-        sqlite3.SQLITE_TOOBIG,
-    }
-)
-
-
 def _attach(connection: sqlite3.Connection) -> None:
     """Read once: only then does SQLite open the `-wal` and take the locks that say so."""
     connection.execute("PRAGMA schema_version").fetchone()
@@ -421,10 +406,16 @@ def as_database_errors(database: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
     try:
         yield
+    except (
+        UnicodeDecodeError
+    ) as exc:  # see `diagnosis.message`; none of our SQL says what is not UTF-8
+        text = f"is corrupt: its schema holds text that is not UTF-8 ({diagnosis.message(exc)})"
+        raise DatabaseFailed(database, text, "corrupt") from exc
     except sqlite3.Error as exc:
         code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise DatabaseBusy(database, "is locked by another connection") from exc
         name = getattr(exc, "sqlite_errorname", type(exc).__name__)
         problem, cause = diagnosis.explain(database, code)
-        raise DatabaseFailed(database, f"{problem} ({name}: {exc})", cause) from exc
+        said = printable(str(exc), QUOTED)  # a trigger's message, say
+        raise DatabaseFailed(database, f"{problem} ({name}: {said})", cause) from exc

@@ -1,4 +1,4 @@
-"""`explain`: what is behind an error of SQLite, which names the call that failed, not the cause.
+"""What is behind an error of SQLite, which names the call that failed, not the cause.
 
 A full disk may show as SQLITE_IOERR_SHMSIZE, a read-only mount as SQLITE_CANTOPEN. So the disk, the
 owners and the modes are looked at.
@@ -39,6 +39,33 @@ def explain(database: Path, code: int) -> tuple[str, Cause | None]:
     if found is None:
         return problem + guess, cause
     return f"{problem}: {found[0]}", found[1]
+
+
+def refuses_rows(error: sqlite3.Error | UnicodeDecodeError) -> bool:
+    """Whether an error may be about single rows: a constraint, or what a trigger does or says."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in _ABOUT_ROWS or isinstance(error, UnicodeDecodeError)
+
+
+def message(error: sqlite3.Error | UnicodeDecodeError) -> str:
+    """Return what SQLite says.
+
+    Where its message quotes bytes of the database that are not UTF-8, Python fails to decode it
+    and raises UnicodeDecodeError in place of SQLite's error, whose code is lost.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return error.object.decode("utf-8", "backslashreplace")
+    return str(error)
+
+
+_ABOUT_ROWS: Final = frozenset(
+    {
+        sqlite3.SQLITE_CONSTRAINT,
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_MISMATCH,
+        sqlite3.SQLITE_TOOBIG,
+    }
+)
 
 
 # By SQLite's primary code: the problem, what may be behind it, and what certainly is.

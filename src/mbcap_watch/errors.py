@@ -6,7 +6,7 @@
     ├── SnapshotError
     │   ├── SnapshotNotFound       nothing to persist; a state to wait in
     │   ├── SnapshotMalformed      its bytes are no snapshot
-    │   ├── SnapshotRefused        not a regular file, or too large: never read
+    │   ├── SnapshotRefused        not a regular file, too large, or behind a foreign link
     │   ├── SnapshotUnreadable     the operating system would not let us read it
     │   └── SnapshotNotPublished   the new snapshot could not be put in place
     └── DatabaseError
@@ -24,7 +24,8 @@ package decides by the text of a message.
 from __future__ import annotations
 
 import os
-from typing import ClassVar, Literal
+import re
+from typing import ClassVar, Final, Literal
 
 Cause = Literal[
     "disk_full",
@@ -46,9 +47,42 @@ and `wal_left_behind` are those of `ForeignWal`.
 """
 
 
-def printable(text: str) -> str:
-    """Return `text` with what no encoding can print, bytes of a path, say, made visible."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+# How much of what a file or a database says is shown to people.
+QUOTED: Final = 100
+
+# What Unicode tells to ignore, and what leaves a gap at best, though Python calls it printable.
+_INVISIBLE: Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Return `text` safe for people, on one line: what is not plainly seen becomes an escape.
+
+    That is what a terminal obeys, ends a line, changes the direction of writing or is invisible,
+    and bytes of a path that are no text. Doing it twice changes nothing.
+
+    Args:
+        text: from anywhere.
+        limit: the most characters to return; of longer text the start, and "…".
+
+    """
+    shown = text[:limit]
+    if not shown.isprintable() or _INVISIBLE.search(shown):
+        shown = "".join(
+            char if char.isprintable() and not _INVISIBLE.match(char) else ascii(char)[1:-1]
+            for char in shown
+        )
+    if limit is not None and max(len(text), len(shown)) > limit:
+        return f"{shown[: limit - 1]}…"
+    return shown
+
+
+def quoted(value: object) -> str:
+    """Return what a file or a database said as Python writes it, safe and at most `QUOTED` long."""
+    said = value[:QUOTED] if isinstance(value, str | bytes) else value
+    return printable(repr(said), QUOTED)
 
 
 class MbcapWatchError(Exception):
@@ -125,7 +159,10 @@ class SnapshotMalformed(SnapshotError):
 
 
 class SnapshotRefused(SnapshotError):
-    """What is at the path may not be read: not a regular file, or larger than allowed."""
+    """What is at the path is not read.
+
+    It is not a regular file, larger than allowed, or behind a link of another user (`links`).
+    """
 
     hint = "it is not read; it is looked at again when it is replaced"
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mbcap_watch import plan, store
 from mbcap_watch.database import as_database_errors, timed_transaction
-from mbcap_watch.errors import DatabaseError, DatabaseFailed, TransactionOpen
+from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, TransactionOpen
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.report import describe
 from mbcap_watch.tasks import require_asyncio, uncancelled
 from mbcap_watch.worker import Worker
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from mbcap_watch.wire import Snapshot
 
 T = TypeVar("T")
+
+_HOSTS: Final = "the host's connection"
+_HALF_READ: Final = (
+    "has a cursor that was neither read to its end nor closed, and sees the database as it was when"
+    " that began; nothing newer can be written through it (SQLITE_BUSY_SNAPSHOT)"
+)
 
 
 async def apply_snapshot(
@@ -64,8 +70,11 @@ async def apply_snapshot(
     started = time.perf_counter()
     ledger = Ledger()
     access = _HostConnection(connection, lock, ledger)
-    async with Worker() as worker:
-        targets = await worker.call(plan.targets, snapshot.entries)
+    try:
+        async with Worker() as worker:
+            targets = await worker.call(plan.targets, snapshot.entries)
+    except BlockingIOError:  # without a thread, the host's loop waits for some milliseconds
+        targets = plan.targets(snapshot.entries)
     error: DatabaseError | None = None
     database = Path("the host's database")
     try:
@@ -109,6 +118,14 @@ class _HostConnection:
             try:
                 cursor.row_factory = None  # of this cursor alone
                 return cursor.execute(sql, parameters).fetchall()
+            except sqlite3.OperationalError as exc:
+                if hasattr(exc, "sqlite_errorcode"):
+                    raise
+                # Not SQLite but Python refused, as in `OwnConnection.fetch`. The text factory is
+                # the host's, so the text is asked for as bytes.
+                names = [f"c{number}" for number in range(len(cursor.description))]
+                rows = cursor.execute(_as_bytes(sql, names), parameters).fetchall()
+                return [tuple(map(_text, row[::2], row[1::2])) for row in rows]
             finally:
                 cursor.close()
 
@@ -136,14 +153,30 @@ class _HostConnection:
         async with self._lock:
             self._require_idle()
             connection: Any = self._connection
-            return await uncancelled(connection._execute(function, connection._conn))  # noqa: SLF001
+            try:
+                return await uncancelled(connection._execute(function, connection._conn))  # noqa: SLF001
+            except sqlite3.OperationalError as exc:
+                # The extended code: what is masked off tells this from a lock of somebody else's.
+                if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_BUSY_SNAPSHOT:
+                    raise
+                raise DatabaseBusy(_HOSTS, _HALF_READ) from exc
 
     def _require_idle(self) -> None:
         if self._connection.in_transaction:
             raise TransactionOpen(
-                "the host's connection",
+                _HOSTS,
                 "is in a transaction; hold the lock until it has ended, and do not use"
                 " autocommit=False, which is in one all the time",
             )
         if self._connection.text_factory is not str:
-            raise DatabaseFailed("the host's connection", "has a text_factory that is not str")
+            raise DatabaseFailed(_HOSTS, "has a text_factory that is not str")
+
+
+def _as_bytes(sql: str, names: list[str]) -> str:
+    """Return a query for the same rows, with text as bytes and each column's type after it."""
+    columns = [f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), typeof({c})" for c in names]
+    return f"WITH answer({', '.join(names)}) AS ({sql}) SELECT {', '.join(columns)} FROM answer"
+
+
+def _text(value: Any, kind: str) -> Any:
+    return value.decode("utf-8", "surrogateescape") if kind == "text" else value

@@ -93,6 +93,8 @@ class InotifyWatch:
         except RuntimeError as exc:  # somebody else has taken the thread meanwhile
             raise no_thread() from exc
         try:
+            # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
+            os.set_inheritable(self._observer._inotify_fd._inotify_fd, False)  # noqa: FBT003, SLF001
             self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
             self._observer.start()
             self._kernel_watches = self._read_kernel_watches()

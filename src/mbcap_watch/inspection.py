@@ -63,10 +63,11 @@ def show_config(
     from rich.console import Console  # noqa: PLC0415 - 17 ms and 2 MB that `run` can do without
     from rich.table import Table  # noqa: PLC0415 - as above
 
-    table = Table("setting", "value", "from")
+    table, console = Table("setting", "value", "from"), Console(soft_wrap=True)
     for name, value in values.items():
-        table.add_row(name, str(value), loaded.origins[name])
-    Console(soft_wrap=True).print(table)
+        origin = status.plain(loaded.origins[name], console)
+        table.add_row(name, status.plain(str(value), console), origin)
+    console.print(table)
 
 
 def show_status(
@@ -161,7 +162,8 @@ def show_plot(
         output.fail(found.problems[0].text, 1)
     drawing = plot.svg(stats)
     if out is None:
-        output.print_line(drawing.rstrip())
+        for line in drawing.splitlines():
+            output.print_line(line)
         return
     try:
         out.write_text(drawing, encoding="utf-8")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from mbcap_watch.errors import printable
 from mbcap_watch.repeats import REMINDER, WINDOW, Repeats
 from mbcap_watch.result import WatchState
+from mbcap_watch.writer import LineWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,28 +25,55 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mbcap_watch")
 
 
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line: the time, the level, the message, and the data behind it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {
-            "time": _stamp(record.created),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": printable(record.getMessage()),
-            **getattr(record, "data", {}),
-        }
-        if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(fields).decode()
+# For how long the end waits for whoever reads the log.
+_FLUSH_SECONDS: Final = 0.5
 
 
 class _TextFormatter(logging.Formatter):
+    """Makes all text safe for a terminal: no message can look like a line of its own."""
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802
         return _stamp(record.created)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        return _indented(super().formatStack(stack_info))
+
+
+class _JsonFormatter(_TextFormatter):
+    """One JSON object a line: the time, the level, the message, and the data behind it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        data = getattr(record, "data", None)  # ours is flat; a guest's may be anything
+        fields = {
+            "time": _stamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **(data if isinstance(data, dict) else {}),
+        }
+        fields = {printable(str(name)): _visible(value) for name, value in fields.items()}
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(fields).decode()
+
+
+def _visible(value: object) -> object:
+    """Return `value` as JSON can hold it: no encoding has room for the bytes of some paths."""
+    return value if value is None or isinstance(value, int | float) else printable(str(value))
+
+
+def _indented(lines: str) -> str:
+    """Return `lines` so that none can be taken for the first line of another message."""
+    return "\n".join("  " + printable(line) for line in lines.split("\n"))
 
 
 def _stamp(seconds: float) -> str:
@@ -52,9 +81,52 @@ def _stamp(seconds: float) -> str:
     return time.strftime(f"%Y-%m-%dT%H:%M:%S.{milliseconds:03d}Z", time.gmtime(seconds))
 
 
-def configure(level: str, style: str) -> None:
-    """Log to standard error; standard output is for results."""
-    handler = logging.StreamHandler(sys.stderr)
+class UnblockedHandler(logging.Handler):
+    """Logs to standard error without waiting for whoever reads it; says how many lines were lost.
+
+    `logging` flushes it when the process ends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Python has no standard error if it was closed before the start. Its number is then that
+        # of another file, the database perhaps.
+        closed = sys.stderr is None
+        descriptor = os.open(os.devnull, os.O_WRONLY) if closed else sys.stderr.fileno()
+        self._writer = LineWriter(descriptor, self._lost)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have the line written."""
+        try:
+            self._writer.write(self.format(record))
+        except Exception:  # noqa: BLE001 - as every handler of logging does
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Give the reader a moment."""
+        self._writer.flush(_FLUSH_SECONDS)
+
+    def _lost(self, count: int) -> str:
+        told = {
+            "name": logger.name,
+            "levelname": "WARNING",
+            "msg": "%d lines of the log are lost: nobody read standard error",
+            "args": (count,),
+            "data": {"lost": count},
+        }
+        return self.format(logging.makeLogRecord(told))
+
+
+def configure(level: str, style: str, handler: logging.Handler | None = None) -> None:
+    """Log to standard error; standard output is for results.
+
+    Args:
+        level: from which on our own lines are logged; those of others are from `warning` on.
+        style: `text` or `json`.
+        handler: what logs instead of the one that waits for its reader.
+
+    """
+    handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logger.setLevel(level.upper())

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import random
 import time
+import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
@@ -21,19 +23,24 @@ from mbcap_watch.errors import (
     DatabaseError,
     DatabaseFailed,
     SnapshotError,
+    SnapshotUnreadable,
 )
 from mbcap_watch.ledger import Ledger
 from mbcap_watch.limits import require_descriptors
 from mbcap_watch.reading import Fingerprint, Reading, read
 from mbcap_watch.report import describe
 from mbcap_watch.result import PersistResult, Reason, Timings
+from mbcap_watch.snapshot import SNAPSHOT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
 
+    from mbcap_watch.errors import Cause
     from mbcap_watch.settings import Settings
     from mbcap_watch.worker import Worker
+
+logger = logging.getLogger("mbcap_watch")
 
 OnProgress: TypeAlias = "Callable[[int, int], object]"
 T = TypeVar("T")
@@ -41,9 +48,10 @@ T = TypeVar("T")
 # An event loop opens three, a database with its WAL three more.
 _DESCRIPTORS: Final = 6
 
-# What the last snapshot wanted is kept up to this size (4 MB), to write first what is new in the
-# next one: without, a rename of 2,400 entries takes half as long again to be seen.
-KEPT_ENTRIES: Final = 20_000
+# What the last snapshot wanted is kept up to this size of its file (17,000 entries, 4 MB), to write
+# first what is new in the next one: without, a rename of 2,400 entries takes half as long again to
+# be seen.
+KEPT_BYTES: Final = 2 << 20
 
 # If more than one entry in so many is new, looking them up first saves nothing.
 NEWS_SHARE: Final = 4
@@ -77,6 +85,7 @@ class Looker:
         self._sample: dict[str, plan.Value] = {}
         self._stamp: tuple[object, ...] = ()
         self.owes_checkpoint = False
+        self._logged: set[tuple[object, ...]] = set()
         self.error: SnapshotError | DatabaseError | None = None
         self.snapshot_changed = False
         self.timings: Timings | None = None
@@ -120,6 +129,8 @@ class Looker:
         except asyncio.CancelledError:
             attempt.ledger.stop()
             raise
+        except BlockingIOError as exc:
+            reading, error = self._not_read(exc)
         before, now = self._seen, reading.fingerprint
         self.snapshot_changed = before is None or before.snapshot != now.snapshot
         self.timings = None
@@ -131,7 +142,7 @@ class Looker:
             self.timings = self._timings(reading, attempt.ledger)
             self._behind = False
             values = reading.targets.values
-            self._applied = values if len(values) <= KEPT_ENTRIES else None
+            self._applied = values if reading.size <= KEPT_BYTES else None
         self._seen, self.error = now, error
         self._busy = attempt if isinstance(error, DatabaseBusy) else None
         seconds = time.perf_counter() - attempt.started
@@ -158,10 +169,18 @@ class Looker:
         """Return what a look would report and the changes it would make, and make none."""
         started = time.perf_counter()
         ledger = Ledger()
-        reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
+        try:
+            reading, error, changes = await self._worker.call(self._read_and_preview, ledger)
+        except BlockingIOError as exc:
+            (reading, error), changes = self._not_read(exc), []
         seconds = time.perf_counter() - started
         result = describe("once", reading.targets, reading.written_at, ledger, error, seconds)
         return result, changes
+
+    def _not_read(self, exc: BlockingIOError) -> tuple[Reading, DatabaseFailed]:
+        """Return what a look comes to for which there is no thread."""
+        error = DatabaseFailed(self._settings.database, f"not looked at: {exc.strerror}", "limit")
+        return Reading(Fingerprint(0, None)), error
 
     # In the thread from here on.
 
@@ -178,15 +197,12 @@ class Looker:
         *,
         spot_check: bool,
     ) -> tuple[Reading, SnapshotError | DatabaseError | None]:
-        if first is not None:
-            first()
-        settings = self._settings
-        reading = read(settings, known, self._worker.note_progress)
+        reading = self._read(known, first)
         if spot_check and reading.fingerprint == known and self._was_overwritten():
-            reading = read(settings, None, self._worker.note_progress)
+            reading = self._read(None, None)
         if reading.targets is None or ledger.stopped:
             return reading, reading.error
-        values = reading.targets.values
+        settings, values = self._settings, reading.targets.values
         ledger.wanted = len(values)
         news = None
         if self._applied is not None:
@@ -245,7 +261,7 @@ class Looker:
         self, ledger: Ledger
     ) -> tuple[Reading, SnapshotError | DatabaseError | None, list[tuple[str, plan.Change]]]:
         settings = self._settings
-        reading = read(settings)
+        reading = self._read()
         if reading.targets is None:
             return reading, reading.error, []
         values = reading.targets.values
@@ -261,21 +277,49 @@ class Looker:
         ledger.changed.update(table for table, _ in changes or [])
         return reading, error, changes or []
 
+    def _read(
+        self, known: Fingerprint | None = None, first: Callable[[], None] | None = None
+    ) -> Reading:
+        try:
+            if first is not None:
+                first()
+            return read(self._settings, known, self._worker.note_progress)
+        except Exception as exc:  # noqa: BLE001 - as in `_in_loop`
+            path = self._settings.snapshot_dir / SNAPSHOT_NAME
+            error = SnapshotUnreadable(path, f"could not be read: {self._unforeseen(exc)}")
+        return Reading(Fingerprint(hash((type(error), str(error))), None), error=error)
+
     def _in_loop(
         self, work: Callable[[], Coroutine[Any, Any, T]]
     ) -> tuple[T | None, DatabaseError | None]:
-        """Run the database's part; whatever the machine is short of is a failure like others."""
+        """Run the database's part. Whatever the files or the machine do is a failure like others.
+
+        No error of any type may end the bridge: the next state of the files may be a good one.
+        """
         try:
             require_descriptors(_DESCRIPTORS)
             return self._worker.run(work()), None
         except DatabaseError as exc:
             error = exc
-        except (OSError, MemoryError) as exc:
-            text = f"cannot be opened now: {getattr(exc, 'strerror', None) or exc}"
+        except OSError as exc:
+            text = f"cannot be opened now: {exc.strerror or exc}"
             error = DatabaseFailed(self._settings.database, text, "limit")
+        except Exception as exc:  # noqa: BLE001 - see above
+            text = f"could not be compared or written: {self._unforeseen(exc)}"
+            cause: Cause | None = "limit" if isinstance(exc, MemoryError) else None
+            error = DatabaseFailed(self._settings.database, text, cause)
         # Kept until the next look: it may not keep the frames, and with them the whole snapshot.
         error.__cause__ = error.__context__ = None
         return None, error.with_traceback(None)
+
+    def _unforeseen(self, error: Exception) -> str:
+        """Name an error that nobody foresaw; log where it came from, once for each place."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        identity = (type(error), place.filename, place.lineno)
+        if identity not in self._logged:
+            self._logged.add(identity)
+            logger.error("an unforeseen error; please report it", exc_info=error)
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _stamp(database: Path) -> tuple[object, ...]:

@@ -230,7 +230,7 @@ _TIMES_OF_STATE: Final = ("armed_since", "last_look", "last_progress", "stuck_si
 
 
 def _cut(text: str) -> str:
-    return printable(text[:_ERROR_LENGTH])
+    return printable(text, _ERROR_LENGTH)
 
 
 def _bounded(result: PersistResult) -> PersistResult:

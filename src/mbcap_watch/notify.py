@@ -1,6 +1,7 @@
 """What the service manager is told: ready, alive, stuck, stopping (sd_notify(3)), in one class.
 
-Datagrams to `$NOTIFY_SOCKET`, without a library. Nothing is sent where there is none.
+Datagrams to `$NOTIFY_SOCKET`, without a library. Nothing is sent where there is none. STATUS= has a
+datagram of its own and is short: what cannot be sent of it may not hold up a sign of life.
 
 The watchdog is fed by looks that came to their end, and during a long one by each few thousand rows
 read or written, never by a timer: a bridge whose event loop hangs, or whose looks stop, is
@@ -41,6 +42,9 @@ _PUT_OFF_SECONDS: Final = 7 * 24 * 3600
 # calls itself stuck, within twice `STUCK_SECONDS`.
 _START_SECONDS: Final = 60
 
+# Characters of the last result in STATUS=: `systemctl status` shows one line.
+_OUTCOME_LENGTH: Final = 200
+
 
 class Notifier:
     """Hooks for `run` that keep the service manager informed. Never blocks, never raises.
@@ -70,7 +74,7 @@ class Notifier:
     def on_result(self, result: PersistResult) -> None:
         """Remember what the last look came to; the state that follows tells it."""
         error = f": {result.error}" if result.error else ""
-        self._outcome = f"{result.outcome}{error}; "
+        self._outcome = printable(f"{result.outcome}{error}", _OUTCOME_LENGTH) + "; "
 
     def on_state(self, state: WatchState) -> None:
         """Tell what is new: a look is over, or gets on; a filesystem hangs."""
@@ -128,29 +132,33 @@ class Notifier:
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state.stuck_since))
             return f"stuck: the filesystem has not answered a call (noticed at {since}); waiting"
         how = f"watching by {state.mode}" if self._ready else "starting"
-        return " ".join(printable(self._outcome + how).split())  # a newline would end the value
+        return self._outcome + how
 
     def _send(self, messages: list[str]) -> None:
-        """Send all that is unsent as one datagram; what cannot be sent now goes with the next."""
+        """Send all that is unsent; what cannot be sent now goes with the next."""
         # Of what stands for a moment, the latest counts; READY=1 must arrive one day.
         names = {_name(message) for message in messages}
         waiting = [message for message in self._unsent if _name(message) not in names]
-        self._unsent = waiting + messages
-        if not self._unsent:
-            return
+        todo, self._unsent, problem = waiting + messages, [], None
+        for is_status in (False, True):
+            datagram = [message for message in todo if (_name(message) == "STATUS") == is_status]
+            if datagram and (refusal := self._transmit(datagram)):
+                self._unsent += datagram
+                problem = problem or refusal
+        if problem is not None and problem != self._problem:
+            logger.warning("the service manager cannot be told: %s; trying on", problem)
+        self._problem = problem
+
+    def _transmit(self, messages: list[str]) -> str | None:
+        """Send one datagram; return what kept it from being sent."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
                 # Not for a moment may a manager that does not read hold up the bridge.
                 sender.settimeout(0)
-                sender.sendto("\n".join(self._unsent).encode(), self._address)
+                sender.sendto("\n".join(messages).encode(), self._address)
         except OSError as exc:
-            problem = exc.strerror or str(exc)
-            if problem != self._problem:
-                logger.warning("the service manager cannot be told: %s; trying on", problem)
-            self._problem = problem
-            return
-        self._problem = None
-        self._unsent = []
+            return exc.strerror or str(exc)
+        return None
 
 
 def _address(given: str) -> str | bytes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
 
-from mbcap_watch.errors import MbcapWatchError, printable
+from mbcap_watch.errors import QUOTED, MbcapWatchError, printable, quoted
 
 if TYPE_CHECKING:
     from mbcap_watch.plan import Change
@@ -33,12 +33,20 @@ EXIT_CODES: Final[dict[Outcome, int]] = {
 
 
 def print_json(fields: dict[str, Any]) -> None:
-    """Print one JSON object on one line."""
-    print_line(json.dumps(fields, ensure_ascii=False, separators=(",", ":")))
+    """Print one JSON object on one line; its texts are as safe as those for people."""
+    print_line(json.dumps(_safe(fields), ensure_ascii=False, separators=(",", ":")))
+
+
+def _safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _safe(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_safe(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def print_line(text: str) -> None:
-    """Print at once, in UTF-8 whatever the locale."""
+    """Print one line at once, in UTF-8 whatever the locale."""
     try:
         sys.stdout.buffer.write(printable(text).encode() + b"\n")
         sys.stdout.buffer.flush()
@@ -56,17 +64,17 @@ def print_preview(
         fields["changes"] = [
             {
                 "table": table,
-                "public_key": c.public_key,
+                "public_key": _as_json(c.public_key),
                 "from": [_as_json(value) for value in c.before],
-                "to": c.after,
+                "to": [_as_json(value) for value in c.after],
             }
             for table, c in changes
         ]
         print_json(fields)
         return
     for table, change in changes:
-        before, after = (f"{sup}/{evidence!r}" for sup, evidence in (change.before, change.after))
-        print_line(f"{table} {change.public_key} {before} -> {after}")
+        before, after = ("/".join(map(quoted, value)) for value in (change.before, change.after))
+        print_line(f"{table} {printable(change.public_key, QUOTED)} {before} -> {after}")
     if result.outcome in ("applied", "unchanged"):
         print_line(f"would change {len(changes)} rows; nothing was touched")
     elif result.outcome == "no_snapshot":
@@ -75,7 +83,9 @@ def print_preview(
 
 def _as_json(value: object) -> object:
     """Return what was in a column, as JSON: SQLite takes bytes and infinity in any."""
-    return value if value is None or isinstance(value, int | str) else repr(value)
+    if isinstance(value, str):
+        return printable(value, QUOTED)
+    return value if value is None or isinstance(value, int) else quoted(value)
 
 
 class OutputError(MbcapWatchError):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import msgspec
 
+from mbcap_watch.wire import MAX_EVIDENCE, MAX_KEY
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -22,9 +24,17 @@ Value: TypeAlias = tuple[int, str | None]
 
 
 class Row(NamedTuple):
-    """A row of `nodes` or `inactive_nodes` as it is now."""
+    """A row of `nodes` or `inactive_nodes` as it is now; SQLite lets a column hold any type.
 
-    rowid: int
+    Attributes:
+        row: what tells it apart in its table: its rowid, or its key.
+        public_key: as stored.
+        sup: as stored.
+        evidence: as stored.
+
+    """
+
+    row: int | str
     public_key: str
     sup: int
     evidence: str | None
@@ -33,7 +43,7 @@ class Row(NamedTuple):
 class Change(msgspec.Struct, frozen=True, gc=False):
     """A row that differs from what the snapshot says."""
 
-    rowid: int
+    row: int | str
     public_key: str
     before: Value
     after: Value
@@ -46,7 +56,8 @@ class Targets(NamedTuple):
         values: by public key; of several written entries with the same key the last one counts.
         entries: entries in the snapshot.
         skipped_unknown: entries with the status `unknown`.
-        skipped_unrecognized: entries that are not written for any other reason.
+        skipped_unrecognized: entries that are not written for any other reason: no known status,
+            no key, a key or an evidence that is too long.
 
     """
 
@@ -63,10 +74,13 @@ def targets(entries: Iterable[Entry]) -> Targets:
     count = unknown = unrecognized = 0
     for entry in entries:
         count += 1
+        key, evidence = entry.public_key, entry.evidence or ""
         sup = SUP.get(entry.status or "")
-        if sup is not None and entry.public_key is not None:
-            value = (sup, entry.evidence or "")
-            values[entry.public_key] = shared.setdefault(value, value)
+        if len(key or "") > MAX_KEY or len(evidence) > MAX_EVIDENCE:
+            unrecognized += 1
+        elif sup is not None and key is not None:
+            value = (sup, evidence)
+            values[key] = shared.setdefault(value, value)
         elif entry.status == UNKNOWN:
             unknown += 1
         else:
@@ -80,8 +94,15 @@ def news(before: Mapping[str, Value], after: Mapping[str, Value]) -> dict[str, V
 
 
 def _lowers(before: object, after: int) -> bool:
-    """Whether a known value would be lowered; SQLite stores text in INTEGER columns, too."""
-    return isinstance(before, (int, float)) and after < before
+    """Whether a known value would be lowered; a column may hold anything, digits as text, too."""
+    if isinstance(before, (str, bytes)) and before.isascii() and before.isdigit():
+        before = float(before)
+    return isinstance(before, (int, float)) and before > after
+
+
+def _is_held(stored: object, wanted: object) -> bool:
+    """Whether a column holds the value in the way of its type: a TEXT column holds 2 as '2'."""
+    return isinstance(stored, (int, float, str)) and str(stored) == str(wanted)
 
 
 class Comparison(NamedTuple):
@@ -102,12 +123,16 @@ def compare(values: Mapping[str, Value], rows: Iterable[Row], downgrade: Downgra
     """
     matched: list[str] = []
     changes: list[Change] = []
-    for rowid, public_key, sup, evidence in rows:
+    for row, public_key, sup, evidence in rows:
         after = values.get(public_key)
         if after is None:
             continue
         matched.append(public_key)
         before = (sup, evidence)
-        if before != after and not (downgrade == "never" and _lowers(sup, after[0])):
-            changes.append(Change(rowid, public_key, before, after))
+        if (
+            before != after
+            and not (_is_held(sup, after[0]) and _is_held(evidence, after[1]))
+            and not (downgrade == "never" and _lowers(sup, after[0]))
+        ):
+            changes.append(Change(row, public_key, before, after))
     return Comparison(matched, changes)

@@ -11,6 +11,8 @@ from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mbcap_watch.errors import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -73,7 +75,7 @@ def svg(stats: Stats) -> str:
     healthy bridge and of one that waited for a lock differ a thousandfold.
     """
     results = [each for each in stats.recent if each.lag_ms is not None or each.hold_ms is not None]
-    name = escape(_visible(PurePath(stats.database).name[:_LONGEST_NAME]))
+    name = escape(printable(PurePath(stats.database).name, _LONGEST_NAME))
     parts = [
         f'<svg {_NAMESPACE} viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">',
         f"<title>mbcap-watch: {name}</title>",
@@ -156,8 +158,3 @@ def _moment(seconds: float) -> datetime:
 
 def _minute(seconds: float) -> str:
     return format(_moment(seconds), "%Y-%m-%d %H:%M")
-
-
-def _visible(text: str) -> str:
-    """Return `text` without what XML forbids: the name of a file may hold anything."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

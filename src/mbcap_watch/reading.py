@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from mbcap_watch import plan
-from mbcap_watch.errors import SnapshotError, SnapshotMalformed
+from mbcap_watch.errors import SnapshotError
 from mbcap_watch.snapshot import SNAPSHOT_NAME, parse, read_file
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Reading(NamedTuple):
         written_at: `writtenAt` as in the file.
         error: why there are no targets.
         changed_at: when the file was put in place, in seconds since the epoch.
+        size: of the file, in bytes; 0 if there are no targets.
 
     """
 
@@ -49,6 +50,7 @@ class Reading(NamedTuple):
     written_at: str | None = None
     error: SnapshotError | None = None
     changed_at: float | None = None
+    size: int = 0
 
 
 def read(
@@ -76,13 +78,16 @@ def read(
     note_progress()
     try:
         snapshot = parse(data, source=str(path))
-    except SnapshotMalformed as exc:
-        return Reading(fingerprint, error=exc)
+    except SnapshotError as exc:
+        # Kept until the next look: it may not keep the frames, and with them the whole document.
+        exc.__cause__ = exc.__context__ = None
+        return Reading(fingerprint, error=exc.with_traceback(None))
+    size = len(data)
     del data
     note_progress()
     targets = plan.targets(snapshot.entries)
     note_progress()
-    return Reading(fingerprint, targets, snapshot.written_at, changed_at=changed_at)
+    return Reading(fingerprint, targets, snapshot.written_at, None, changed_at, size)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

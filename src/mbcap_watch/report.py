@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from mbcap_watch import plan
 from mbcap_watch.errors import (
+    QUOTED,
     DatabaseBusy,
     DatabaseError,
     DatabaseMissing,
@@ -16,6 +17,7 @@ from mbcap_watch.errors import (
     SnapshotNotFound,
     SnapshotRefused,
     printable,
+    quoted,
 )
 from mbcap_watch.result import Outcome, PersistResult, Reason
 
@@ -45,7 +47,7 @@ def describe(
         changed_active=ledger.changed["nodes"],
         changed_inactive=ledger.changed["inactive_nodes"],
         failed_rows=len(ledger.failed),
-        written_at=written_at,
+        written_at=written_at and printable(written_at, QUOTED),
         error=_error_text(ledger, error),
         cause=getattr(error, "cause", None),
         seconds=seconds,
@@ -80,5 +82,6 @@ def _error_text(ledger: Ledger, error: SnapshotError | DatabaseError | None) -> 
     if ledger.failed:
         (table, key), why = next(iter(ledger.failed.items()))
         others = f" and {len(ledger.failed) - 1} more" if len(ledger.failed) > 1 else ""
-        return printable(f"{table}: the row {key!r}{others} could not be written: {why}")
+        what = f"{table}: the row {quoted(key)}{others} could not be written"
+        return f"{what}: {printable(why, QUOTED)}"
     return ledger.waiting

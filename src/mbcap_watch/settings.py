@@ -18,7 +18,10 @@ Mode = Literal["auto", "inotify", "poll"]
 Downgrade = Literal["allow", "never"]
 
 SNAPSHOT_DIR_NAME = "mbcap-snapshot"
-DEFAULT_MAX_BYTES = 256 << 20
+
+# 100,000 nodes. Whatever is in the file, reading it takes up to ten times as much memory, and the
+# process 45 MiB besides: MemoryMax= of the units and mem_limit in compose allow for that.
+DEFAULT_MAX_BYTES = 12 << 20
 
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}

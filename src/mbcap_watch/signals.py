@@ -51,6 +51,12 @@ class Stop:
         if self._signum is not None:
             scope.cancel()
 
+    def cancel(self) -> None:
+        """Cancel the scope; from any thread, and from a signal handler."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended already
+            if self._cancel is not None:
+                self._cancel()
+
     def ignore_more(self) -> None:
         """For the last moments: the interpreter takes handlers away, but leaves SIG_IGN."""
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -64,12 +70,7 @@ class Stop:
         last_resort.daemon = True
         with contextlib.suppress(RuntimeError):  # there is no thread for it
             last_resort.start()
-        with contextlib.suppress(RuntimeError):  # the event loop has ended already
-            if self._cancel is not None:
-                self._cancel()
-        # Last, because the log may be a pipe that nobody reads. The signal can have struck while
-        # it was being written, and what Python buffers cannot be written inside of itself.
-        with contextlib.suppress(RuntimeError):
-            if self._tell is not None:
-                self._tell()
-            logger.info("stopping on %s", signal.Signals(signum).name)
+        self.cancel()
+        if self._tell is not None:
+            self._tell()
+        logger.info("stopping on %s", signal.Signals(signum).name)

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mbcap_watch import links
 from mbcap_watch.errors import (
+    SnapshotMalformed,
     SnapshotNotFound,
     SnapshotNotPublished,
     SnapshotRefused,
@@ -39,7 +41,6 @@ __all__ = [
 ]
 
 _LEFTOVER_SECONDS = 3600.0
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 # ------------------------------------------------------------------------------ paths
@@ -96,7 +97,8 @@ def read_snapshot(
     Raises:
         SnapshotNotFound: there is none; treat it as "nothing to persist".
         SnapshotMalformed: its bytes are no snapshot.
-        SnapshotRefused: it is not a regular file, or too large.
+        SnapshotRefused: it is not a regular file, too large, or behind a link of another user
+            that does not lead to a file of that user.
         SnapshotUnreadable: the operating system refused.
 
     """
@@ -122,40 +124,49 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     """Read the file at `path` to its end, without ever blocking on what is no file.
 
     The directory is listed first: on NFS that alone makes the client ask the server which file
-    the name stands for (stat and open may be late by a minute). A symbolic link to a regular file
-    is followed, so that a directory whose files are links into a `..data` directory works.
+    the name stands for (stat and open may be late by a minute). Symbolic links are followed as
+    `links` says, so that a directory whose files are links into a `..data` directory works.
 
     Raises:
         SnapshotNotFound, SnapshotRefused, SnapshotUnreadable: as `read_snapshot`.
 
     """
     try:
-        _revalidate(path.parent)
-        # stat before open: merely opening a device can set something off.
-        _require_regular(path, os.stat(path), max_bytes)
-        # O_NONBLOCK: a FIFO that takes the file's place just now does not hold us up.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            _require_regular(path, status, max_bytes)
-            data = _read_to_end(path, descriptor, status.st_size, max_bytes)
-            return SnapshotFile(data, status.st_ctime)
-        finally:
-            os.close(descriptor)
-    except _ABSENT as exc:
-        raise _not_found(path) from exc
+        with links.opened(os.fspath(path.parent)) as directory:
+            if not stat.S_ISDIR(os.fstat(directory).st_mode):
+                raise _not_a_directory(path.parent)
+            _revalidate(directory)
+            with links.opened(path.name, directory) as descriptor:
+                status = os.fstat(descriptor)
+                _require_regular(path, status, max_bytes)
+                data = _read_to_end(path, descriptor, status.st_size, max_bytes)
+                return SnapshotFile(data, status.st_ctime)
+    except links.ForeignLink as exc:
+        raise SnapshotRefused(path, str(exc.strerror)) from exc
+    except links.DanglingLink as exc:
+        place = path.parent / exc.filename
+        raise SnapshotNotFound(place, str(exc.strerror), unusual=True) from exc
+    except FileNotFoundError as exc:
+        raise SnapshotNotFound(path, "does not exist") from exc
+    except NotADirectoryError as exc:
+        raise _not_a_directory(path.parent / exc.filename) from exc
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
         raise SnapshotUnreadable(path, f"cannot be read: {exc.strerror}") from exc
 
 
-def _revalidate(directory: Path) -> None:
+def _revalidate(directory: int) -> None:
     try:
         with os.scandir(directory) as listing:
             next(listing, None)  # one call to the kernel does it, however many files there are
-    except PermissionError:
-        return  # a directory that may be entered but not listed: opening the file will tell
+    except OSError as exc:
+        if exc.errno != errno.EBADF:  # that is one that may be entered but not listed
+            raise
+
+
+def _not_a_directory(path: Path) -> SnapshotNotFound:
+    return SnapshotNotFound(path, "is not a directory", unusual=True)
 
 
 def _require_regular(path: Path, status: os.stat_result, max_bytes: int) -> None:
@@ -191,16 +202,6 @@ def _read_to_end(path: Path, descriptor: int, size_hint: int, max_bytes: int) ->
     return b"".join(chunks)
 
 
-def _not_found(path: Path) -> SnapshotNotFound:
-    """Say what is missing: the file, the directory, or what a link leads to."""
-    for place in [*reversed(path.parents), path]:
-        if os.path.islink(place) and not os.path.exists(place):
-            return SnapshotNotFound(place, "is a symbolic link to nothing", unusual=True)
-        if place != path and os.path.exists(place) and not os.path.isdir(place):
-            return SnapshotNotFound(place, "is not a directory", unusual=True)
-    return SnapshotNotFound(path, "does not exist")
-
-
 # ------------------------------------------------------------------------------ publishing
 
 
@@ -209,6 +210,7 @@ def write_snapshot(
     snapshot: Snapshot,
     *,
     snapshot_dir: str | os.PathLike[str] | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Snapshot:
     """Publish `snapshot`: replace `snapshot.json` as a whole, by rename. The database stays shut.
 
@@ -220,17 +222,21 @@ def write_snapshot(
         database: the path of the database that the snapshot is about; it is not opened.
         snapshot: what to publish; without `written_at` the current UTC time is stamped.
         snapshot_dir: where to publish, if not beside the database. Created if missing.
+        max_bytes: what its readers accept.
 
     Returns:
         The snapshot as published, with its `written_at`.
 
     Raises:
-        SnapshotMalformed: no reader would accept it.
+        SnapshotMalformed: a reader would not accept it, or leave an entry out.
         SnapshotNotPublished: the operating system refused; the old snapshot is still there.
 
     """
     snapshot = stamped(snapshot)
     data = encode(snapshot)
+    if len(data) > max_bytes:
+        problem = f"takes {len(data):,} bytes, more than max_bytes ({max_bytes:,})"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
     directory = _ensure(_directory(database, snapshot_dir))
     path = directory / SNAPSHOT_NAME
     temporary = directory / f"{SNAPSHOT_NAME}.{secrets.token_hex(8)}.tmp"

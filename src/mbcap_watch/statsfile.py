@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from mbcap_watch import atomic, runtime
+from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.stats import Stats
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def read(path: Path, directory: int, name: str) -> tuple[Record, int]:
         return msgspec.json.decode(data, type=Record), status.st_uid
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         remedy = "if an upgrade was installed meanwhile, restart the running mbcap-watch"
-        raise runtime.Unfit(path, f"is not understood ({exc})", remedy) from exc
+        said = printable(str(exc), QUOTED)
+        raise runtime.Unfit(path, f"is not understood ({said})", remedy) from exc
 
 
 _REMOVE: Final = "remove it; `run` makes what it needs"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
+    from rich.text import Text
 
     from mbcap_watch.health import Health
     from mbcap_watch.stats import Spread, Stats
@@ -53,10 +53,6 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
     from rich.text import Text  # noqa: PLC0415 - as above
 
-    def plain(text: str) -> Text:
-        shown = visible(text).encode(console.encoding, "backslashreplace")
-        return Text(shown.decode(console.encoding))
-
     fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
     cross, arrow = ("✗", "→") if fancy else ("x", "->")
     style, word = ("green", "healthy") if health.healthy else ("red", "unhealthy")
@@ -66,15 +62,15 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
         ("!", "yellow", health.warnings),
     ):
         for finding in findings:
-            console.print(plain(f"{mark} {finding.text}"), style=style, soft_wrap=True)
-            console.print(plain(f"  {arrow} {finding.remedy}"), soft_wrap=True)
+            console.print(plain(f"{mark} {finding.text}", console), style=style, soft_wrap=True)
+            console.print(plain(f"  {arrow} {finding.remedy}", console), soft_wrap=True)
     if stats is None:
         return
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows(stats):
-        table.add_row(name, plain(value))
+        table.add_row(name, plain(value, console))
     console.print(table)
 
 
@@ -123,9 +119,9 @@ def _spread(spread: Spread) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in named if value is not None) + " ms"
 
 
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+def plain(text: str, console: Console) -> Text:
+    """Return `text` as it is safe to print, and can be in the console's encoding."""
+    from rich.text import Text  # noqa: PLC0415 - as above
 
-
-def visible(text: str) -> str:
-    """Return `text` without what a terminal obeys: names of files and keys may hold anything."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", printable(text))
+    shown = printable(text).encode(console.encoding, "backslashreplace")
+    return Text(shown.decode(console.encoding))

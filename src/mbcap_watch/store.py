@@ -1,14 +1,16 @@
-"""The only SQL: which tables can be served, how their rows are, and writing those that differ."""
+"""The SQL for rows: how those of the tables that can be served are, and writing what differs."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import sqlite3
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch import plan
-from mbcap_watch.database import open_database, open_to_read, refuses_rows
+from mbcap_watch import plan, schema
+from mbcap_watch.database import open_database, open_to_read
+from mbcap_watch.diagnosis import message, refuses_rows
 from mbcap_watch.errors import SchemaMissing
 
 if TYPE_CHECKING:
@@ -17,11 +19,8 @@ if TYPE_CHECKING:
 
     from mbcap_watch.database import Access
     from mbcap_watch.ledger import Ledger
+    from mbcap_watch.schema import Table
     from mbcap_watch.settings import Downgrade
-
-Table = Literal["nodes", "inactive_nodes"]
-TABLES: Final = get_args(Table)
-COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
 
 # Rows per SELECT: bounds the memory. Larger pages are not faster (500 to 10,000 rows: 52 to 55 ms
 # per 100,000), but a small mesh should need one.
@@ -46,28 +45,28 @@ BATCH_CHARACTERS: Final = 256 * 1024
 # Rows that are looked for one by one when they are refused.
 MAX_HALVED: Final = 1_000
 
-_PROBE = " UNION ALL ".join(
-    f"SELECT '{table}', name FROM pragma_table_info('{table}')" for table in TABLES
-)
-_SIZE = "(SELECT max(rowid) FROM {table})"
+_SIZE = "(SELECT max({row}) FROM {table})"
 _SCAN = (
-    "SELECT rowid, public_key, multibyte_sup, multibyte_evidence FROM {table}"
-    " WHERE rowid > ? ORDER BY rowid LIMIT ?"
+    "SELECT {row}, public_key, multibyte_sup, multibyte_evidence FROM {table}"
+    " WHERE {row} > ? ORDER BY {row} LIMIT ?"
 )
 _LOOKUP = (
-    "SELECT rowid, public_key, multibyte_sup, multibyte_evidence FROM {table}"
+    "SELECT {row}, public_key, multibyte_sup, multibyte_evidence FROM {table}"
     " WHERE public_key IN ({keys})"
 )
 # By rowid, because that is fastest under the lock; guarded by the key, because a rowid can be
-# given to another node meanwhile; and only if it still differs.
+# given to another node meanwhile; and only if it still differs, byte for byte, whatever collation
+# the columns have.
 _UPDATE = (
     "UPDATE {table} SET multibyte_sup = ?, multibyte_evidence = ?"
-    " WHERE rowid = ? AND public_key = ?"
-    " AND (multibyte_sup IS NOT ? OR multibyte_evidence IS NOT ?)"
+    " WHERE {row} = ? AND public_key COLLATE BINARY = ?"
+    " AND (multibyte_sup IS NOT ? OR multibyte_evidence COLLATE BINARY IS NOT ?)"
 )
-_NEVER_LOWER = " AND (multibyte_sup <= ? OR typeof(multibyte_sup) NOT IN ('integer', 'real'))"
-
-_LEAST_ROWID = -(2**63)
+# What is no number is no known value. A column that was declared as TEXT holds digits.
+_NEVER_LOWER = (
+    " AND NOT (coalesce(CAST(multibyte_sup AS NUMERIC), 0) > ? AND"
+    " (typeof(multibyte_sup) IN ('integer', 'real') OR multibyte_sup NOT GLOB '*[^0-9]*'))"
+)
 
 
 async def apply(
@@ -133,12 +132,12 @@ async def reconcile(
             return
     async for table, changes in _differences(access, tables, values, ledger, downgrade):
         for change in changes:
-            ledger.failed[table, change.public_key] = "an UPDATE leaves it as it is"
+            ledger.failed[table.name, change.public_key] = "an UPDATE leaves it as it is"
 
 
 async def _pass(
     access: Access,
-    tables: Mapping[str, int],
+    tables: Mapping[Table, float],
     values: dict[str, plan.Value],
     ledger: Ledger,
     batch_rows: int,
@@ -173,7 +172,7 @@ async def preview(
     with open_to_read(database, grace) as access:
         tables = await _served_tables(access, database, ledger)
         differences = _differences(access, tables, values, ledger, downgrade)
-        return [(table, change) async for table, changes in differences for change in changes]
+        return [(table.name, change) async for table, changes in differences for change in changes]
 
 
 async def differs(
@@ -204,51 +203,47 @@ async def differs(
 # ------------------------------------------------------------------------------ reading
 
 
-async def _served_tables(access: Access, database: Path, ledger: Ledger) -> dict[str, int]:
-    """Return the tables that have the columns and rows, each with its largest rowid.
+async def _served_tables(access: Access, database: Path, ledger: Ledger) -> dict[Table, float]:
+    """Return the tables that can be served and have rows, each with its size.
 
-    Never cached: tables may come and go. The largest rowid is found at once and counts deleted
-    rows, too; as the size of the table, an upper bound will do.
+    Never cached: tables may come and go. The size is the largest rowid, which is found at once; it
+    counts deleted rows, too, but an upper bound will do. Of a table without rowids it is not known.
     """
-    columns: dict[str, set[str]] = {table: set() for table in TABLES}
-    for table, column in await access.fetch(_PROBE):
-        columns[table].add(column.lower())
-    lacking = []
-    for table, found in columns.items():
-        if missing := [column for column in COLUMNS if column not in found]:
-            lacking.append(f"{table} lacks {', '.join(missing)}" if found else f"no table {table}")
-    ledger.waiting = "; ".join(lacking) or None
-    if len(lacking) == len(TABLES):
-        raise SchemaMissing(database, "; ".join(lacking))
-    served = [table for table, found in columns.items() if found.issuperset(COLUMNS)]
-    sizes = ", ".join(_SIZE.format(table=table) for table in served)
+    tables, obstacles = schema.served(await access.fetch(schema.PROBE))
+    ledger.waiting = obstacles or None
+    if not tables:
+        raise SchemaMissing(database, obstacles)
+    sizes = ", ".join(
+        _SIZE.format(table=table.name, row=table.row) if table.has_rowid else "0"
+        for table in tables
+    )
     [largest] = await access.fetch(f"SELECT {sizes}")
-    return {table: size for table, size in zip(served, largest, strict=True) if size is not None}
+    found = zip(tables, largest, strict=True)
+    return {t: size if t.has_rowid else math.inf for t, size in found if size is not None}
 
 
-async def _is_served(access: Access, table: str) -> bool:
-    """Whether the table still has the columns: they may be dropped between reading and writing."""
-    found = {column.lower() for name, column in await access.fetch(_PROBE) if name == table}
-    return found.issuperset(COLUMNS)
+async def _is_served(access: Access, table: Table) -> bool:
+    """Whether it still can be served: its columns may be dropped between reading and writing."""
+    return table in schema.served(await access.fetch(schema.PROBE))[0]
 
 
 async def _differences(
     access: Access,
-    tables: Mapping[str, int],
+    tables: Mapping[Table, float],
     values: dict[str, plan.Value],
     ledger: Ledger,
     downgrade: Downgrade,
-) -> AsyncGenerator[tuple[str, list[plan.Change]]]:
+) -> AsyncGenerator[tuple[Table, list[plan.Change]]]:
     """Yield the rows that differ, a page at a time: memory is bounded by a page."""
     ledger.matched.clear()
     ledger.failed.clear()
     seen: set[str] = set()
     for table, size in tables.items():
         async with contextlib.aclosing(_pages(access, table, size, values)) as pages:
-            async for rows in pages:
-                matched, changes = plan.compare(values, rows, downgrade)
+            async for wanted, rows in pages:
+                matched, changes = plan.compare(wanted, rows, downgrade)
                 ledger.on_progress()
-                ledger.matched[table] += len(matched)
+                ledger.matched[table.name] += len(matched)
                 seen.update(matched)
                 yield table, changes
                 if ledger.stopped:
@@ -257,35 +252,38 @@ async def _differences(
 
 
 async def _pages(
-    access: Access, table: str, size: int, values: dict[str, plan.Value]
-) -> AsyncGenerator[list[plan.Row]]:
-    """Yield the rows of the table that the snapshot may have a value for.
+    access: Access, table: Table, size: float, values: dict[str, plan.Value]
+) -> AsyncGenerator[tuple[dict[str, plan.Value], list[plan.Row]]]:
+    """Yield rows of the table, and the values that they are to be held against.
 
     The way is chosen by size: the whole table is read where the snapshot covers a good part of
-    it, the snapshot's keys are looked up where the table is far larger.
+    it, the snapshot's keys are looked up where the table is far larger, or has no rowid to read it
+    by. A column that ignores case gives rows of other keys as well: of those of another page, too.
     """
     if size <= SCAN_ROWS_PER_KEY * len(values):
-        after = _LEAST_ROWID
-        while rows := await access.fetch(_SCAN.format(table=table), (after, PAGE_ROWS)):
-            yield rows
+        sql = _SCAN.format(table=table.name, row=table.row)
+        after = -math.inf  # every integer may be a rowid
+        while rows := await access.fetch(sql, (after, PAGE_ROWS)):
+            yield values, rows
             if len(rows) < PAGE_ROWS:
                 return
             after = rows[-1][0]
     else:
-        keys = iter(values)
-        while page := tuple(itertools.islice(keys, PAGE_KEYS)):
+        items = iter(values.items())
+        while page := dict(itertools.islice(items, PAGE_KEYS)):
             wanted = ", ".join("?" * len(page))
-            yield await access.fetch(_LOOKUP.format(table=table, keys=wanted), page)
+            sql = _LOOKUP.format(table=table.name, row=table.row, keys=wanted)
+            yield page, await access.fetch(sql, tuple(page))
 
 
 # ------------------------------------------------------------------------------ writing
 
 
 async def _batches(
-    differences: AsyncGenerator[tuple[str, list[plan.Change]]], size: int
-) -> AsyncGenerator[tuple[str, list[plan.Change]]]:
+    differences: AsyncGenerator[tuple[Table, list[plan.Change]]], size: int
+) -> AsyncGenerator[tuple[Table, list[plan.Change]]]:
     """Gather the changes of many pages into batches of one table and at most `size` rows."""
-    pending: dict[str, list[plan.Change]] = {}
+    pending: dict[Table, list[plan.Change]] = {}
     async with contextlib.aclosing(differences):
         async for table, changes in differences:
             rows = pending.setdefault(table, [])
@@ -313,7 +311,7 @@ def _fitting(changes: Sequence[plan.Change], size: int) -> int:
 
 async def _write(
     access: Access,
-    table: str,
+    table: Table,
     changes: Sequence[plan.Change],
     ledger: Ledger,
     downgrade: Downgrade,
@@ -324,24 +322,25 @@ async def _write(
     short transactions, and the others are written. Once very many rows were refused, a batch is
     given up as a whole: then it is the table that refuses.
     """
-    sql = _UPDATE.format(table=table)
+    sql = _UPDATE.format(table=table.name, row=table.row)
     rows: list[tuple[Any, ...]]
-    rows = [(*c.after, c.rowid, c.public_key, *c.after) for c in changes]
+    rows = [(*c.after, c.row, c.public_key, *c.after) for c in changes]
     if downgrade == "never":
         sql += _NEVER_LOWER
         rows = [(*row, row[0]) for row in rows]
     ledger.on_progress()
     try:
         changed = await access.write(sql, rows)
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, UnicodeDecodeError) as exc:
         if not refuses_rows(exc) or not await _is_served(access, table):
             raise
         if len(changes) == 1 or len(ledger.failed) >= MAX_HALVED:
-            ledger.failed.update(dict.fromkeys([(table, c.public_key) for c in changes], str(exc)))
+            rows_refused = [(table.name, change.public_key) for change in changes]
+            ledger.failed.update(dict.fromkeys(rows_refused, message(exc)))
             return 0
         half = len(changes) // 2
         return await _write(access, table, changes[:half], ledger, downgrade) + await _write(
             access, table, changes[half:], ledger, downgrade
         )
-    ledger.changed[table] += changed
+    ledger.changed[table.name] += changed
     return len(changes) - changed

@@ -24,6 +24,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mbcap_watch import output, status
+from mbcap_watch.errors import printable
 from mbcap_watch.signals import Stop
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group
         if len(lines) + len(figures) + _LEAST_RESULTS > height:
             figures = [each for each in figures if each[0] in (*_ESSENTIAL, "recent lags")]
         lines += [
-            Text(f"{name:<{_LABEL_WIDTH}}", style="dim").append(
-                status.visible(value), style="not dim"
-            )
+            Text(f"{name:<{_LABEL_WIDTH}}", style="dim").append(printable(value), style="not dim")
             for name, value in figures
         ]
         room = height - len(lines) - 1
@@ -88,9 +87,7 @@ def _findings(health: Health, width: int) -> Iterator[Text]:
                 (f"{mark} {finding.text}", style),
                 (f"  → {finding.remedy}", ""),
             ):
-                for line in textwrap.wrap(
-                    status.visible(text), max(width, 10), subsequent_indent="  "
-                ):
+                for line in textwrap.wrap(printable(text), max(width, 10), subsequent_indent="  "):
                     yield Text(line, style=style_of_text)
 
 

@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from mbcap_watch.errors import printable
 from mbcap_watch.inotify import InotifyWatch
 from mbcap_watch.mounts import mount_of
 from mbcap_watch.result import WatchState
@@ -95,6 +96,7 @@ class Watch:
             self._inotify = None
 
     def _say(self, why: str, *, degraded: bool = False) -> None:
+        why = printable(why)  # it names a directory
         if self._inotify is None:
             self.update(mode="poll", why=why, armed_since=None, degraded=degraded)
         else:

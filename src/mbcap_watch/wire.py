@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import codecs
-from typing import TypeVar
+import math
+from typing import Final, TypeVar
 
 import msgspec
 
 from mbcap_watch import timestamp
-from mbcap_watch.errors import SnapshotMalformed
+from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused, quoted
 
 T = TypeVar("T")
 
-SNAPSHOT_NAME = "snapshot.json"
+SNAPSHOT_NAME: Final = "snapshot.json"
 
-_PIECE = 1 << 20
+# In characters. A real time takes 35 at most, a key is 64, evidence a word.
+MAX_WRITTEN_AT: Final = 64
+MAX_KEY: Final = 1024
+MAX_EVIDENCE: Final = 4096
 
-# From 1 MiB (8,000 entries) on, a stall could be felt. Beyond 64 MiB the memory for the raw
-# entries counts for more.
-_ONE_BY_ONE_FROM = 1 << 20
-_ONE_BY_ONE_TO = 64 << 20
+_PIECE: Final = 1 << 20
+
+# From 1 MiB (8,000 entries) on, a stall could be felt, and ten times the size is a lot of memory.
+_LARGE: Final = 1 << 20
+
+# The least that entries of a large document take on average, in bytes. An entry takes up to 280
+# in memory besides its text, however little of it is in the file; the shortest that is written
+# takes 40 in the file.
+_LEAST_ENTRY: Final = 32
+
+# The same for entries that are only counted.
+_LEAST_COUNTED: Final = 4
+
+# Entries that are decoded between two pauses for the memory of their bytes to be given back.
+_BATCH: Final = 1000
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -45,24 +60,27 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class _Document(msgspec.Struct, rename={"written_at": "writtenAt"}):
-    """`snapshot.json` as it may be read: anything may be missing or null."""
+    """`snapshot.json` as it may be read: anything may be missing or null.
+
+    The entries are not looked into, and take no memory.
+    """
 
     written_at: str | None = None
-    entries: tuple[Entry | None, ...] | None = None
+    entries: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class _Skeleton(msgspec.Struct, rename={"written_at": "writtenAt"}):
-    """The same, with the entries not looked into."""
-
-    written_at: str | None = None
-    entries: list[msgspec.Raw] | None = None
+class _Counted(msgspec.Struct, gc=False):
+    """An entry that is only counted, at 16 bytes."""
 
 
 class _WireEntry(msgspec.Struct, omit_defaults=True, gc=False):
-    """An entry as Go writes it: `evidence` is left out when empty (`omitempty`)."""
+    """An entry as Go writes it: `evidence` is left out when empty (`omitempty`).
 
-    public_key: str
-    status: str
+    Go always writes the other two. None is left out, because an empty key is a key.
+    """
+
+    public_key: str | None = None
+    status: str | None = None
     evidence: str = ""
 
 
@@ -73,9 +91,10 @@ class _WireDocument(msgspec.Struct, rename={"written_at": "writtenAt"}):
     entries: list[_WireEntry]
 
 
-_decoder = msgspec.json.Decoder(_Document | None)
-_skeleton_decoder = msgspec.json.Decoder(_Skeleton | None)
-_entries_decoder = msgspec.json.Decoder(tuple[Entry | None, ...])
+_document_decoder = msgspec.json.Decoder(_Document | None)
+_entries_decoder = msgspec.json.Decoder(tuple[Entry | None, ...] | None)
+_counting_decoder = msgspec.json.Decoder(list[_Counted | None] | None)
+_raw_entries_decoder = msgspec.json.Decoder(list[msgspec.Raw] | None)
 _entry_decoder = msgspec.json.Decoder(Entry | None)
 _NO_ENTRY = Entry()
 
@@ -83,76 +102,118 @@ _NO_ENTRY = Entry()
 def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     """Read a snapshot from the bytes of its file.
 
+    Takes at most ten times the size of `data` in memory, unless that is less than 1 MiB.
+
     Args:
         data: the whole file.
         source: what an error calls it; usually the path.
 
     Raises:
-        SnapshotMalformed: whatever is wrong with the bytes; nothing else is ever raised.
+        SnapshotRefused: the entries would take more memory than that.
+        SnapshotMalformed: whatever else is wrong with the bytes; nothing else is ever raised.
 
     """
-    if _ONE_BY_ONE_FROM <= len(data) < _ONE_BY_ONE_TO:
-        document = _decode_one_by_one(data, source)
-    else:
-        document = _decode(_decoder, data, source) or _Document()
-    if document.written_at is not None and not timestamp.is_valid(document.written_at):
-        raise SnapshotMalformed(source, f"writtenAt {document.written_at!r} is not RFC 3339")
-    return Snapshot(_no_nulls(document.entries or ()), document.written_at)
+    if not data or data.isspace():
+        raise SnapshotMalformed(source, "is empty")
+    _require_utf8(data, source)
+    document = _decode(_document_decoder, data, source) or _Document()
+    if document.written_at is not None:
+        _require_time(document.written_at, source)
+    return Snapshot(_decode_entries(document.entries, data, source), document.written_at)
 
 
 def parse_entries(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     """Read a snapshot, or a bare JSON list of entries (which has no `writtenAt`).
 
     Raises:
+        SnapshotRefused: as `parse`.
         SnapshotMalformed: the bytes are neither.
 
     """
     if data.lstrip(b" \t\r\n")[:1] != b"[":
         return parse(data, source=source)
-    return Snapshot(_no_nulls(_decode(_entries_decoder, data, source)))
+    _require_utf8(data, source)
+    return Snapshot(_decode_entries(data, data, source))
 
 
-def _decode(decoder: msgspec.json.Decoder[T], data: bytes, source: str) -> T:
+def _decode(
+    decoder: msgspec.json.Decoder[T], data: bytes | msgspec.Raw, source: str, where: str = ""
+) -> T:
     try:
-        _require_utf8(data)
         return decoder.decode(data)
-    except UnicodeDecodeError as exc:
-        raise SnapshotMalformed(source, f"is not UTF-8: {exc.reason}") from exc
-    except msgspec.MsgspecError as exc:
-        what = "is empty" if not data.strip() else str(exc)
-        raise SnapshotMalformed(source, what) from exc
-    except RecursionError as exc:
-        raise SnapshotMalformed(source, "nested too deep") from exc
+    except (msgspec.MsgspecError, RecursionError) as exc:
+        raise _malformed(source, where, exc) from exc
 
 
-def _decode_one_by_one(data: bytes, source: str) -> _Document:
-    """Decode each entry by itself, letting other threads in between.
+def _malformed(source: str, where: str, exc: Exception) -> SnapshotMalformed:
+    what = "nested too deep" if isinstance(exc, RecursionError) else str(exc)
+    return SnapshotMalformed(source, where + what)
+
+
+def _decode_entries(data: bytes | msgspec.Raw, document: bytes, source: str) -> tuple[Entry, ...]:
+    """Decode a list of entries; of a large one each by itself, letting other threads in between.
 
     msgspec holds the GIL for as long as one call takes: 16 ms for 100,000 entries, which a host's
-    event loop would feel. Like this the longest hold is 6 ms, at the price of 10 ms in total.
+    event loop would feel. Like this the longest hold is 6 ms, at the price of 20 ms in total.
     """
-    skeleton = _decode(_skeleton_decoder, data, source) or _Skeleton()
+    if (size := memoryview(data).nbytes) < _LARGE:
+        entries = _decode(_entries_decoder, data, source, "entries: ") or ()
+        return tuple([entry or _NO_ENTRY for entry in entries])
+    _require_memory(data, size, document, source)
+    waiting = _decode(_raw_entries_decoder, data, source, "entries: ") or []
+    waiting.reverse()
+    decode = _entry_decoder.decode
+    done: list[Entry] = []
     try:
-        entries = tuple(map(_entry_decoder.decode, skeleton.entries or ()))
-    except (msgspec.MsgspecError, RecursionError):
-        return _decode(_decoder, data, source) or _Document()  # raises, and says where in the file
-    return _Document(skeleton.written_at, entries)
+        while waiting:
+            done.extend(decode(raw) or _NO_ENTRY for raw in reversed(waiting[-_BATCH:]))
+            del waiting[-_BATCH:]  # 48 bytes each
+    except (msgspec.MsgspecError, RecursionError) as exc:
+        raise _malformed(source, f"entries[{len(done)}]: ", exc) from exc
+    return tuple(done)
 
 
-def _require_utf8(data: bytes) -> None:
-    """Raise UnicodeDecodeError; msgspec does not look into strings that it skips.
+def _require_memory(data: bytes | msgspec.Raw, size: int, document: bytes, source: str) -> None:
+    """Raise SnapshotRefused if the entries are so many and so small that they would swell."""
+    if not _swells(document.count(b","), size):  # there are fewer entries
+        return
+    entries = document.count(b"{")
+    if entries * _LEAST_COUNTED <= size:  # else nearly all are entries: `{},{},{},`
+        entries = len(_decode(_counting_decoder, data, source, "entries: ") or ())
+    if _swells(entries, size):
+        problem = f"has {entries:,} entries in {size:,} bytes, which is fewer than {_LEAST_ENTRY}"
+        problem += " for each: decoded, they would take more than ten times as much memory"
+        raise SnapshotRefused(source, problem)
+
+
+def _swells(entries: int, size: int) -> bool:
+    return size >= _LARGE and entries * _LEAST_ENTRY > size
+
+
+def _require_utf8(data: bytes, source: str) -> None:
+    """Raise SnapshotMalformed; msgspec does not look into strings that it skips.
 
     In pieces, because as one text a single emoji would make it four times as large.
     """
-    if not data.isascii():
-        decoder = codecs.getincrementaldecoder("utf-8")()
+    if data.isascii():
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
         for start in range(0, len(data), _PIECE):
             decoder.decode(data[start : start + _PIECE])
         decoder.decode(b"", final=True)
+    except UnicodeDecodeError as exc:
+        raise SnapshotMalformed(source, f"is not UTF-8: {exc.reason}") from exc
 
 
-def _no_nulls(entries: tuple[Entry | None, ...]) -> tuple[Entry, ...]:
-    return tuple([entry or _NO_ENTRY for entry in entries])
+def _require_time(text: str, source: str) -> None:
+    if len(text) > MAX_WRITTEN_AT:
+        problem = f"has {len(text):,} characters, more than {MAX_WRITTEN_AT}"
+    elif not timestamp.is_valid(text):
+        problem = f"{quoted(text)} is not RFC 3339"
+    else:
+        return
+    raise SnapshotMalformed(source, f"writtenAt {problem}")
 
 
 def stamped(snapshot: Snapshot) -> Snapshot:
@@ -161,7 +222,7 @@ def stamped(snapshot: Snapshot) -> Snapshot:
     That is the current UTC time where there is none, or Go's zero time.
 
     Raises:
-        SnapshotMalformed: `written_at` is not RFC 3339.
+        SnapshotMalformed: it is no `Snapshot`, or `written_at` is not RFC 3339.
 
     """
     written_at = _written_at(snapshot)
@@ -170,18 +231,24 @@ def stamped(snapshot: Snapshot) -> Snapshot:
     )
 
 
-def _written_at(snapshot: Snapshot) -> str:
+def _written_at(snapshot: object) -> str:
     """Return the snapshot's time as Go prints it; none is Go's zero time."""
+    if not isinstance(snapshot, Snapshot):
+        raise _wrong("a snapshot", "a Snapshot", snapshot)
     given: object = snapshot.written_at
     if given is None:
         return timestamp.ZERO
-    if not isinstance(given, str) or not timestamp.is_valid(given):
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"writtenAt {given!r} is not RFC 3339")
+    if not isinstance(given, str):
+        raise _wrong("written_at", "text or None", given)
+    _require_time(given, SNAPSHOT_NAME)
     return timestamp.canonical(given)
 
 
 def encode(snapshot: Snapshot) -> bytes:
     r"""Return the bytes that Go's `encoding/json` writes for the same snapshot.
+
+    `parse` makes the same snapshot of them: its time as Go prints it, an empty evidence as none.
+    A key or a status that is None, which Go cannot have, is left out.
 
     `<`, `>`, `&`, U+2028 and U+2029 are escaped, as `json.Marshal` does by default ("HTMLEscape"
     in its documentation). In JSON they stand only inside strings, so replacing them in the
@@ -189,26 +256,46 @@ def encode(snapshot: Snapshot) -> bytes:
     and later do; earlier versions wrote `\u0008` and `\u000c`.
 
     Raises:
-        SnapshotMalformed: a reader would refuse the result (lone surrogates, a wrong type, a
-            `written_at` that is not RFC 3339).
+        SnapshotMalformed: a reader would refuse the result, or leave an entry out.
 
     """
-    document = _WireDocument(_written_at(snapshot), list(map(_wire_entry, snapshot.entries)))
+    written_at, entries = _written_at(snapshot), snapshot.entries
+    if not isinstance(entries, tuple | list):
+        raise _wrong("entries", "a tuple", entries)
+    document = _WireDocument(written_at, list(map(_wire_entry, entries)))
     try:
         data = msgspec.json.encode(document)
     except UnicodeEncodeError as exc:
         raise SnapshotMalformed(SNAPSHOT_NAME, f"cannot be written as JSON: {exc}") from exc
     for char in "<>&\u2028\u2029":
         data = data.replace(char.encode(), b"\\u%04x" % ord(char))
+    if _swells(len(entries), len(data) - data.index(b"[") - 1):
+        problem = f"entries of fewer than {_LEAST_ENTRY} bytes are refused by a reader"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
     return data
 
 
 def _wire_entry(entry: object) -> _WireEntry:
     if not isinstance(entry, Entry):
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"not an Entry: {entry!r}")
-    texts = (entry.public_key, entry.status, entry.evidence)
-    for text in texts:
-        if not isinstance(text, str | None):
-            raise SnapshotMalformed(SNAPSHOT_NAME, f"not text: {text!r}")
-    public_key, status, evidence = (text or "" for text in texts)
-    return _WireEntry(public_key, status, evidence)
+        raise _wrong("an entry", "an Entry", entry)
+    return _WireEntry(
+        _text("public_key", entry.public_key, MAX_KEY),
+        _text("status", entry.status),
+        _text("evidence", entry.evidence, MAX_EVIDENCE) or "",
+    )
+
+
+def _text(name: str, value: object, most: float = math.inf) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _wrong(name, "text or None", value)
+    if len(value) > most:
+        problem = f"{name} has {len(value):,} characters; a reader leaves out more than {most:,}"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
+    return str.__str__(value)  # msgspec takes no subclass
+
+
+def _wrong(what: str, expected: str, value: object) -> SnapshotMalformed:
+    problem = f"{what} is of type {type(value).__name__}, not {expected}"
+    return SnapshotMalformed(SNAPSHOT_NAME, problem)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeAlias, TypeVar
 
 import anyio
 
+from mbcap_watch.limits import no_thread
 from mbcap_watch.tasks import uncancelled
 
 if TYPE_CHECKING:
@@ -54,12 +55,11 @@ class Worker:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._progress = 0.0
         self._runner = asyncio.Runner()
-        self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
+        self._thread: threading.Thread | None = None
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
-        self._thread.start()
         return self
 
     async def __aexit__(
@@ -76,7 +76,12 @@ class Worker:
 
         A cancelled caller leaves at once; the call goes on in the thread, and its outcome is
         dropped.
+
+        Raises:
+            BlockingIOError: there is no thread to be had for now; the next call tries again.
+
         """
+        self._start()
         future: asyncio.Future[T] = self._loop.create_future()
 
         def resolve(result: T | None, error: BaseException | None) -> None:
@@ -124,7 +129,18 @@ class Worker:
                 await asyncio.wait([future], timeout=STUCK_SECONDS)
             await on_stuck(None)
 
+    def _start(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:
+                raise no_thread() from exc
+            self._thread = thread
+
     async def _end(self) -> None:
+        if self._thread is None:
+            return
         with anyio.move_on_after(END_SECONDS):
             await self._ended.wait()
             self._thread.join()

@@ -1,0 +1,367 @@
+"""Links that somebody else has put in place of the snapshot, or of its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from watchdog.events import FileOpenedEvent, FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+
+from mbcap_watch import links, read_snapshot, snapshot_path
+from mbcap_watch.errors import SnapshotNotFound, SnapshotRefused
+from support import document, read_rows, wait_until
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links to other users")
+
+PUBLISHER, OTHER = 12345, 12346
+GOOD = document(("aa11", "confirmed", "advert"), written_at="2026-07-18T08:47:37Z")
+
+
+@pytest.fixture
+def path(database: Path) -> Path:
+    return snapshot_path(database)
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A directory that only root may enter, with a snapshot in it that only root may read."""
+    directory = tmp_path / "secret"
+    directory.mkdir(mode=0o700)
+    (directory / "snapshot.json").write_bytes(GOOD)
+    (directory / "snapshot.json").chmod(0o600)
+    return directory
+
+
+def link(path: Path, target: str | Path, owner: int) -> None:
+    path.symlink_to(target)
+    os.lchown(path, owner, owner)
+
+
+def give(path: Path, owner: int, data: bytes = GOOD) -> Path:
+    path.write_bytes(data)
+    os.chown(path, owner, owner)
+    return path
+
+
+def let_others_in(path: Path) -> None:
+    """Open the directories that pytest made for its user alone."""
+    path.chmod(0o755)
+    for each in path.parents:
+        if each.name.startswith("pytest-"):
+            each.chmod(0o755)
+
+
+def refusal(database: Path) -> str:
+    with pytest.raises(SnapshotRefused) as caught:
+        read_snapshot(database)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------ the file
+
+
+@as_root
+def test_a_foreign_link_says_nothing_about_what_it_leads_to(
+    database: Path, path: Path, secret: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(secret / "fifo")
+    (secret / "circle").symlink_to("circle")
+    (secret / "file").write_bytes(b"")
+    said = set()
+    for target in (
+        secret / "snapshot.json",
+        secret / "none",
+        secret / "none" / "none",
+        secret / "file" / "none",
+        secret / "fifo",
+        secret / "circle",
+        secret,
+        *(Path("/proc/kmsg"), Path("/proc/kcore"), Path("/dev/null"), Path("/proc/self/exe")),
+        "x" * 255,
+        "x" * 300,
+        "..",
+        path,
+        give(tmp_path / "another user's", OTHER),
+    ):
+        link(path, target, PUBLISHER)
+        said.add(refusal(database))
+        path.unlink()
+    (text,) = said
+    assert text.startswith(f"{path}: a symbolic link of user {PUBLISHER} on the way leads to ")
+    assert "secret" not in text
+
+
+@as_root
+def test_what_a_foreign_link_leads_to_is_not_even_opened(
+    database: Path, path: Path, secret: Path
+) -> None:
+    opened: list[str] = []
+
+    class Handler(FileSystemEventHandler):
+        def on_opened(self, event: FileSystemEvent) -> None:
+            opened.append(os.fsdecode(event.src_path))
+
+    observer = Observer()
+    observer.schedule(Handler(), str(secret), event_filter=[FileOpenedEvent])
+    observer.start()
+    try:
+        link(path, secret / "snapshot.json", PUBLISHER)
+        refusal(database)
+        marker = secret / "marker"
+        marker.write_bytes(b"")  # events come in order
+        wait_until(lambda: str(marker) in opened, "the event of another file")
+        assert str(secret / "snapshot.json") not in opened
+        assert read_snapshot(database, snapshot_dir=secret).entries
+        wait_until(lambda: str(secret / "snapshot.json") in opened, "an event of reading")
+    finally:
+        observer.stop()
+        observer.join()
+
+
+@as_root
+@pytest.mark.parametrize("owner", [0, PUBLISHER])
+def test_links_of_root_and_links_to_ones_own_are_followed(
+    database: Path, path: Path, tmp_path: Path, owner: int
+) -> None:
+    link(path, give(tmp_path / "elsewhere.json", PUBLISHER), owner)
+    assert read_snapshot(database).entries
+
+
+@as_root
+def test_a_link_to_ones_own_fifo_is_named(database: Path, path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    os.chown(tmp_path / "fifo", PUBLISHER, PUBLISHER)
+    link(path, tmp_path / "fifo", PUBLISHER)
+    assert "is a FIFO" in refusal(database)
+
+
+@as_root
+@pytest.mark.parametrize("owner", [0, PUBLISHER])
+def test_links_as_kubernetes_makes_them(database: Path, path: Path, owner: int) -> None:
+    volume = path.parent / "..2026"
+    volume.mkdir()
+    os.chown(volume, owner, owner)
+    give(volume / path.name, owner)
+    link(path.parent / "..data", volume.name, owner)
+    link(path, f"..data/{path.name}", owner)
+    assert read_snapshot(database).entries
+
+
+@as_root
+def test_a_foreign_link_on_the_way_of_a_trusted_one(
+    database: Path, path: Path, secret: Path
+) -> None:
+    link(path, f"..data/{path.name}", 0)
+    link(path.parent / "..data", secret, PUBLISHER)
+    assert "not followed" in refusal(database)
+
+
+@as_root
+def test_two_owners_of_links_cannot_both_be_right(
+    database: Path, path: Path, tmp_path: Path
+) -> None:
+    link(tmp_path / "second", give(tmp_path / "elsewhere.json", PUBLISHER), PUBLISHER)
+    link(path, tmp_path / "second", OTHER)
+    assert "not followed" in refusal(database)
+
+
+@as_root
+def test_a_user_who_is_not_root_follows_as_much(database: Path, path: Path, tmp_path: Path) -> None:
+    script = """if True:
+        import os, sys
+        from mbcap_watch import read_snapshot  # the interpreter may be for root alone
+        from mbcap_watch.errors import SnapshotError
+        os.setgid(12346); os.setuid(12346)
+        try:
+            read_snapshot(sys.argv[1])
+            print("read")
+        except SnapshotError as exc:
+            print(type(exc).__name__)
+    """
+    let_others_in(tmp_path)
+
+    def read() -> str:
+        command = [sys.executable, "-c", script, str(database)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    target = give(tmp_path / "elsewhere.json", PUBLISHER)
+    for owner, expected in (
+        (0, "read"),
+        (OTHER, "read"),
+        (PUBLISHER, "read"),
+        (PUBLISHER + 9, "SnapshotRefused"),
+    ):
+        link(path, target, owner)
+        assert read() == expected, owner
+        path.unlink()
+
+
+# ------------------------------------------------------------------------------ the directory
+
+
+@as_root
+def test_a_directory_behind_a_foreign_link(database: Path, path: Path, secret: Path) -> None:
+    path.parent.rmdir()
+    said = set()
+    for target in (secret, secret / "none", secret / "snapshot.json", "/dev/null"):
+        link(path.parent, target, PUBLISHER)
+        said.add(refusal(database))
+        path.parent.unlink()
+    assert len(said) == 1
+    link(path.parent, secret, PUBLISHER)
+    os.chown(secret, PUBLISHER, PUBLISHER)
+    assert read_snapshot(database).entries
+
+
+@as_root
+def test_a_foreign_link_among_the_parents(tmp_path: Path, secret: Path) -> None:
+    link(tmp_path / "data", secret, PUBLISHER)
+    said = refusal(tmp_path / "data" / "meshcore.db")
+    os.unlink(tmp_path / "data")
+    link(tmp_path / "data", secret / "none", PUBLISHER)
+    assert refusal(tmp_path / "data" / "meshcore.db") == said
+
+
+def test_links_of_ones_own_among_the_parents(database: Path, path: Path, tmp_path: Path) -> None:
+    path.write_bytes(GOOD)
+    (tmp_path / "first").symlink_to("second/..")
+    (tmp_path / "second").symlink_to(path.parent)
+    assert read_snapshot(tmp_path / "first" / database.name).entries
+
+
+def test_links_of_the_kernel_lead_where_they_lead(database: Path, path: Path) -> None:
+    path.write_bytes(GOOD)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        assert read_snapshot(database, snapshot_dir=f"/proc/self/fd/{descriptor}").entries
+        moved = path.parent.rename(path.parent.with_name("moved"))
+        (moved / "deeper").mkdir()
+        (moved / "snapshot.json").rename(moved / "deeper" / "snapshot.json")
+        where = f"/proc/self/fd/{descriptor}/deeper"
+        assert read_snapshot(database, snapshot_dir=where).entries
+    finally:
+        os.close(descriptor)
+
+
+def test_a_long_chain_is_refused_as_the_kernel_does(database: Path, path: Path) -> None:
+    for number in range(41):
+        target = f"link{number - 1}" if number else "file"
+        (path.parent / f"link{number}").symlink_to(target)
+    (path.parent / "file").write_bytes(GOOD)
+    path.symlink_to("link38")  # with itself, 40
+    assert read_snapshot(database).entries
+    path.unlink()
+    path.symlink_to("link39")
+    with pytest.raises(SnapshotRefused, match="in a circle"):
+        read_snapshot(database)
+    with pytest.raises(OSError, match="Too many levels"):
+        path.read_bytes()
+
+
+def test_nothing_stays_open(database: Path, path: Path) -> None:
+    path.symlink_to("none")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(SnapshotNotFound):
+            read_snapshot(database)
+    (path.parent / "none").write_bytes(GOOD)
+    with links.opened(str(path)) as descriptor:
+        assert os.read(descriptor, 1000) == GOOD
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ------------------------------------------------------------------------------ racing
+
+SWAPPER = """
+import os, sys
+path, target, stop = sys.argv[1:]
+os.chdir(os.path.dirname(path))
+os.setgid(12345); os.setuid(12345)
+while not os.path.exists(stop):
+    for each in (target, "own"):
+        os.symlink(each, "new")
+        os.rename("new", "snapshot.json")
+    with open("new", "w") as file:
+        file.write("{}")
+    os.rename("new", "snapshot.json")
+"""
+
+
+@as_root
+def test_whatever_is_exchanged_meanwhile_the_secret_is_not_read(
+    database: Path, path: Path, secret: Path, tmp_path: Path
+) -> None:
+    let_others_in(tmp_path)
+    os.chown(path.parent, PUBLISHER, PUBLISHER)
+    give(path.parent / "own", PUBLISHER, b"{}")
+    stop = tmp_path / "stop"
+    command = [sys.executable, "-c", SWAPPER, *map(str, (path, secret / "snapshot.json", stop))]
+    said: set[str] = set()
+    with subprocess.Popen(command) as process:
+        try:
+            wait_until(path.is_symlink, "the first link")
+            for _ in range(5000):
+                try:
+                    assert read_snapshot(database).entries == ()
+                    said.add("read")
+                except (SnapshotRefused, SnapshotNotFound) as exc:
+                    said.add(exc.problem)
+        finally:
+            stop.touch()
+            process.wait(20)
+    assert {"read"} < said
+    assert any("not followed" in each for each in said)
+    assert not said & {"is a FIFO, not a regular file", "does not exist"}
+
+
+# ------------------------------------------------------------------------------ the daemon
+
+
+@as_root
+def test_a_daemon_of_root_answers_nothing_about_a_secret(
+    database: Path, path: Path, secret: Path
+) -> None:
+    """Two runs, one with a link to a secret, one with a link to nothing: the answers are equal."""
+    before = read_rows(database)
+    answers = []
+    for target in (secret / "snapshot.json", secret / "none", "/proc/kmsg"):
+        link(path, target, PUBLISHER)
+        answer = path.parent / "result.json"
+        command = [sys.executable, "-m", "mbcap_watch", "run", "--ack", f"--database={database}"]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
+            try:
+                wait_until(answer.exists, "the answer")
+            finally:
+                daemon.send_signal(signal.SIGTERM)
+                assert daemon.wait(20) == 0
+        told = json.loads(answer.read_bytes())
+        answers.append({k: v for k, v in told.items() if k not in ("resultAt", "seconds")})
+        answer.unlink()
+        path.unlink()
+    assert answers[0]["outcome"] == "refused"
+    assert answers[0] == answers[1] == answers[2]
+    assert read_rows(database) == before
+
+
+@as_root
+def test_no_answer_is_written_where_a_foreign_link_leads(
+    database: Path, path: Path, secret: Path, tmp_path: Path
+) -> None:
+    path.parent.rmdir()
+    link(path.parent, secret, PUBLISHER)
+    command = [sys.executable, "-m", "mbcap_watch", "run", "--ack", f"--database={database}"]
+    log = tmp_path / "log"
+    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr) as daemon:
+        try:
+            what = "result.json: cannot be written: a symbolic link"
+            wait_until(lambda: what in log.read_text(), what)
+        finally:
+            daemon.send_signal(signal.SIGTERM)
+            assert daemon.wait(20) == 0
+    assert os.listdir(secret) == ["snapshot.json"]
