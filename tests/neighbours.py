@@ -18,6 +18,9 @@ from typing import Any
 # Written before the ingestor says that it is ready: its `-wal` then holds every page that matters.
 BURST = 40
 
+# Between two packets after that. The `-wal` stays below the size at which others empty it.
+PAUSE = 0.05
+
 
 def main(role: str, database: str, *arguments: str) -> None:
     if role == "ingestor":
@@ -41,7 +44,7 @@ def ingest(database: str, generation: str) -> None:
     """Write packets until told to stop; say how many were committed."""
     connection = sqlite3.connect(database, timeout=5, isolation_level=None)
     tried = committed = 0
-    while not told_to_end(0 if tried < BURST else 0.005):
+    while not told_to_end(0 if tried < BURST else PAUSE):
         tried += 1
         # The file may have been overwritten under it; the real one logs that and goes on.
         with contextlib.suppress(sqlite3.Error):
