@@ -1,0 +1,118 @@
+"""The other processes at a database: CoreScope's ingestor, its server, a host that embeds us.
+
+Run as a program, `neighbours.py ROLE DATABASE …`. Each prints `ready` once it has the database
+open, and ends when its standard input does. As in CoreScope, the ingestor empties its `-wal` when
+it is told to stop, and the server reads without a busy timeout and cannot empty anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sqlite3
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Written before the ingestor says that it is ready: its `-wal` then holds every page that matters.
+BURST = 40
+
+# Between two packets after that. The `-wal` stays below the size at which others empty it.
+PAUSE = 0.05
+
+
+def main(role: str, database: str, *arguments: str) -> None:
+    if role == "ingestor":
+        ingest(database, *arguments)
+    elif role == "server":
+        serve(database)
+    else:
+        host(database, *arguments)
+
+
+def told_to_end(seconds: float) -> bool:
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def say(line: object) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def ingest(database: str, generation: str) -> None:
+    """Write packets until told to stop; say how many were committed."""
+    connection = sqlite3.connect(database, timeout=5, isolation_level=None)
+    tried = committed = 0
+    while not told_to_end(0 if tried < BURST else PAUSE):
+        tried += 1
+        # The file may have been overwritten under it; the real one logs that and goes on.
+        with contextlib.suppress(sqlite3.Error):
+            if tried == 1:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
+                # What is in the -wal stays there, so that replaying it always shows.
+                connection.execute("PRAGMA wal_autocheckpoint = 0")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(
+                    "INSERT INTO packets (generation, payload) VALUES (?, randomblob(300))",
+                    (generation,),
+                )
+                connection.execute("UPDATE nodes SET last_seen = ?", (str(tried),))
+                connection.execute("COMMIT")
+                committed += 1
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+        if tried == BURST:
+            say("ready")
+    with contextlib.suppress(sqlite3.Error):
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    connection.close()
+    say(committed)
+
+
+def serve(database: str) -> None:
+    """Read, with one connection, until told to stop."""
+    uri = f"file:{database}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0)) as connection:
+        connection.execute("SELECT count(*) FROM packets").fetchall()
+        say("ready")
+        while not told_to_end(0.02):
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("SELECT count(*) FROM packets").fetchall()
+
+
+def host(database: str, *settings: str) -> None:
+    """Read through an aiosqlite connection; with settings, run a bridge beside it."""
+    import aiosqlite  # noqa: PLC0415 - the others start more quickly without
+    import anyio  # noqa: PLC0415
+
+    from mbcap_watch import PersistResult, Settings, run  # noqa: PLC0415
+
+    def on_result(result: PersistResult) -> None:
+        say(result.to_json())
+
+    async def main() -> None:
+        async with aiosqlite.connect(database) as connection, anyio.create_task_group() as group:
+            await connection.execute_fetchall("SELECT count(*) FROM packets")
+            if settings:
+                pairs: list[tuple[str, Any]] = [(s, v) for s, _, v in map(partition, settings)]
+                made = Settings.from_mapping({"database": Path(database), **dict(pairs)})
+                await group.start(partial(run, made, on_result=on_result))
+            say("ready")
+            while not told_to_end(0):
+                await anyio.sleep(0.02)
+                with contextlib.suppress(sqlite3.Error):
+                    await connection.execute_fetchall("SELECT count(*) FROM packets")
+            group.cancel_scope.cancel()
+
+    def partition(text: str) -> tuple[str, str, str]:
+        return text.partition("=")
+
+    anyio.run(main)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
