@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from mbcap_watch import Settings, config, daemon
 from mbcap_watch.endpoint import _MOST_CLIENTS, Endpoint
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, printable
 from mbcap_watch.exposition import PrometheusFile, registry_of
 from mbcap_watch.metrics import Metrics
 from mbcap_watch.result import PersistResult, Timings, WatchState
@@ -52,7 +52,7 @@ def values(families: Iterable[Metric]) -> dict[tuple[str, ...], float]:
     for family in families:
         assert family.type in ("gauge", "counter", "summary")  # node_exporter refuses others
         for sample in family.samples:
-            assert sample.labels.pop("database") == DATABASE
+            assert sample.labels.pop("database") == printable(DATABASE)
             assert sample.timestamp is None
             found[(sample.name.removeprefix("mbcap_watch_"), *sample.labels.values())] = (
                 sample.value

@@ -215,7 +215,7 @@ def test_json_has_the_fields_of_the_result(caplog: pytest.LogCaptureFixture) -> 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", fields.pop("time"))
     assert fields.pop("level") == "warning"
     assert fields.pop("logger") == "mbcap_watch"
-    assert fields.pop("message") == f"malformed: {each.error}"
+    assert fields.pop("message") == r'malformed: line one\n"line two" \u2028 é\x00'
     assert fields == json.loads(each.to_json())  # and nothing else
 
 
