@@ -425,7 +425,7 @@ def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:
         daemon = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mbcap_watch", "run", f"--database={meshcore}"),
-                *("--sweep-interval=50ms", "--resync=100ms", "--wal-grace=1s"),
+                *("--sweep-interval=50ms", "--resync=100ms", "--wal-grace=5s"),
             ],
             stderr=stderr,
         )

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from mbcap_watch import Settings
 from mbcap_watch.cli import config, run
 from mbcap_watch.cli.http import _MOST_CLIENTS, Endpoint
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, printable
 from mbcap_watch.results import PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.prometheus import PrometheusFile, registry_of
@@ -53,7 +53,7 @@ def values(families: Iterable[Metric]) -> dict[tuple[str, ...], float]:
     for family in families:
         assert family.type in ("gauge", "counter", "summary")  # node_exporter refuses others
         for sample in family.samples:
-            assert sample.labels.pop("database") == DATABASE
+            assert sample.labels.pop("database") == printable(DATABASE)
             assert sample.timestamp is None
             found[(sample.name.removeprefix("mbcap_watch_"), *sample.labels.values())] = (
                 sample.value

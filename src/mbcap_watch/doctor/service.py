@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.doctor.findings import Finding, ok, problem, warning
 from mbcap_watch.doctor.health import judge_search
+from mbcap_watch.errors import printable
 from mbcap_watch.telemetry.discover import find
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _examine(
     else:
         yield ok("service", "no mbcap-watch runs with these settings")
         for other in search.others:
-            if other.stats.fresh and other.stats.database == str(settings.database):
+            if other.stats.fresh and other.stats.database == printable(str(settings.database)):
                 text = f"process {other.stats.pid} serves this database, but from another"
                 remedy = "check and status need its settings: --snapshot-dir, or --config"
                 where = f"snapshot directory: {other.stats.snapshot_dir}"
