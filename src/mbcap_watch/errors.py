@@ -2,7 +2,7 @@
 
     MbcapWatchError
     ├── SettingsError              a setting's name or value
-    ├── EventLoopError             not running on asyncio
+    ├── EventLoopError             no asyncio or trio, or not asyncio where aiosqlite needs it
     ├── SnapshotError
     │   ├── SnapshotNotFound       nothing to persist; a state to wait in
     │   ├── SnapshotMalformed      its bytes are no snapshot
@@ -108,7 +108,10 @@ class SettingsError(MbcapWatchError):
 
 
 class EventLoopError(MbcapWatchError):
-    """The bridge needs asyncio (aiosqlite does) and was started on something else."""
+    """The caller runs on no event loop that will do.
+
+    The bridge serves hosts on asyncio and on trio; a connection of aiosqlite needs asyncio.
+    """
 
 
 class _FileError(MbcapWatchError):

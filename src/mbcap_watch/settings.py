@@ -48,14 +48,14 @@ class Settings:
             database.
         mode: how changes are noticed: `auto` (inotify where the filesystem delivers it, polling
             elsewhere), `inotify` or `poll`.
-        poll_interval: seconds between two looks when polling.
+        poll_interval: seconds between two syncs when polling.
         sweep_interval: seconds between two checks, under inotify, that the watch is alive and that
             no change was missed; also the slow pace of retries.
         resync: seconds between two comparisons with the database although the file did not
             change: nodes that appear later get their value then.
-        debounce: seconds of quiet that a burst of changes is given before the next look; the first
+        debounce: seconds of quiet that a burst of changes is given before the next sync; the first
             change of a burst is served at once.
-        max_wait: seconds by which an unending burst can postpone a look at most; `debounce`, if
+        max_wait: seconds by which an unending burst can postpone a sync at most; `debounce`, if
             that is longer.
         batch_rows: rows written per hold of the write lock.
         busy_deadline: seconds for which a busy database is tried before that is reported.

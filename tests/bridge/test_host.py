@@ -75,12 +75,12 @@ async def test_results_are_pulled_in_order(database: Path) -> None:
 async def test_entering_waits_for_a_first_look_that_takes_long(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mbcap_watch.bridge.border.STUCK_SECONDS", 0.3)
+    monkeypatch.setattr("mbcap_watch.bridge.border.STUCK_SECONDS", 1.0)
     monkeypatch.setattr("mbcap_watch.store.reconcile.PAGE_ROWS", 1)
     compare = plan.compare
 
     def compare_slowly(*args: Any) -> plan.Comparison:
-        time.sleep(0.1)
+        time.sleep(0.25)
         return compare(*args)
 
     monkeypatch.setattr(plan, "compare", compare_slowly)

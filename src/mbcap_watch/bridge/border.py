@@ -49,11 +49,11 @@ class Border:
     def alive(self) -> None:
         """Show a sign of life: a sync begins, or gets on."""
         now = time.monotonic()
-        if self._began is None:
-            self._began = now
-        elif now - self._began >= STUCK_SECONDS:
-            self._last_progress = time.time()
         self._alive_at, self._alive_since = now, time.time()
+        if self._began is None:
+            self._began = now  # last: who sees it has to see the sign of life as well
+        elif now - self._began >= STUCK_SECONDS:
+            self._last_progress = self._alive_since
 
     def tell(self, state: WatchState, report: SyncReport | None) -> None:
         """Tell of a sync that has ended, and what came of it if that is worth telling.
