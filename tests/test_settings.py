@@ -87,7 +87,7 @@ def test_sizes(given: float | str, size: int) -> None:
         ({"debounce": 0, "max_wait": 0}, 0.0),
         ({"busy_deadline": 0}, 0.0),
         ({"batch_rows": 1}, 1),
-        ({"batch_rows": 10_000}, 10_000),
+        ({"batch_rows": 8_000}, 8_000),
         ({"batch_rows": "250"}, 250),
         ({"mode": "inotify"}, "inotify"),
         ({"mode": "poll"}, "poll"),

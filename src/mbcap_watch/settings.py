@@ -29,8 +29,9 @@ _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
 
 # A batch is one hold of the write lock. Larger ones gain nothing and hurt the other writers: of
 # 50,000 changed rows, batches of 500, 2,000 and 10,000 held it for 1.7, 3.9 and 17 ms at most, and
-# all took 0.27 s (to repeat: `apply --json` with `--batch-rows`, and look at `lock_seconds`).
-_MAX_BATCH_ROWS = 10_000
+# all took 0.27 s (to repeat: `apply --json` with `--batch-rows`, and look at `lock_seconds`). And a
+# statement takes 32,766 parameters (https://www.sqlite.org/limits.html), of which a row has four.
+MAX_BATCH_ROWS = 8_000
 _MAX_SECONDS = 7 * 24 * 3600.0
 
 
@@ -110,7 +111,7 @@ class Settings:
             "resync": duration("resync", resync, 0.1),
             "debounce": duration("debounce", debounce, 0.0),
             "max_wait": duration("max_wait", max_wait, 0.0),
-            "batch_rows": _whole("batch_rows", batch_rows, 1, _MAX_BATCH_ROWS),
+            "batch_rows": _whole("batch_rows", batch_rows, 1, MAX_BATCH_ROWS),
             "busy_deadline": duration("busy_deadline", busy_deadline, 0.0),
             "wal_grace": duration("wal_grace", wal_grace, 0.0),
             "max_bytes": _size("max_bytes", max_bytes),

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from mbcap_watch import PersistResult, SchemaMissing, Settings, persist_once
+from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
 from mbcap_watch.store import schema
 from mbcap_watch.store.plan import Change
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.schema import Table
-from mbcap_watch.store.steps import MAX_BATCH_ROWS, Query, Write, Written
+from mbcap_watch.store.steps import Query, Write, Written
 from support import connect, document, put, read_rows
 
 if TYPE_CHECKING:

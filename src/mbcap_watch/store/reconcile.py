@@ -14,9 +14,10 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SchemaMissing
+from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.store import plan, schema
 from mbcap_watch.store.errors import message
-from mbcap_watch.store.steps import LOOKUP, MAX_BATCH_ROWS, SCAN, SIZE, Query, Write
+from mbcap_watch.store.steps import LOOKUP, SCAN, SIZE, Query, Write
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -100,7 +101,7 @@ def reconcile(
         tally: is written.
         delta: those of `values` that are likely to differ. Their rows are written before all the
             others are compared, which they then are as well.
-        batch_rows: rows per transaction.
+        batch_rows: rows per transaction; `MAX_BATCH_ROWS` at most.
         downgrade: whether a stored value may be lowered.
 
     Raises:

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 import msgspec
 from anyio.lowlevel import checkpoint_if_cancelled
 
+from mbcap_watch.settings import MAX_BATCH_ROWS
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Sequence
 
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.store.plan import Change
     from mbcap_watch.store.schema import Table
-
-# A statement takes 32,766 parameters (https://www.sqlite.org/limits.html), and four are a row's.
-MAX_BATCH_ROWS: Final = 8_000
 
 SIZE: Final = "(SELECT max({row}) FROM {table})"
 _ROWS: Final = (
