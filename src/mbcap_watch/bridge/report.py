@@ -118,4 +118,4 @@ class Unforeseen:
         if identity not in self._logged:
             self._logged.add(identity)
             logger.error("an unforeseen error; please report it", exc_info=error)
-        return f"{type(error).__name__}: {error}".removesuffix(": ")
+        return f"{type(error).__name__}: {printable(str(error), QUOTED)}".removesuffix(": ")
