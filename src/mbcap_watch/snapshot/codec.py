@@ -1,9 +1,8 @@
-"""What the bytes of a snapshot mean: `Entry`, `Snapshot`, `parse` and `encode`. Pure."""
+"""What the bytes of a snapshot mean: `Entry`, `Snapshot` and `parse`. Pure."""
 
 from __future__ import annotations
 
 import codecs
-import math
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
@@ -31,7 +30,7 @@ _LARGE: Final = 1 << 20
 # What entries of a large document take at least, on average: 32 bytes each, 4 to be counted. In
 # memory an entry takes 65, each of its texts up to 76 more than its letters, one that is only
 # counted up to 28. The shortest entry that is written has 40 bytes.
-_LEAST_ENTRY: Final = 32
+LEAST_ENTRY: Final = 32
 _LEAST_COUNTED: Final = 4
 
 _BATCH: Final = 1000  # entries between two times that memory is given back
@@ -73,21 +72,6 @@ class _Counted(msgspec.Struct, gc=False):
     """An entry that is only counted, at 16 bytes."""
 
 
-class _WireEntry(msgspec.Struct, omit_defaults=True, gc=False):
-    """As Go writes it, without an empty evidence. None is left out: an empty key is a key."""
-
-    public_key: str | None = None
-    status: str | None = None
-    evidence: str = ""
-
-
-class _WireDocument(msgspec.Struct, rename={"written_at": "writtenAt"}):
-    """`snapshot.json` as Go writes it: the order of the fields is the order of the bytes."""
-
-    written_at: str
-    entries: list[_WireEntry]
-
-
 _document_decoder = msgspec.json.Decoder(_Document | None)
 _entries_decoder = msgspec.json.Decoder(tuple[Entry | None, ...] | None)
 _counting_decoder = msgspec.json.Decoder(list[_Counted | None] | None)
@@ -115,7 +99,7 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     _require_utf8(data, source)
     document = _decode(_document_decoder, data, source) or _Document()
     if document.written_at is not None:
-        _require_time(document.written_at, source)
+        require_time(document.written_at, source)
     return Snapshot(_decode_entries(document.entries, data, source), document.written_at)
 
 
@@ -179,19 +163,20 @@ def _require_memory(data: bytes | msgspec.Raw, size: int, document: bytes, sourc
     Only very many very small entries do that. Commas are counted first, which costs next to
     nothing; there are fewer entries than commas.
     """
-    if not _swells(document.count(b","), size):
+    if not swells(document.count(b","), size):
         return
     entries = document.count(b"{")
     if entries * _LEAST_COUNTED <= size:  # else nearly all are entries: `{},{},{},`
         entries = len(_decode(_counting_decoder, data, source, "entries: ") or ())
-    if _swells(entries, size):
-        problem = f"has {entries:,} entries in {size:,} bytes, which is fewer than {_LEAST_ENTRY}"
+    if swells(entries, size):
+        problem = f"has {entries:,} entries in {size:,} bytes, which is fewer than {LEAST_ENTRY}"
         problem += " for each: decoded, they would take more than ten times as much memory"
         raise SnapshotRefused(source, problem)
 
 
-def _swells(entries: int, size: int) -> bool:
-    return size >= _LARGE and entries * _LEAST_ENTRY > size
+def swells(entries: int, size: int) -> bool:
+    """Whether so many entries in so many bytes would take too much memory when decoded."""
+    return size >= _LARGE and entries * LEAST_ENTRY > size
 
 
 def _require_utf8(data: bytes, source: str) -> None:
@@ -210,7 +195,8 @@ def _require_utf8(data: bytes, source: str) -> None:
         raise SnapshotMalformed(source, f"is not UTF-8: {exc.reason}") from exc
 
 
-def _require_time(text: str, source: str) -> None:
+def require_time(text: str, source: str) -> None:
+    """Raise SnapshotMalformed unless `text` is RFC 3339 and short enough."""
     if len(text) > MAX_WRITTEN_AT:
         problem = f"has {len(text):,} characters, more than {MAX_WRITTEN_AT}"
     elif not timestamp.is_valid(text):
@@ -218,85 +204,3 @@ def _require_time(text: str, source: str) -> None:
     else:
         return
     raise SnapshotMalformed(source, f"writtenAt {problem}")
-
-
-def stamped(snapshot: Snapshot) -> Snapshot:
-    """Return the snapshot with its time as Go prints it; the current UTC time for none or zero.
-
-    Raises:
-        SnapshotMalformed: it is no `Snapshot`, or `written_at` is not RFC 3339.
-
-    """
-    time = _written_at(snapshot)
-    return Snapshot(snapshot.entries, timestamp.now() if time == timestamp.ZERO else time)
-
-
-def _written_at(snapshot: object) -> str:
-    """Return the snapshot's time as Go prints it; none is Go's zero time."""
-    if not isinstance(snapshot, Snapshot):
-        raise _wrong("a snapshot", "a Snapshot", snapshot)
-    given: object = snapshot.written_at
-    if given is None:
-        return timestamp.ZERO
-    if not isinstance(given, str):
-        raise _wrong("written_at", "text or None", given)
-    _require_time(given, SNAPSHOT_NAME)
-    return timestamp.canonical(given)
-
-
-def encode(snapshot: Snapshot) -> bytes:
-    r"""Return the bytes that Go's `encoding/json` writes for the same snapshot.
-
-    `parse` makes the same snapshot of them, with its time as Go prints it and None for an empty
-    evidence. A key or a status that is None, which Go cannot have, is left out.
-
-    `<`, `>`, `&`, U+2028 and U+2029 are escaped, as `json.Marshal` does by default ("HTMLEscape"
-    in its documentation). In JSON they stand only inside strings, so replacing them in the
-    finished text is safe. A backspace and a form feed are written `\b` and `\f`, as Go 1.22
-    and later do; earlier versions wrote `\u0008` and `\u000c`.
-
-    Raises:
-        SnapshotMalformed: a reader would refuse the result, or leave an entry out.
-
-    """
-    written_at, entries = _written_at(snapshot), snapshot.entries
-    if not isinstance(entries, tuple | list):
-        raise _wrong("entries", "a tuple", entries)
-    document = _WireDocument(written_at, list(map(_wire_entry, entries)))
-    try:
-        data = msgspec.json.encode(document)
-    except UnicodeEncodeError as exc:
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"cannot be written as JSON: {exc}") from exc
-    for char in "<>&\u2028\u2029":
-        data = data.replace(char.encode(), b"\\u%04x" % ord(char))
-    if _swells(len(entries), len(data) - data.index(b"[") - 1):
-        problem = f"entries of fewer than {_LEAST_ENTRY} bytes are refused by a reader"
-        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
-    return data
-
-
-def _wire_entry(entry: object) -> _WireEntry:
-    if not isinstance(entry, Entry):
-        raise _wrong("an entry", "an Entry", entry)
-    return _WireEntry(
-        _text("public_key", entry.public_key, MAX_KEY),
-        _text("status", entry.status),
-        _text("evidence", entry.evidence, MAX_EVIDENCE) or "",
-    )
-
-
-def _text(name: str, value: object, most: float = math.inf) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise _wrong(name, "text or None", value)
-    if len(value) > most:
-        problem = f"{name} has {len(value):,} characters; a reader leaves out more than {most:,}"
-        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
-    return str.__str__(value)  # msgspec takes no subclass
-
-
-def _wrong(what: str, wanted: str, value: object) -> SnapshotMalformed:
-    return SnapshotMalformed(
-        SNAPSHOT_NAME, f"{what} is of type {type(value).__name__}, not {wanted}"
-    )
