@@ -62,7 +62,7 @@ class Connection(sqlite3.Connection):
         self._wal = f"{os.path.realpath(path)}-wal"
         self.owes_checkpoint = owes_checkpoint
         wal.warn_of_second_sqlite()
-        with wal.OPENING:
+        with wal.opening(path):
             self._found = wal.require_own_wal(path, grace)
             self._wal_size = wal.size(self._wal)
             super().__init__(f"{_uri(path)}?mode=rw", timeout=0, isolation_level=None, uri=True)
@@ -177,7 +177,7 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
     """
     identity = file_identity(path)
     with as_database_errors(path), contextlib.ExitStack() as stack:
-        with wal.OPENING:
+        with wal.opening(path):
             found = wal.require_own_wal(path, grace)
             before = _stamp(path)
             alone = found is not Wal.LEFT_BEHIND and not _is_shared(path)

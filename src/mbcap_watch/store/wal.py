@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mbcap_watch")
 
-# Held from asking until the connection has its locks. Without it, one connection of this process
-# could lose its locks while the question of another closes a descriptor of the same file.
-OPENING: Final = threading.Lock()
-
 _SHM_ALIVE: Final = (128, 1)
 _DATABASE_SHARED: Final = (1073741826, 510)
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid (fcntl(2))
@@ -85,10 +81,25 @@ class Wal(enum.Enum):
     LEFT_BEHIND = enum.auto()
 
 
+def opening(database: Path) -> threading.Lock:
+    """Return what a connection holds from `require_own_wal` until its first read.
+
+    Without it, one connection of this process could lose its locks while the question of another
+    closes a descriptor of the same file. Each database has its own: one on a disk that does not
+    answer holds up no other.
+    """
+    return _opening(os.path.realpath(database))
+
+
+@functools.cache
+def _opening(_: str) -> threading.Lock:
+    return threading.Lock()
+
+
 def require_own_wal(database: Path, grace: float) -> Wal:
     """Return what lies beside the database, if it may be opened in any mode.
 
-    Hold `OPENING` meanwhile, and until the first read of the connection.
+    Hold `opening(database)` meanwhile, and until the first read of the connection.
 
     Args:
         database: its path; a link is followed, as SQLite does.
