@@ -125,7 +125,7 @@ def test_a_large_file_is_read_as_a_small_one(
 
     whole = read()
     monkeypatch.setattr(codec, "_LARGE", 0)
-    monkeypatch.setattr(codec, "_LEAST_ENTRY", 0)
+    monkeypatch.setattr(codec, "LEAST_ENTRY", 0)
     assert read() == whole
 
 
