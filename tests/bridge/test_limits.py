@@ -27,12 +27,14 @@ VALUE = ("nodes", "aa11", 2, "")
 # All is loaded before, because the interpreter may be out of that user's reach.
 UNPRIVILEGED = 100_000 + os.getpid() % 10_000
 PREPARE = f"""
-import asyncio, encodings.ascii, os, resource, signal, sys, threading
+import asyncio, contextlib, encodings.ascii, io, os, resource, signal, sys, threading
 from functools import partial
 from mbcap_watch import Settings, persist_once, run, snapshot_path, watch
 from mbcap_watch.cli import app as cli
 from mbcap_watch import apply_snapshot, read_snapshot
 import aiosqlite, anyio._backends._asyncio
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    cli.app(["run", "--help"])  # loads what the command line loads late
 HARD = resource.getrlimit(resource.RLIMIT_NPROC)[1]
 if os.geteuid() == 0:
     os.setgroups([])
