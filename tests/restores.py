@@ -39,6 +39,9 @@ BACKUP_PACKETS = {"smaller": 120, "larger": 500, "current": 120}
 # What a bridge that has nothing to say is given to do harm in. It says something at each resync.
 SILENCE = 5.0
 
+# What one that cannot be well is given.
+SETTLING = 5.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -289,18 +292,20 @@ class Scene:
                 # The sync that the next line tells of may have begun before.
                 while len(lines) < known + 2 and time.monotonic() < deadline:
                     time.sleep(0.01)
-                self.results = self.running.results
+                self.results = [json.loads(line) for line in lines[known:] if line[0] == "{"]
 
     def let_ours_settle(self) -> None:
         """As `let_ours_sync`, and return only once it has found all well, or never will."""
-        deadline = time.monotonic() + SILENCE
-        known = len(self.results)
+        deadline = time.monotonic() + SETTLING
+        if self.running is not None and self.case.ours in ("apply", "dry_run"):
+            # It began before: its answer may be about files that are gone.
+            wait_until(lambda: self.running is None or self.running.ended, "its end")
+            self.let_ours_sync()
+        self.results = []
         self.let_ours_sync()
-        while time.monotonic() < deadline and (
-            len(self.results) == known or self.outcome not in ("applied", "unchanged")
-        ):
-            if self.case.ours in ("none", "host"):
-                return
+        if self.case.ours in ("none", "host"):
+            return
+        while self.outcome not in ("applied", "unchanged") and time.monotonic() < deadline:
             time.sleep(0.01)
             self.let_ours_sync()
 
