@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import threading
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,6 +14,7 @@ import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path, watch
 from mbcap_watch.bridge.run import preview_once
+from mbcap_watch.errors import ForeignWal
 from mbcap_watch.store.wal import Wal, has_reset_bug, require_own_wal
 from support import (
     DEADLINE,
@@ -224,11 +226,63 @@ def test_a_second_sqlite_in_the_process(database: Path) -> None:
         assert read_line(process) == "end"
 
 
-async def test_descriptors_of_the_database_are_not_kept(database: Path) -> None:
+def open_here(database: Path) -> list[str]:
+    """Return which files beside the database this process has open."""
+    return [
+        file.removeprefix(f"{database}")
+        for each in os.scandir("/proc/self/fd")
+        if (file := os.readlink(each.path) if os.path.islink(each.path) else "").startswith(
+            str(database)
+        )
+    ]
+
+
+async def test_a_descriptor_to_ask_with_is_kept_as_long_as_its_file_is_there(
+    database: Path, tmp_path: Path
+) -> None:
+    """Closing one would drop the locks that a host's connection has got a moment before."""
+    backup = make_database(tmp_path / "backup.db", ROWS)
     with held(database):
-        before = sorted(os.listdir("/proc/self/fd"))
-        await apply(database)
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        for _ in range(3):
+            await apply(database)
+            assert sorted(open_here(database)) == ["", "-shm"]
+    os.replace(backup, database)
+    for side in ("-wal", "-shm"):
+        os.unlink(f"{database}{side}")
+    assert (await apply(database)).outcome == "applied"
+    assert open_here(database) == []
+
+
+def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:
+    """It may be a mere place (O_PATH), and a connection may close it at any moment."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            with connect(database) as connection:
+                connection.execute("SELECT count(*) FROM nodes").fetchall()
+
+    place = os.open(database, os.O_PATH)
+    try:
+        with held(database):
+            host = threading.Thread(target=come_and_go)
+            host.start()
+            try:
+                found = {require_own_wal(database, 60.0) for _ in range(1000)}
+            finally:
+                ended.set()
+                host.join()
+    finally:
+        os.close(place)
+    assert found == {Wal.IN_USE}
+
+
+def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
+    left_behind(database)
+    os.unlink(f"{database}-shm")
+    os.mkfifo(f"{database}-shm")
+    with pytest.raises(ForeignWal):
+        require_own_wal(database, 60.0)
 
 
 async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_path: Path) -> None:

@@ -24,13 +24,11 @@ from typing import TYPE_CHECKING, Final
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, ForeignWal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 logger = logging.getLogger("mbcap_watch")
 
-# Held from asking until the connection has its locks. Without it, one connection of this process
-# could lose its locks while the question of another closes a descriptor of the same file.
+# Held while asking, and until the connection that is opened then has its locks.
 OPENING: Final = threading.Lock()
 
 _SHM_ALIVE: Final = (128, 1)
@@ -103,6 +101,7 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     real = os.path.realpath(database)
     wal, shm = f"{real}-wal", f"{real}-shm"
     try:
+        _let_go()
         if not os.stat(wal).st_size:
             return Wal.EMPTY
     except FileNotFoundError:
@@ -132,8 +131,8 @@ def require_own_wal(database: Path, grace: float) -> Wal:
 
 def is_wal_database(database: Path) -> bool:
     """Whether its header says that it is in WAL mode (sqlite.org/fileformat2.html, 1.3)."""
-    with _descriptor(os.path.realpath(database)) as descriptor:
-        header = os.pread(descriptor, 20, 0) if descriptor is not None else b""
+    descriptor = _descriptor(os.path.realpath(database))
+    header = os.pread(descriptor, 20, 0) if descriptor is not None else b""
     return header.startswith(b"SQLite format 3\0") and header[18:20] == b"\2\2"
 
 
@@ -161,41 +160,56 @@ def _lock(path: str, span: tuple[int, int]) -> int:
 
     """
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
-    with _descriptor(path) as descriptor:
-        if descriptor is None:
-            return fcntl.F_UNLCK
-        # Unlike F_GETLK, it tells of the locks of this process as well (fcntl(2)).
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        return fcntl.F_UNLCK
+    # Unlike F_GETLK, it tells of the locks of this process as well (fcntl(2)).
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
     kind: int = struct.unpack(_FLOCK, answer)[0]
     return kind
 
 
-@contextlib.contextmanager
-def _descriptor(path: str) -> Iterator[int | None]:
-    """Have a descriptor of the file, to ask with; None if there is no file.
+# Descriptors to ask with, and the path of each, by file.
+_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
+
+
+def _descriptor(path: str) -> int | None:
+    """Return a descriptor of the file, to ask with; None if there is no file.
 
     Closing a descriptor drops every lock that the process holds on its file (fcntl(2), "record
-    locks"). So where this process has the file open already, that descriptor serves. One that was
-    opened for the question is kept where another has appeared meanwhile.
+    locks"), also one that a host's connection has got a moment ago. And what a connection has
+    opened it may close at any moment. So the descriptor is one of our own, and is kept.
     """
     try:
         identity = _identity(os.stat(path))
+        if identity not in _kept:
+            # O_NONBLOCK: a FIFO may stand there.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+            opened = os.open(path, flags)
+            identity = _identity(os.fstat(opened))
+            _kept[identity] = opened, path
     except FileNotFoundError:
-        yield None
-        return
-    for descriptor in _open_here(identity):
-        yield descriptor
-        return
-    try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-    except FileNotFoundError:
-        yield None
-        return
-    try:
-        yield opened
-    finally:
-        if _open_here(_identity(os.fstat(opened))) == [opened]:
-            os.close(opened)
+        return None
+    return _kept[identity][0]
+
+
+def _let_go() -> None:
+    """Close the descriptors of files that were replaced or removed.
+
+    At its path nobody can open such a file any more. Who has it open keeps it open.
+    """
+    for identity, (descriptor, path) in list(_kept.items()):
+        found = None
+        with contextlib.suppress(OSError):  # a host may have closed all that it does not know
+            found = _identity(os.fstat(descriptor))
+        with contextlib.suppress(FileNotFoundError):
+            if found == identity == _identity(os.stat(path)):
+                continue
+        if found == identity:
+            if _open_here(identity) != [descriptor]:
+                continue
+            os.close(descriptor)
+        del _kept[identity]
 
 
 def _open_here(identity: tuple[int, int]) -> list[int]:
