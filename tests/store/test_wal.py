@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -136,6 +137,16 @@ async def test_a_wal_that_was_left_behind_is_left_alone_for_a_while(database: Pa
     assert result.outcome == "applied"  # it waits for the grace, though not for a lock
     assert {row[1] for row in read_rows(database)} == {"aa11", "in the wal"}
     assert before[1]
+
+
+@pytest.mark.parametrize("grace", [0.0, 60.0])
+def test_the_clock_was_set_back_since(
+    database: Path, grace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(database)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600.0)
+    assert require_own_wal(database, grace) is Wal.LEFT_BEHIND
 
 
 async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(

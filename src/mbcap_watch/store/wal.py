@@ -119,7 +119,7 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
-        if age < grace:
+        if abs(age) < grace:  # what is long to come was before the clock was set back
             problem = "its -wal was left behind by a process that has ended"
             raise ForeignWal(database, problem, "wal_left_behind")
         return Wal.LEFT_BEHIND
