@@ -15,7 +15,9 @@ import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path, watch
 from mbcap_watch.bridge.run import preview_once
-from mbcap_watch.errors import ForeignWal
+from mbcap_watch.errors import DatabaseFailed, ForeignWal
+from mbcap_watch.store import wal
+from mbcap_watch.store.native import Connection
 from mbcap_watch.store.wal import Wal, has_reset_bug, require_own_wal
 from support import (
     DEADLINE,
@@ -199,6 +201,25 @@ async def test_a_reader_in_the_middle_of_its_rows(database: Path) -> None:
             with anyio.fail_after(DEADLINE):
                 while wal_of(database):
                     await anyio.sleep(0.01)
+
+
+def test_a_file_that_is_replaced_between_the_question_and_the_opening(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if the -wal is still to be emptied: it is not that of the new file."""
+    backup = make_database(tmp_path / "backup.db", [*ROWS, ("nodes", "backup", 0, None)])
+    before = backup.read_bytes()
+
+    def replaced(path: Path, grace: float) -> Wal:
+        found = require_own_wal(path, grace)
+        os.replace(backup, path)
+        return found
+
+    with held(database, "writes", f"file:{database}?mode=rw"):
+        monkeypatch.setattr(wal, "require_own_wal", replaced)
+        with pytest.raises(DatabaseFailed, match="replaced"):
+            Connection(database, 60.0, owes_checkpoint=True).close()
+    assert database.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,16 @@ class Connection(sqlite3.Connection):
         self.owes_checkpoint = owes_checkpoint
         wal.warn_of_second_sqlite()
         with wal.OPENING:
+            identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
             self._wal_size = wal.size(self._wal)
             super().__init__(f"{_uri(path)}?mode=rw", timeout=0, isolation_level=None, uri=True)
             try:
                 self._set_up()
+                if file_identity(path) != identity:  # the -wal may be that of the file before it
+                    raise DatabaseFailed(path, "was replaced while it was being opened")
             except BaseException:
-                super().close()
+                self._close_not_as_last()
                 raise
 
     def _set_up(self) -> None:
