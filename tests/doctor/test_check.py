@@ -25,7 +25,7 @@ from mbcap_watch.doctor import database as check_database
 from mbcap_watch.doctor.findings import Finding, ok, problem, size, warning
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import timestamp
-from mbcap_watch.store.wal import HAS_RESET_BUG
+from mbcap_watch.store.library import HAS_RESET_BUG
 from mbcap_watch.watcher.mounts import Mount
 from support import (
     TESTS,

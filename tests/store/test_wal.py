@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -13,7 +15,11 @@ import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path, watch
 from mbcap_watch.bridge.run import preview_once
-from mbcap_watch.store.wal import Wal, has_reset_bug, require_own_wal
+from mbcap_watch.errors import DatabaseFailed, ForeignWal
+from mbcap_watch.store import wal
+from mbcap_watch.store.library import has_reset_bug
+from mbcap_watch.store.native import Connection
+from mbcap_watch.store.wal import Wal, require_own_wal
 from support import (
     DEADLINE,
     connect,
@@ -136,6 +142,16 @@ async def test_a_wal_that_was_left_behind_is_left_alone_for_a_while(database: Pa
     assert before[1]
 
 
+@pytest.mark.parametrize("grace", [0.0, 60.0])
+def test_the_clock_was_set_back_since(
+    database: Path, grace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(database)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600.0)
+    assert require_own_wal(database, grace) is Wal.LEFT_BEHIND
+
+
 async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
     database: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +204,25 @@ async def test_a_reader_in_the_middle_of_its_rows(database: Path) -> None:
                     await anyio.sleep(0.01)
 
 
+def test_a_file_that_is_replaced_between_the_question_and_the_opening(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if the -wal is still to be emptied: it is not that of the new file."""
+    backup = make_database(tmp_path / "backup.db", [*ROWS, ("nodes", "backup", 0, None)])
+    before = backup.read_bytes()
+
+    def replaced(path: Path, grace: float) -> Wal:
+        found = require_own_wal(path, grace)
+        os.replace(backup, path)
+        return found
+
+    with held(database, "writes", f"file:{database}?mode=rw"):
+        monkeypatch.setattr(wal, "require_own_wal", replaced)
+        with pytest.raises(DatabaseFailed, match="replaced"):
+            Connection(database, 60.0, owes_checkpoint=True).close()
+    assert database.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "version, affected",
     [
@@ -224,11 +259,63 @@ def test_a_second_sqlite_in_the_process(database: Path) -> None:
         assert read_line(process) == "end"
 
 
-async def test_descriptors_of_the_database_are_not_kept(database: Path) -> None:
+def open_here(database: Path) -> list[str]:
+    """Return which files beside the database this process has open."""
+    return [
+        file.removeprefix(f"{database}")
+        for each in os.scandir("/proc/self/fd")
+        if (file := os.readlink(each.path) if os.path.islink(each.path) else "").startswith(
+            str(database)
+        )
+    ]
+
+
+async def test_a_descriptor_to_ask_with_is_kept_as_long_as_its_file_is_there(
+    database: Path, tmp_path: Path
+) -> None:
+    """Closing one would drop the locks that a host's connection has got a moment before."""
+    backup = make_database(tmp_path / "backup.db", ROWS)
     with held(database):
-        before = sorted(os.listdir("/proc/self/fd"))
-        await apply(database)
-        assert sorted(os.listdir("/proc/self/fd")) == before
+        for _ in range(3):
+            await apply(database)
+            assert sorted(open_here(database)) == ["", "-shm"]
+    os.replace(backup, database)
+    for side in ("-wal", "-shm"):
+        os.unlink(f"{database}{side}")
+    assert (await apply(database)).outcome == "applied"
+    assert open_here(database) == []
+
+
+def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:
+    """It may be a mere place (O_PATH), and a connection may close it at any moment."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            with connect(database) as connection:
+                connection.execute("SELECT count(*) FROM nodes").fetchall()
+
+    place = os.open(database, os.O_PATH)
+    try:
+        with held(database):
+            host = threading.Thread(target=come_and_go)
+            host.start()
+            try:
+                found = {require_own_wal(database, 60.0) for _ in range(1000)}
+            finally:
+                ended.set()
+                host.join()
+    finally:
+        os.close(place)
+    assert found == {Wal.IN_USE}
+
+
+def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
+    left_behind(database)
+    os.unlink(f"{database}-shm")
+    os.mkfifo(f"{database}-shm")
+    with pytest.raises(ForeignWal):
+        require_own_wal(database, 60.0)
 
 
 async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_path: Path) -> None:

@@ -288,7 +288,8 @@ def _describe(
 
 def _stamp(database: Path) -> tuple[object, ...]:
     """Return what changes whenever somebody writes to the database or its `-wal`."""
-    return tuple(_stamp_of(path) for path in (os.fspath(database), f"{database}-wal"))
+    real = os.path.realpath(database)  # that is where SQLite has the -wal
+    return tuple(_stamp_of(path) for path in (real, f"{real}-wal"))
 
 
 def _stamp_of(path: str) -> tuple[int, ...] | None:

@@ -27,10 +27,11 @@ from mbcap_watch.errors import (
     printable,
 )
 from mbcap_watch.store import schema
+from mbcap_watch.store.library import HAS_RESET_BUG
 from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import preview_steps
-from mbcap_watch.store.wal import HAS_RESET_BUG, Wal, is_wal_database
+from mbcap_watch.store.wal import Wal, is_wal_database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

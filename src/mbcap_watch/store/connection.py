@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import aiosqlite
 import anyio
 
-from mbcap_watch.errors import DatabaseFailed
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
-from mbcap_watch.store.native import CHECKPOINT, Connection, file_identity
+from mbcap_watch.store.library import HAS_RESET_BUG
+from mbcap_watch.store.native import CHECKPOINT, Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
-from mbcap_watch.store.wal import HAS_RESET_BUG
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -53,18 +52,14 @@ class Database:
     """An open database: runs the steps of `reconcile`, each to its end whatever is cancelled.
 
     Args:
-        path: of the database.
-        identity: of the file that was there before it was opened.
+        files: what tells whether its files are still those that were opened.
         connection: to it.
         tally: is told how long the lock was waited for, and held.
 
     """
 
-    def __init__(
-        self, path: Path, identity: tuple[int, int], connection: aiosqlite.Connection, tally: Tally
-    ) -> None:
-        self._path = path
-        self._identity = identity
+    def __init__(self, files: Connection, connection: aiosqlite.Connection, tally: Tally) -> None:
+        self._files = files
         self._connection = connection
         self._tally = tally
         self._reads_text = True
@@ -83,7 +78,7 @@ class Database:
 
         async def attempt() -> Written:
             nonlocal started
-            self.require_same_file()
+            self._files.require_same_files()
             started = time.perf_counter()
             return await self._execute(sql, parameters)
 
@@ -103,16 +98,6 @@ class Database:
         if written.rows >= _LARGE_BATCH:
             await anyio.sleep(min(PAUSE_SHARE * hold, _LONGEST_PAUSE))
         return written
-
-    def require_same_file(self) -> None:
-        """Never write into a file that an operator has just replaced by a backup.
-
-        Raises:
-            DatabaseMissing, DatabaseFailed: there is another file now, or none.
-
-        """
-        if file_identity(self._path) != self._identity:
-            raise DatabaseFailed(self._path, "was replaced while it was being written")
 
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         return list(await self._connection.execute_fetchall(sql, parameters))
@@ -173,13 +158,10 @@ async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator
 
     """
     with as_database_errors(path):
-        identity = file_identity(path)
         require_descriptors(_DESCRIPTORS)
         opened, connection = await when_free(lambda: _connect(path, grace, tally))
         try:
-            database = Database(path, identity, connection, tally)
-            database.require_same_file()
-            yield database
+            yield Database(opened, connection, tally)
         finally:
             with anyio.CancelScope(shield=True):
                 await connection.close()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
-from mbcap_watch.store import wal
+from mbcap_watch.store import library, wal
 from mbcap_watch.store.errors import as_database_errors
 from mbcap_watch.store.wal import Wal
 
@@ -61,15 +61,18 @@ class Connection(sqlite3.Connection):
         self._path = path
         self._wal = f"{os.path.realpath(path)}-wal"
         self.owes_checkpoint = owes_checkpoint
-        wal.warn_of_second_sqlite()
+        library.warn_of_second_sqlite()
         with wal.opening(path):
+            self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
             self._wal_size = wal.size(self._wal)
             super().__init__(f"{_uri(path)}?mode=rw", timeout=0, isolation_level=None, uri=True)
             try:
                 self._set_up()
+                self._wal_identity = wal.identity_of(self._wal)
+                self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
-                super().close()
+                self._close_not_as_last()
                 raise
 
     def _set_up(self) -> None:
@@ -85,10 +88,26 @@ class Connection(sqlite3.Connection):
             self.execute("PRAGMA synchronous = NORMAL")
             self.execute("PRAGMA wal_autocheckpoint = 0")
 
+    def require_same_files(self) -> None:
+        """Never write into files that an operator has just replaced or removed.
+
+        Raises:
+            DatabaseMissing, DatabaseFailed: other files are there now, or none.
+
+        """
+        if file_identity(self._path) != self._identity:
+            raise DatabaseFailed(self._path, "was replaced while it was open")
+        if self._has_lost_wal():
+            raise DatabaseFailed(self._path, "had its -wal removed while it was open")
+
+    def _has_lost_wal(self) -> bool:
+        return wal.identity_of(self._wal) != self._wal_identity
+
     def close(self) -> None:
         """Close, and leave the WAL as it was found."""
         try:
-            self._tidy()
+            if not self._has_lost_wal():
+                self._tidy()
         finally:
             if self._leaves_files():
                 self._close_not_as_last()
@@ -129,8 +148,10 @@ class Connection(sqlite3.Connection):
         for what this connection made, and for what an ingestor left that closed meanwhile. It is
         wrong for an empty -wal that was there before: a read-only server that opens the database
         at this moment would find it locked. And whoever only reads leaves alone what a process
-        that was killed left behind.
+        that was killed left behind, and what was put in place of a -wal that was removed.
         """
+        if self._has_lost_wal():
+            return True
         if self._found is Wal.LEFT_BEHIND:
             return self.total_changes == 0
         return self._found is Wal.EMPTY and not wal.size(self._wal)

@@ -12,11 +12,8 @@ import contextlib
 import enum
 import fcntl
 import functools
-import logging
 import os
-import sqlite3
 import struct
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -24,52 +21,13 @@ from typing import TYPE_CHECKING, Final
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, ForeignWal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-logger = logging.getLogger("mbcap_watch")
 
 _SHM_ALIVE: Final = (128, 1)
 _DATABASE_SHARED: Final = (1073741826, 510)
+# Only Linux answers without harm. Elsewhere a -wal is taken to be the database's own.
+_CAN_ASK: Final = hasattr(fcntl, "F_OFD_GETLK")
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid (fcntl(2))
-
-_MENDED: Final = {(3, 44): 6, (3, 50): 7}  # the first patch without the WAL-reset bug
-
-
-def has_reset_bug(version: tuple[int, int, int]) -> bool:
-    """Whether two checkpoints at the same time may lose what is in the WAL.
-
-    SQLite 3.7.0 to 3.51.2 have the bug; it was mended in 3.44.6 and 3.50.7 as well
-    (https://www.sqlite.org/wal.html, "The WAL-Reset Bug").
-    """
-    patch = _MENDED.get(version[:2])
-    return (3, 7, 0) <= version < (3, 51, 3) and (patch is None or version[2] < patch)
-
-
-HAS_RESET_BUG: Final = has_reset_bug(sqlite3.sqlite_version_info)
-
-
-def warn_of_second_sqlite() -> None:
-    """Warn, once a process, of another SQLite library in it.
-
-    POSIX locks belong to the process: two libraries do not keep each other out, and the database
-    is damaged (sqlite.org/howtocorrupt.html, 2.2.1).
-    """
-    for name in _OTHER_LIBRARIES:
-        if name in sys.modules:
-            _warn_once(name)
-
-
-@functools.cache
-def _warn_once(name: str) -> None:
-    logger.warning(
-        "%s is loaded beside Python's sqlite3: if both open this database in one process, it is"
-        " damaged, because their locks do not keep each other out; open it with one of them only",
-        name,
-    )
-
-
-_OTHER_LIBRARIES: Final = ("apsw", "pysqlite3", "sqlcipher3", "pysqlcipher3")
 
 
 class Wal(enum.Enum):
@@ -82,11 +40,9 @@ class Wal(enum.Enum):
 
 
 def opening(database: Path) -> threading.Lock:
-    """Return what a connection holds from `require_own_wal` until its first read.
+    """Return the lock that is held from `require_own_wal` until the connection's first read.
 
-    Without it, one connection of this process could lose its locks while the question of another
-    closes a descriptor of the same file. Each database has its own: one on a disk that does not
-    answer holds up no other.
+    Each database has its own: one on a disk that does not answer holds up no other.
     """
     return _opening(os.path.realpath(database))
 
@@ -112,26 +68,32 @@ def require_own_wal(database: Path, grace: float) -> Wal:
 
     """
     real = os.path.realpath(database)
-    wal, shm = f"{real}-wal", f"{real}-shm"
     try:
-        if not os.stat(wal).st_size:
+        if _CAN_ASK:
+            _let_go(real)
+            _require_own_shm(database, real)
+        if not os.stat(f"{real}-wal").st_size:
             return Wal.EMPTY
     except FileNotFoundError:
         return Wal.ABSENT
     except OSError as exc:
         raise DatabaseFailed(database, f"its -wal cannot be reached: {exc.strerror}") from exc
-    if not hasattr(fcntl, "F_OFD_GETLK"):
-        return Wal.IN_USE  # not Linux: there is no way to ask without harm
+    return _judge(database, real, grace) if _CAN_ASK else Wal.IN_USE
+
+
+def _judge(database: Path, real: str, grace: float) -> Wal:
+    """Tell by the locks whose the `-wal` is; raise as `require_own_wal`."""
+    shm = f"{real}-shm"
     try:
         attached, opened = _lock(shm, _SHM_ALIVE), _lock(real, _DATABASE_SHARED)
-        age = time.time() - max(_changed(path) for path in (real, wal, shm))
+        age = time.time() - max(_changed(path) for path in (real, f"{real}-wal", shm))
     except OSError as exc:
         problem = f"the kernel does not say who has it open: {exc.strerror}"
         raise DatabaseFailed(database, problem) from exc
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
-        if age < grace:
+        if abs(age) < grace:  # what is long to come was before the clock was set back
             problem = "its -wal was left behind by a process that has ended"
             raise ForeignWal(database, problem, "wal_left_behind")
         return Wal.LEFT_BEHIND
@@ -143,8 +105,8 @@ def require_own_wal(database: Path, grace: float) -> Wal:
 
 def is_wal_database(database: Path) -> bool:
     """Whether its header says that it is in WAL mode (sqlite.org/fileformat2.html, 1.3)."""
-    with _descriptor(os.path.realpath(database)) as descriptor:
-        header = os.pread(descriptor, 20, 0) if descriptor is not None else b""
+    descriptor = _descriptor(os.path.realpath(database))
+    header = os.pread(descriptor, 20, 0) if descriptor is not None else b""
     return header.startswith(b"SQLite format 3\0") and header[18:20] == b"\2\2"
 
 
@@ -172,41 +134,86 @@ def _lock(path: str, span: tuple[int, int]) -> int:
 
     """
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
-    with _descriptor(path) as descriptor:
-        if descriptor is None:
-            return fcntl.F_UNLCK
-        # Unlike F_GETLK, it tells of the locks of this process as well (fcntl(2)).
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        return fcntl.F_UNLCK
+    # Unlike F_GETLK, it tells of the locks of this process as well (fcntl(2)).
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
     kind: int = struct.unpack(_FLOCK, answer)[0]
     return kind
 
 
-@contextlib.contextmanager
-def _descriptor(path: str) -> Iterator[int | None]:
-    """Have a descriptor of the file, to ask with; None if there is no file.
+# Descriptors to ask with, and the path of each, by file.
+_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
+
+
+def _descriptor(path: str) -> int | None:
+    """Return a descriptor of the file, to ask with; None if there is no file.
 
     Closing a descriptor drops every lock that the process holds on its file (fcntl(2), "record
-    locks"). So where this process has the file open already, that descriptor serves. One that was
-    opened for the question is kept where another has appeared meanwhile.
+    locks"), also one that a host's connection has got a moment ago. And what a connection has
+    opened it may close at any moment. So the descriptor is one of our own, and is kept.
     """
     try:
         identity = _identity(os.stat(path))
+        if identity not in _kept:
+            # O_NONBLOCK: a FIFO may stand there.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+            opened = os.open(path, flags)
+            identity = _identity(os.fstat(opened))
+            _kept[identity] = opened, path
     except FileNotFoundError:
-        yield None
-        return
-    for descriptor in _open_here(identity):
-        yield descriptor
-        return
+        return None
+    return _kept[identity][0]
+
+
+def _let_go(real: str) -> None:
+    """Close the descriptors of the database's files that were replaced or removed.
+
+    Nobody can open such a file at its path any more. While a connection has it open, its descriptor
+    stays.
+    """
+    for identity, (descriptor, path) in list(_kept.items()):
+        if path not in (real, f"{real}-shm"):
+            continue
+        found = None
+        with contextlib.suppress(OSError):  # a host may have closed all that it does not know
+            found = _identity(os.fstat(descriptor))
+        with contextlib.suppress(FileNotFoundError):
+            if found == identity == _identity(os.stat(path)):
+                continue
+        if found == identity:
+            if _open_here(identity) != [descriptor]:
+                continue
+            os.close(descriptor)
+        del _kept[identity]
+
+
+def _require_own_shm(database: Path, real: str) -> None:
+    """Raise ForeignWal if a connection of this process has a `-shm` open that was removed.
+
+    SQLite shares one `-shm` among the connections of a process. Ours would lock the removed one,
+    and everybody else the new one: what either of them writes could be lost.
+    """
+    kept = {descriptor for descriptor, _ in _kept.values()}
+
+    def is_open_here(path: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return not kept.issuperset(_open_here(_identity(os.stat(path))))
+        return False
+
+    if is_open_here(real) and not is_open_here(f"{real}-shm"):
+        links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+        if any(_target(link) == f"{real}-shm (deleted)" for link in links):
+            problem = "this process has it open with a -shm that was removed; restart this process"
+            raise ForeignWal(database, problem, "wal_replaced")
+
+
+def _target(link: str) -> str:
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-    except FileNotFoundError:
-        yield None
-        return
-    try:
-        yield opened
-    finally:
-        if _open_here(_identity(os.fstat(opened))) == [opened]:
-            os.close(opened)
+        return os.readlink(link)
+    except OSError:
+        return ""  # closed meanwhile
 
 
 def _open_here(identity: tuple[int, int]) -> list[int]:
@@ -217,6 +224,14 @@ def _open_here(identity: tuple[int, int]) -> list[int]:
             if _identity(os.fstat(int(name))) == identity:
                 found.append(int(name))
     return found
+
+
+def identity_of(path: str) -> tuple[int, int] | None:
+    """Return which file is at `path`, as device and inode; None if there is none."""
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
