@@ -87,6 +87,7 @@ class Bridge:
                 await self._serve(reason)
                 reason = await self._next_reason()
         finally:
+            self._syncer.close()
             self._watch.close()
 
     async def _next_reason(self) -> Reason:

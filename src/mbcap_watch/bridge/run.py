@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import time
@@ -63,7 +64,7 @@ async def persist_once(
         assert report.result is not None
         return report.result, None
 
-    result, _ = await _until_not_busy(settings, persist)
+    result, _ = await _until_not_busy(settings, syncer, persist)
     return result
 
 
@@ -79,12 +80,12 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
     async def compare() -> tuple[PersistResult, list[tuple[str, Change]]]:
         return syncer.preview()
 
-    result, changes = await _until_not_busy(settings, compare)
+    result, changes = await _until_not_busy(settings, syncer, compare)
     return result, changes or []
 
 
 async def _until_not_busy(
-    settings: Settings, sync: Callable[[], Awaitable[tuple[PersistResult, T]]]
+    settings: Settings, syncer: Syncer, sync: Callable[[], Awaitable[tuple[PersistResult, T]]]
 ) -> tuple[PersistResult, T | None]:
     async def repeat() -> tuple[PersistResult, T]:
         started, attempt, waiting = time.monotonic(), 0, False
@@ -103,7 +104,11 @@ async def _until_not_busy(
             await anyio.sleep(pause)
             attempt += 1
 
-    thread = BridgeThread(repeat)
+    async def repeat_and_close() -> tuple[PersistResult, T]:
+        with contextlib.closing(syncer):
+            return await repeat()
+
+    thread = BridgeThread(repeat_and_close)
     try:
         thread.start()
     except OSError as exc:

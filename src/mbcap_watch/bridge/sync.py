@@ -12,7 +12,7 @@ from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, load
 from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
 from mbcap_watch.results import PersistResult, Reason, Timings
-from mbcap_watch.store import plan
+from mbcap_watch.store import plan, wal
 from mbcap_watch.store.connection import open_database
 from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
@@ -142,6 +142,10 @@ class Syncer:
             error=error,
             owes_checkpoint=self._owes_checkpoint,
         )
+
+    def close(self) -> None:
+        """Leave no descriptor behind."""
+        wal.release(self._settings.database)
 
     def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a sync would report and the changes it would make; make none. Blocks."""

@@ -31,7 +31,7 @@ from mbcap_watch.store.library import HAS_RESET_BUG
 from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import preview_steps
-from mbcap_watch.store.wal import Wal, is_wal_database
+from mbcap_watch.store.wal import Wal, is_wal_database, release
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,9 +58,10 @@ def examine(settings: Settings, values: Mapping[str, Value]) -> list[Finding]:
     if not place(real).regular or not place(real).readable or not os.path.getsize(real):
         return []  # what is wrong was said
     wal = is_wal_database(real)
+    found = [*_judge_library(wal=wal), *_read(settings, dict(values), wal=wal)]
+    release(settings.database)
     return [
-        *_judge_library(wal=wal),
-        *_read(settings, dict(values), wal=wal),
+        *found,
         locks.judge_lock(real, wal=wal),
         *locks.judge_wal(real),
     ]

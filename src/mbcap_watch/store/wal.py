@@ -152,7 +152,8 @@ def _descriptor(path: str) -> int | None:
 
     Closing a descriptor drops every lock that the process holds on its file (fcntl(2), "record
     locks"), also one that a host's connection has got a moment ago. And what a connection has
-    opened it may close at any moment. So the descriptor is one of our own, and is kept.
+    opened it may close at any moment. So the descriptor is one of our own, and is kept until
+    `release`.
     """
     try:
         identity = _identity(os.stat(path))
@@ -214,6 +215,19 @@ def _target(link: str) -> str:
         return os.readlink(link)
     except OSError:
         return ""  # closed meanwhile
+
+
+def release(database: Path) -> None:
+    """Close the descriptors that were kept to ask with; for the end of a bridge.
+
+    Where a connection of this process has the file open, they stay.
+    """
+    real = os.path.realpath(database)
+    with opening(database):
+        for identity, (descriptor, path) in list(_kept.items()):
+            if path in (real, f"{real}-shm") and _open_here(identity) == [descriptor]:
+                os.close(descriptor)
+                del _kept[identity]
 
 
 def _open_here(identity: tuple[int, int]) -> list[int]:
