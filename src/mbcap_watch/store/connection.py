@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import aiosqlite
 import anyio
 
-from mbcap_watch.errors import DatabaseFailed
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
-from mbcap_watch.store.native import CHECKPOINT, Connection, file_identity
+from mbcap_watch.store.native import CHECKPOINT, Connection, file_identity, require_same_file
 from mbcap_watch.store.steps import CHANGES, Written, read_page
 from mbcap_watch.store.wal import HAS_RESET_BUG
 
@@ -83,7 +82,7 @@ class Database:
 
         async def attempt() -> Written:
             nonlocal started
-            self.require_same_file()
+            require_same_file(self._path, self._identity)
             started = time.perf_counter()
             return await self._execute(sql, parameters)
 
@@ -103,16 +102,6 @@ class Database:
         if written.rows >= _LARGE_BATCH:
             await anyio.sleep(min(PAUSE_SHARE * hold, _LONGEST_PAUSE))
         return written
-
-    def require_same_file(self) -> None:
-        """Never write into a file that an operator has just replaced by a backup.
-
-        Raises:
-            DatabaseMissing, DatabaseFailed: there is another file now, or none.
-
-        """
-        if file_identity(self._path) != self._identity:
-            raise DatabaseFailed(self._path, "was replaced while it was being written")
 
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         return list(await self._connection.execute_fetchall(sql, parameters))
@@ -177,9 +166,8 @@ async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator
         require_descriptors(_DESCRIPTORS)
         opened, connection = await when_free(lambda: _connect(path, grace, tally))
         try:
-            database = Database(path, identity, connection, tally)
-            database.require_same_file()
-            yield database
+            require_same_file(path, identity)
+            yield Database(path, identity, connection, tally)
         finally:
             with anyio.CancelScope(shield=True):
                 await connection.close()

@@ -69,8 +69,7 @@ class Connection(sqlite3.Connection):
             super().__init__(f"{_uri(path)}?mode=rw", timeout=0, isolation_level=None, uri=True)
             try:
                 self._set_up()
-                if file_identity(path) != identity:  # the -wal may be that of the file before it
-                    raise DatabaseFailed(path, "was replaced while it was being opened")
+                require_same_file(path, identity)
             except BaseException:
                 self._close_not_as_last()
                 raise
@@ -188,8 +187,7 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
             uri = f"{_uri(path)}?mode=ro{'&immutable=1' if immutable else ''}"
             connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
             stack.enter_context(contextlib.closing(connection))
-            if file_identity(path) != identity:
-                raise DatabaseFailed(path, "was replaced while it was being opened")
+            require_same_file(path, identity)
             _attach(connection)
         connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
         yield ReadOnly(connection, found)
@@ -215,6 +213,17 @@ def file_identity(path: Path) -> tuple[int, int]:
         kind = "a directory, " if stat.S_ISDIR(status.st_mode) else ""
         raise DatabaseFailed(path, f"is {kind}not a regular file", "not_a_file")
     return status.st_dev, status.st_ino
+
+
+def require_same_file(path: Path, identity: tuple[int, int]) -> None:
+    """Raise if an operator has just replaced the file, by a backup, say.
+
+    Raises:
+        DatabaseMissing, DatabaseFailed: there is another file now, or none.
+
+    """
+    if file_identity(path) != identity:
+        raise DatabaseFailed(path, "was replaced while it was in use")
 
 
 def _attach(connection: sqlite3.Connection) -> None:

@@ -170,7 +170,7 @@ def _lock(path: str, span: tuple[int, int]) -> int:
 
 
 # Descriptors to ask with, and the path of each, by file.
-_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
+KEPT: Final[dict[tuple[int, int], tuple[int, str]]] = {}
 
 
 def _descriptor(path: str) -> int | None:
@@ -182,15 +182,15 @@ def _descriptor(path: str) -> int | None:
     """
     try:
         identity = _identity(os.stat(path))
-        if identity not in _kept:
+        if identity not in KEPT:
             # O_NONBLOCK: a FIFO may stand there.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
             opened = os.open(path, flags)
             identity = _identity(os.fstat(opened))
-            _kept[identity] = opened, path
+            KEPT[identity] = opened, path
     except FileNotFoundError:
         return None
-    return _kept[identity][0]
+    return KEPT[identity][0]
 
 
 def _let_go() -> None:
@@ -198,18 +198,18 @@ def _let_go() -> None:
 
     At its path nobody can open such a file any more. Who has it open keeps it open.
     """
-    for identity, (descriptor, path) in list(_kept.items()):
+    for identity, (descriptor, path) in list(KEPT.items()):
         found = None
         with contextlib.suppress(OSError):  # a host may have closed all that it does not know
             found = _identity(os.fstat(descriptor))
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if found == identity == _identity(os.stat(path)):
                 continue
         if found == identity:
             if _open_here(identity) != [descriptor]:
                 continue
             os.close(descriptor)
-        del _kept[identity]
+        del KEPT[identity]
 
 
 def _open_here(identity: tuple[int, int]) -> list[int]:
