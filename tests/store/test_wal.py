@@ -28,6 +28,7 @@ from support import (
     put,
     read_line,
     read_rows,
+    wait_until,
 )
 
 if TYPE_CHECKING:
@@ -139,6 +140,21 @@ async def test_a_wal_that_was_left_behind_is_left_alone_for_a_while(database: Pa
     assert result.outcome == "applied"  # it waits for the grace, though not for a lock
     assert {row[1] for row in read_rows(database)} == {"aa11", "in the wal"}
     assert before[1]
+
+
+def test_readers_that_come_and_go_do_not_put_off_recovery(database: Path) -> None:
+    """Each leaves its mark in the -shm."""
+    left_behind(database)
+
+    def is_old_enough() -> bool:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as server:
+            server.execute("SELECT count(*) FROM nodes").fetchall()
+        try:
+            return require_own_wal(database, 0.3) is Wal.LEFT_BEHIND
+        except ForeignWal:
+            return False
+
+    wait_until(is_old_enough)
 
 
 @pytest.mark.parametrize("grace", [0.0, 60.0])

@@ -102,17 +102,20 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     wal, shm = f"{real}-wal", f"{real}-shm"
     try:
         _let_go()
-        if not os.stat(wal).st_size:
-            return Wal.EMPTY
+        status = os.stat(wal)
     except FileNotFoundError:
         return Wal.ABSENT
     except OSError as exc:
         raise DatabaseFailed(database, f"its -wal cannot be reached: {exc.strerror}") from exc
+    if not status.st_size:
+        return Wal.EMPTY
     if not hasattr(fcntl, "F_OFD_GETLK"):
         return Wal.IN_USE  # not Linux: there is no way to ask without harm
     try:
         attached, opened = _lock(shm, _SHM_ALIVE), _lock(real, _DATABASE_SHARED)
-        age = time.time() - max(_changed(path) for path in (real, wal, shm))
+        # When the file was put there (ctime), and the -wal written. Who only reads changes neither,
+        # but does change the -shm and, as root, the owner of the -wal.
+        age = time.time() - max(os.stat(real).st_ctime, status.st_mtime)
     except OSError as exc:
         problem = f"the kernel does not say who has it open: {exc.strerror}"
         raise DatabaseFailed(database, problem) from exc
@@ -142,14 +145,6 @@ def size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
-
-
-def _changed(path: str) -> float:
-    """Return when the file was last written, replaced or renamed (its ctime); 0.0 if none is."""
-    try:
-        return os.stat(path).st_ctime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _lock(path: str, span: tuple[int, int]) -> int:
