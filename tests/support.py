@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from mbcap_watch import Settings, run
+from mbcap_watch.store import wal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -162,8 +163,10 @@ async def until(condition: Callable[[], object], what: str = "the condition") ->
 
 
 def open_descriptors() -> dict[str, str]:
+    """Return what this process has open, but for what is kept to ask for locks with."""
     found = {}
-    for name in os.listdir("/proc/self/fd"):
+    kept = {str(descriptor) for descriptor, _ in wal._kept.values()}
+    for name in set(os.listdir("/proc/self/fd")) - kept:
         with contextlib.suppress(FileNotFoundError):
             found[name] = os.readlink(f"/proc/self/fd/{name}")
     return found

@@ -364,3 +364,13 @@ def test_no_answer_is_written_where_a_foreign_link_leads(
             daemon.send_signal(signal.SIGTERM)
             assert daemon.wait(20) == 0
     assert os.listdir(secret) == ["snapshot.json"]
+
+
+def test_a_link_that_names_thousands_of_directories(tmp_path: Path) -> None:
+    """It takes no descriptor for each, of which a host would have none left."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("./" * 2000 + "file")
+    before = len(os.listdir("/proc/self/fd"))
+    with links.opened(str(tmp_path / "link")):
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    assert len(os.listdir("/proc/self/fd")) == before

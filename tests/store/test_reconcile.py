@@ -604,3 +604,11 @@ async def test_only_reading_leaves_a_leftover_wal_alone(database: Path, tmp_path
     assert (result.outcome, len(changes)) == ("applied", 1)
     assert (left / "meshcore.db").read_bytes() == before
     assert wal_size(left / "meshcore.db") > 0
+
+
+def test_the_times_of_a_database_that_is_busy_for_days() -> None:
+    tally = Tally()
+    for _ in range(2 * reconcile.MAX_TIMES):
+        tally.waits.append(0.1)
+        tally.holds.append(0.1)
+    assert len(tally.waits) == len(tally.holds) == reconcile.MAX_TIMES

@@ -29,6 +29,7 @@ from support import (
     put,
     read_line,
     read_rows,
+    wait_until,
 )
 
 if TYPE_CHECKING:
@@ -140,6 +141,21 @@ async def test_a_wal_that_was_left_behind_is_left_alone_for_a_while(database: Pa
     assert result.outcome == "applied"  # it waits for the grace, though not for a lock
     assert {row[1] for row in read_rows(database)} == {"aa11", "in the wal"}
     assert before[1]
+
+
+def test_readers_that_come_and_go_do_not_put_off_recovery(database: Path) -> None:
+    """Each leaves its mark in the -shm."""
+    left_behind(database)
+
+    def is_old_enough() -> bool:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as server:
+            server.execute("SELECT count(*) FROM nodes").fetchall()
+        try:
+            return require_own_wal(database, 0.3) is Wal.LEFT_BEHIND
+        except ForeignWal:
+            return False
+
+    wait_until(is_old_enough)
 
 
 @pytest.mark.parametrize("grace", [0.0, 60.0])
@@ -270,20 +286,29 @@ def open_here(database: Path) -> list[str]:
     ]
 
 
-async def test_a_descriptor_to_ask_with_is_kept_as_long_as_its_file_is_there(
+async def test_a_descriptor_to_ask_with_is_kept_while_the_bridge_runs(
     database: Path, tmp_path: Path
 ) -> None:
     """Closing one would drop the locks that a host's connection has got a moment before."""
     backup = make_database(tmp_path / "backup.db", ROWS)
-    with held(database):
-        for _ in range(3):
-            await apply(database)
-            assert sorted(open_here(database)) == ["", "-shm"]
-    os.replace(backup, database)
-    for side in ("-wal", "-shm"):
-        os.unlink(f"{database}{side}")
-    assert (await apply(database)).outcome == "applied"
+    async with watch(Settings(database, resync="0.1s")) as results:
+        with held(database):
+            for _ in range(3):
+                await anext(results)
+        assert sorted(open_here(database)) == ["", "-shm"]
+        os.replace(backup, database)
+        for side in ("-wal", "-shm"):
+            os.unlink(f"{database}{side}")
+        while (await anext(results)).outcome != "applied":
+            pass
+        assert open_here(database) == []
     assert open_here(database) == []
+
+
+async def test_the_descriptors_are_closed_at_the_end_of_the_bridge(database: Path) -> None:
+    with held(database):
+        await apply(database)
+        assert open_here(database) == []
 
 
 def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:

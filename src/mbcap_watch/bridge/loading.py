@@ -96,3 +96,17 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None  # applying tells why
     return status.st_dev, status.st_ino
+
+
+def database_stamp(database: Path) -> tuple[object, ...]:
+    """Return what changes whenever somebody writes to the database or its `-wal`."""
+    real = os.path.realpath(database)  # that is where SQLite has the -wal
+    return tuple(_stamp_of(path) for path in (real, f"{real}-wal"))
+
+
+def _stamp_of(path: str) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

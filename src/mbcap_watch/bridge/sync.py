@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, load
+from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, database_stamp, load
 from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
 from mbcap_watch.results import PersistResult, Reason, Timings
@@ -20,7 +19,6 @@ from mbcap_watch.store.steps import preview_steps, run_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.steps import Steps
@@ -187,7 +185,7 @@ class Syncer:
         refused = {key for _, key in tally.failed}
         keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
         self._sample = {key: values[key] for key in keys if key not in refused}
-        self._stamp = _stamp(path)
+        self._stamp = database_stamp(path)
         return None
 
     def _steps(
@@ -220,7 +218,7 @@ class Syncer:
 
     def _grace(self) -> float:
         """Return how long a `-wal` is left alone; what the last sync left there, it may take up."""
-        ours = self._owes_checkpoint and _stamp(self._settings.database) == self._stamp
+        ours = self._owes_checkpoint and database_stamp(self._settings.database) == self._stamp
         return 0.0 if ours else self._settings.wal_grace
 
     def _was_overwritten(self) -> bool:
@@ -229,7 +227,7 @@ class Syncer:
         Its inode tells of a file that was moved into place, but not of one that was copied over
         it. Asked only where the files changed, as they do with every packet.
         """
-        stamp = _stamp(self._settings.database)
+        stamp = database_stamp(self._settings.database)
         if stamp == self._stamp or not self._sample:
             return False
         try:
@@ -288,17 +286,3 @@ def _describe(
         # A wrong path of the database moves the directory of the snapshot along.
         return dataclasses.replace(result, cause="no_database")
     return result
-
-
-def _stamp(database: Path) -> tuple[object, ...]:
-    """Return what changes whenever somebody writes to the database or its `-wal`."""
-    real = os.path.realpath(database)  # that is where SQLite has the -wal
-    return tuple(_stamp_of(path) for path in (real, f"{real}-wal"))
-
-
-def _stamp_of(path: str) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -65,8 +65,7 @@ def opened(path: str, start: int | None = None) -> Iterator[int]:
         OSError: anything else.
 
     """
-    with contextlib.ExitStack() as stack:
-        way = _Way(stack)
+    with contextlib.closing(_Way()) as way:
         try:
             place = way.walk_from(path, start)
         except OSError:
@@ -79,8 +78,8 @@ def opened(path: str, start: int | None = None) -> Iterator[int]:
 class _Way:
     """Walks along a path; `strangers` are the owners of links that are neither root's nor ours."""
 
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
+    def __init__(self) -> None:
+        self._opened: set[int] = set()
         self._links = 0
         self.strangers: set[int] = set()
 
@@ -99,6 +98,7 @@ class _Way:
                     raise DanglingLink(errno.ENOENT, "is a symbolic link to nothing", link) from exc
                 exc.filename = root + "/".join(names[:count])
                 raise
+            self._pass(place)
         return place
 
     def open(self, place: _Place) -> int:
@@ -151,6 +151,7 @@ class _Way:
             place = self._place("/")
         for each in _names(target):
             place = self._step(place, each)
+            self._pass(place)
         return place
 
     def _place(self, name: str, directory: int | None = None, flags: int = 0) -> _Place:
@@ -158,8 +159,18 @@ class _Way:
         return _Place(found if directory is None else directory, name, found)
 
     def _keep(self, descriptor: int) -> int:
-        self._stack.callback(os.close, descriptor)
+        self._opened.add(descriptor)
         return descriptor
+
+    def _pass(self, place: _Place) -> None:
+        """Close what lies behind `place`: a link may name thousands of directories."""
+        self.close(place.directory, place.found)
+
+    def close(self, *needed: int) -> None:
+        """Close what was opened, but for what is still needed."""
+        for descriptor in self._opened.difference(needed):
+            self._opened.remove(descriptor)
+            os.close(descriptor)
 
     def _require_owner(self, descriptor: int) -> None:
         if self.strangers and self.strangers != {os.fstat(descriptor).st_uid}:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SchemaMissing
@@ -46,8 +46,16 @@ MAX_PASSES: Final = 3
 # 0.3 s.
 BATCH_CHARACTERS: Final = 256 * 1024
 
+# Waits and holds that are remembered of one snapshot: a million rows take 2,000, but a database may
+# be busy for days.
+MAX_TIMES: Final = 10_000
+
 # Rows that are looked for one by one when they are refused.
 MAX_HALVED: Final = 1_000
+
+
+def _times() -> deque[float]:
+    return deque(maxlen=MAX_TIMES)
 
 
 @dataclasses.dataclass
@@ -61,8 +69,8 @@ class Tally:
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
         waiting: what a table that cannot be served yet lacks.
-        waits: for the write lock, in seconds, one per transaction.
-        holds: of the write lock, in seconds, one per transaction.
+        waits: for the write lock, in seconds, one per transaction; the latest `MAX_TIMES`.
+        holds: of the write lock, in seconds, likewise.
         committed_at: when rows were last committed, in seconds since the epoch; None before.
         owes_checkpoint: whether a `-wal` that was empty before a write is not yet so again, because
             somebody read from it meanwhile.
@@ -75,8 +83,8 @@ class Tally:
     unmatched: int = 0
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     waiting: str | None = None
-    waits: list[float] = dataclasses.field(default_factory=list)
-    holds: list[float] = dataclasses.field(default_factory=list)
+    waits: deque[float] = dataclasses.field(default_factory=_times)
+    holds: deque[float] = dataclasses.field(default_factory=_times)
     committed_at: float | None = None
     owes_checkpoint: bool = False
 

@@ -83,10 +83,11 @@ def require_own_wal(database: Path, grace: float) -> Wal:
 
 def _judge(database: Path, real: str, grace: float) -> Wal:
     """Tell by the locks whose the `-wal` is; raise as `require_own_wal`."""
-    shm = f"{real}-shm"
     try:
-        attached, opened = _lock(shm, _SHM_ALIVE), _lock(real, _DATABASE_SHARED)
-        age = time.time() - max(_changed(path) for path in (real, f"{real}-wal", shm))
+        attached, opened = _lock(f"{real}-shm", _SHM_ALIVE), _lock(real, _DATABASE_SHARED)
+        # When the database was put there (ctime), and its -wal written. Who only reads changes
+        # neither, but does change the -shm and, as root, the owner of the -wal.
+        age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
     except OSError as exc:
         problem = f"the kernel does not say who has it open: {exc.strerror}"
         raise DatabaseFailed(database, problem) from exc
@@ -116,14 +117,6 @@ def size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
-
-
-def _changed(path: str) -> float:
-    """Return when the file was last written, replaced or renamed (its ctime); 0.0 if none is."""
-    try:
-        return os.stat(path).st_ctime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _lock(path: str, span: tuple[int, int]) -> int:
@@ -180,7 +173,7 @@ def _let_go(real: str) -> None:
         found = None
         with contextlib.suppress(OSError):  # a host may have closed all that it does not know
             found = _identity(os.fstat(descriptor))
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if found == identity == _identity(os.stat(path)):
                 continue
         if found == identity:
