@@ -15,7 +15,7 @@ import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path
 from mbcap_watch.cli import progress
-from support import document, make_database, put
+from support import document, make_database, put, read_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +47,22 @@ def test_the_hook_hears_of_every_page(large: Path) -> None:
     assert done == sorted(done)
     assert len(set(done)) > 2
     assert done[-1] == NODES
+
+
+def test_an_error_of_the_hook_is_the_callers(tmp_path: Path) -> None:
+    """The sync is not to blame, and comes to its end."""
+    database = make_database(tmp_path / "meshcore.db", [("nodes", "aa11", 0, None)])
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+
+    def fail(done: int, total: int) -> None:
+        raise BrokenPipeError(done, total)
+
+    async def main() -> None:
+        with pytest.raises(BrokenPipeError):
+            await persist_once(Settings(database), on_progress=fail)
+
+    anyio.run(main)
+    assert ("nodes", "aa11", 2, "") in read_rows(database)
 
 
 def apply(database: Path, *arguments: str, least: int) -> tuple[str, str]:

@@ -46,7 +46,8 @@ async def persist_once(
     Tries a busy database until `busy_deadline`, and waits as long as `wal_grace` says for a `-wal`
     that was left behind.
 
-    Never raises for the state of the files: the result's `outcome` and `error` tell.
+    Never raises for the state of the files: the result's `outcome` and `error` tell. What the hook
+    raises is raised once the sync has ended.
 
     Args:
         settings: what to sync, and how.
@@ -57,10 +58,21 @@ async def persist_once(
         EventLoopError: no asyncio or trio runs here.
 
     """
-    syncer = Syncer(settings, on_progress=on_progress)
+    errors: list[Exception] = []
+
+    def tell(done: int, total: int) -> None:
+        if on_progress is not None and not errors:
+            try:
+                on_progress(done, total)
+            except Exception as exc:  # noqa: BLE001 - it is raised below; no state of files is to blame
+                errors.append(exc)
+
+    syncer = Syncer(settings, on_progress=tell)
 
     async def persist() -> tuple[PersistResult, None]:
         report = await syncer.sync("once")
+        for error in errors:
+            raise error
         assert report.result is not None
         return report.result, None
 

@@ -44,10 +44,12 @@ def shown(*, wanted: bool) -> Iterator[OnProgress | None]:
 
     def on_progress(done: int, total: int) -> None:
         if total > _LARGE or time.monotonic() - started > _LONG_SECONDS:
-            bar.start()  # of no effect if it has
-            bar.update(task, completed=done, total=total)
+            with contextlib.suppress(OSError):  # the terminal is gone: nobody sees it
+                bar.start()  # of no effect if it has
+                bar.update(task, completed=done, total=total)
 
     try:
         yield on_progress
     finally:
-        bar.stop()
+        with contextlib.suppress(OSError):
+            bar.stop()
