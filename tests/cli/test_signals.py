@@ -88,8 +88,13 @@ def test_other_commands_are_interrupted_as_ever(
     command = [*COMMANDS["module"], "publish", str(fifo), "--database", str(database)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
+
+            def ends() -> bool:
+                process.send_signal(signum)  # one that comes just before a read waits for the next
+                return process.poll() is not None
+
             with open(fifo, "wb"):  # returns once the command reads from it
-                process.send_signal(signum)
-                assert process.wait(DEADLINE) != 0
+                wait_until(ends, "the end")
+            assert process.returncode != 0
         finally:
             process.kill()
