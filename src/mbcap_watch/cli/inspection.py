@@ -7,6 +7,7 @@ import os
 from typing import Annotated, Any
 
 import anyio
+import msgspec
 import typer
 
 from mbcap_watch.cli import config, manual, options, output
@@ -116,18 +117,13 @@ def check(
     """
     from mbcap_watch.doctor import check as doctor  # noqa: PLC0415 - `run` can do without
 
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    findings = anyio.run(doctor.examine, settings, os.environ)
+    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    findings = anyio.run(doctor.examine, loaded.settings, os.environ, loaded.file)
     code = doctor.exit_code(findings)
     if json:
-        output.print_json({"ok": not code, "findings": [dataclasses.asdict(f) for f in findings]})
+        output.print_json({"ok": not code, "findings": msgspec.to_builtins(findings)})
     else:
-        from rich.console import Console  # noqa: PLC0415 - as above
-
-        try:
-            doctor.render(findings, Console())
-        except OSError as exc:  # its disk is full, say, which is when this command is needed
-            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
+        output.print_findings(findings)
     raise typer.Exit(code)
 
 
