@@ -77,7 +77,7 @@ class Config:
 
 
 def load(
-    options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None = None
+    options: Mapping[str, Any], environ: Mapping[str, str], config_file: str | Path | None = None
 ) -> Config:
     """Merge all sources: option before environment before file before default.
 
