@@ -325,6 +325,19 @@ async def test_a_database_that_is_locked_against_readers(tmp_path: Path) -> None
     assert ("tables", "problem") not in report.worse  # one problem, once
 
 
+@pytest.mark.parametrize("written", [True, False])
+async def test_a_database_that_a_process_has_for_itself(installation: Path, written: bool) -> None:
+    """In WAL mode, `locking_mode=EXCLUSIVE` needs no -shm; nothing was left behind by a crash."""
+    first = "connection.execute('PRAGMA locking_mode = EXCLUSIVE'); connection.execute("
+    script = INGESTOR.replace("connection.execute(", first, 1)
+    if not written:
+        script = script.replace("UPDATE nodes SET name = 'written'", "BEGIN IMMEDIATE")
+    with ingestor(installation, script) as process:
+        report = await report_on(installation, wal_grace=0)
+    assert f"by pid {process.pid}" in report("lock", "problem")
+    assert not {subject for subject, _ in report.worse} - {"lock"}, shown(report)
+
+
 async def test_a_reader_that_keeps_the_wal_growing(installation: Path) -> None:
     with ingestor(installation, READER) as process:
         os.truncate(f"{installation}-wal", 65 << 20)
@@ -497,12 +510,18 @@ def test_an_owner_who_may_not_write_the_directory(shared: Path) -> None:
     assert said.endswith(f"chmod u+rw {shared}; chmod u+rwx {shared.parent}")
 
 
-def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
-    """From here all looks well."""
+def as_nobody() -> list[str]:
+    """Return what runs a command as another user."""
     runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
     tried = [*runs, sys.executable, "-c", "import mbcap_watch"]
     if subprocess.run(tried, check=False, capture_output=True).returncode:
         pytest.skip("the interpreter is out of the other user's reach")
+    return runs
+
+
+def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
+    """From here all looks well."""
+    runs = as_nobody()
     runtime = shared.parent / "runtime"
     runtime.mkdir()
     os.chown(runtime, NOBODY, NOBODY)
@@ -515,6 +534,30 @@ def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
             report = check_with(shared, script)
     assert f"user {NOBODY} may not write {shared}" in report("service", "problem")
     assert {subject for subject, level in report.worse if level == "problem"} == {"service"}
+
+
+@contextlib.contextmanager
+def changed(apply: list[str], undo: list[str]) -> Iterator[None]:
+    """Change how a file is protected, for the block."""
+    if shutil.which(apply[0]) is None or subprocess.run(apply, check=False).returncode:
+        pytest.skip(f"needs {apply[0]}(1), and a filesystem that knows it")
+    try:
+        yield
+    finally:
+        subprocess.run(undo, check=True)
+
+
+def test_what_the_mode_would_allow(shared: Path) -> None:
+    with changed(["chattr", "+i", str(shared)], ["chattr", "-i", str(shared)]):
+        said = check_as(shared)("permissions", "problem")
+    assert f"lsattr -d {shared}" in said
+    assert "chmod" not in said
+    snapshot = str(snapshot_of(shared))
+    acl = ["setfacl", "-m", f"u:{NOBODY}:-", snapshot]
+    with changed(acl, ["setfacl", "-b", snapshot]):
+        said = check_as(shared, NOBODY)("snapshot", "problem")
+    assert f"getfacl {snapshot}" in said
+    assert "chmod" not in said
 
 
 def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
@@ -654,6 +697,49 @@ async def test_a_mount_that_does_not_answer(
         assert time.monotonic() - started < 6
     assert f"mounted on {near}) did not answer" in report("filesystem", "problem")
     report("tables", "ok")
+
+
+def test_a_snapshot_that_is_mounted_alone(installation: Path) -> None:
+    """What is renamed over it outside does not arrive inside."""
+    path = snapshot_of(installation)
+    report = check_with(installation, f"mount --bind {path} {path}")
+    assert "mounted as a single file" in report("snapshot dir", "problem")
+
+
+@pytest.mark.parametrize("gone", ["", SNAPSHOT_DIR_NAME])
+def test_a_directory_that_was_deleted_behind_its_mount(tmp_path: Path, gone: str) -> None:
+    """As in a container whose volume was made anew: it goes on showing what was there."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for directory in (outside, inside):
+        (directory / SNAPSHOT_DIR_NAME).mkdir(parents=True)
+        publish(make_database(directory / "m.db", [("nodes", "aa11", 0, None)]))
+    script = f"mount --bind {outside / gone} {inside / gone}; rm -r {outside / gone}"
+    report = check_with(inside / "m.db", script)
+    said = report("snapshot dir" if gone else "database", "problem")
+    assert f"{inside / gone} was deleted" in said
+    assert "restart the container" in said
+
+
+def test_a_snapshot_directory_that_is_set_to_the_file(installation: Path) -> None:
+    path = snapshot_of(installation)
+    done = cli("check", "--database", installation, "--snapshot-dir", path, "--json")
+    [said] = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "problem"]
+    assert said["code"] == "snapshot_dir_is_file"
+    assert said["remedy"].endswith(f": {path.parent}")
+    assert "rm" not in said["remedy"]
+
+
+def test_a_machine_without_proc(installation: Path) -> None:
+    report = check_with(installation, "mount -t tmpfs none /proc")
+    assert "/proc is not mounted" in report("check", "warning")
+    assert not {subject for subject, _ in report.worse} - {"check"}, shown(report)
+
+
+def test_no_descriptor_left(installation: Path) -> None:
+    """One reason, and the right one."""
+    report = check_as(installation, inside=["prlimit", "--nofile=20", "--"])
+    assert [each.code for each in report] == ["limit"]
+    assert "LimitNOFILE" in report[0].remedy
 
 
 # ------------------------------------------------------------------------------ judgements
@@ -804,21 +890,37 @@ def test_quantities() -> None:
     assert sizes == ["0 bytes", "2 KiB", "5 MiB", "3.0 GiB"]
 
 
+def cli(*arguments: object, before: Sequence[str] = (), **options: Any) -> Any:
+    command = [*before, sys.executable, "-m", "mbcap_watch", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, check=False, cwd=TESTS, **options)
+
+
 def test_the_command(installation: Path) -> None:
-    command = [sys.executable, "-m", "mbcap_watch", "check", "--database"]
-    done = subprocess.run(
-        [*command, str(installation)], capture_output=True, check=False, cwd=TESTS
-    )
+    done = cli("check", "--database", installation)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().startswith(f"ok      database      {installation}, ")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*command, "/no.db"], stdout=full, stderr=subprocess.PIPE, check=False
-        )
+        done = cli("check", "--database", "/no.db", stdout=full)
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
-    done = subprocess.run([*command, "/no/such.db", "--json"], capture_output=True, check=False)
+    done = cli("check", "--database", "/no/such.db", "--json")
     assert done.returncode == 1
     body = json.loads(done.stdout)
     assert body["ok"] is False
     assert set(body["findings"][0]) == {"code", "severity", "subject", "text", "remedy"}
+
+
+def test_remedies_repeat_the_settings_that_were_given(shared: Path) -> None:
+    config = shared.parent / "my settings.toml"
+    config.write_text(f'database = "{shared}"')
+    with daemon("--config", config, "--database", shared) as pid:
+        other = as_nobody()
+        done = cli("check", "--config", config, "--json", before=other)
+        told = {each["code"]: each["remedy"] for each in json.loads(done.stdout)["findings"]}
+        assert told["other_user"].endswith(f" --config '{config}'")
+        os.kill(pid, signal.SIGSTOP)
+        done = cli("check", "--config", config, "--json")
+        os.kill(pid, signal.SIGCONT)
+    problems = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "problem"]
+    assert [each["code"] for each in problems] == ["paused"]  # once

@@ -261,6 +261,63 @@ def test_neither_a_snapshot_nor_a_database() -> None:
     assert codes(bridge.result("no_snapshot").health()) == ([], ["no_snapshot"])
 
 
+@pytest.mark.parametrize("before", ["applied", "malformed", None])
+def test_a_snapshot_that_was_there_and_is_gone(before: Outcome | None) -> None:
+    bridge = Bridge() if before is None else Bridge().result(before)
+    health = bridge.result("no_snapshot").health()
+    if before is None:
+        assert codes(health) == ([], ["no_snapshot"])
+    else:
+        assert codes(health)[0] == ["snapshot_vanished"]
+        assert "that was at /data/mbcap-snapshot/snapshot.json is gone" in text(health)
+
+
+def test_a_snapshot_directory_that_is_set_to_the_file() -> None:
+    settings = Settings(Path("/data/meshcore.db"), Path("/data/mbcap-snapshot/snapshot.json"))
+    health = Bridge(settings).result("no_snapshot", "is not a directory").health()
+    assert codes(health)[0] == ["snapshot_dir_is_file"]
+    assert health.problems[0].remedy.endswith(": /data/mbcap-snapshot")
+
+
+@pytest.mark.parametrize(
+    "fields, problems, warnings, words",
+    [
+        ({"skipped_unrecognized": 1}, ["no_usable_entry"], [], "1 entry, of which none"),
+        (
+            {"entries": 9, "skipped_unrecognized": 5, "skipped_unknown": 4},
+            ["no_usable_entry"],
+            [],
+            "9 entries, of which none can be used: 5 have",
+        ),
+        (
+            {"entries": 9, "skipped_unrecognized": 5, "matched_active": 4},
+            [],
+            ["unrecognized"],
+            "9 entries, of which 5 have",
+        ),
+        ({"entries": 9, "skipped_unrecognized": 4, "matched_active": 5}, [], [], ""),
+        ({"entries": 9, "skipped_unknown": 9}, [], ["nothing_to_write"], "9 entries"),
+        ({"entries": 0}, [], ["nothing_to_write"], "0 entries"),
+    ],
+)
+def test_entries_that_cannot_be_used(
+    fields: dict[str, Any], problems: list[str], warnings: list[str], words: str
+) -> None:
+    health = Bridge().result("unchanged", **fields).health()
+    assert codes(health) == (problems, warnings)
+    assert words in text(health)
+
+
+def test_before_the_first_sync_it_is_starting() -> None:
+    health = Bridge().later(3, syncs=False).health()
+    assert (health.state, health.verdict, codes(health)) == (
+        "starting",
+        "starting",
+        (["starting"], []),
+    )
+    assert well().health().verdict == "running, healthy"
+
+
 def test_polling_only_because_inotify_cannot_be_had() -> None:
     state = WatchState(why="no inotify watch on /x for now: limit reached", degraded=True)
     assert codes(well().sync(state).health()) == ([], ["no_inotify"])
@@ -330,7 +387,11 @@ def test_a_publisher_that_is_stale_is_no_error_of_ours(
 def test_locks_and_missed_changes_are_warnings() -> None:
     bridge = well().sync(replace(INOTIFY, sweep_hits=2))
     bridge.metrics.on_timings(Timings(lag=None, waits=(0.3,), holds=(0.6,)))
-    assert codes(bridge.health()) == ([], ["sweep_hits", "slow_holds", "contention"])
+    health = bridge.health()
+    assert codes(health) == ([], ["sweep_hits", "slow_holds", "contention"])
+    assert "2 changes were found by the sweep, without an event" in text(health)
+    assert "for over 0.5 s (1 time)" in text(health)
+    assert "take over 0.3 s" in text(health)
 
 
 def shown(stats: Stats | None, health: Health) -> str:
