@@ -218,6 +218,13 @@ def test_a_snapshot_that_may_not_be_read() -> None:
     assert "namei" in text(health)
 
 
+def test_a_snapshot_that_no_descriptor_is_left_for() -> None:
+    bridge = well().result("failed", "/s/snapshot.json: too many open files", cause="limit")
+    health = bridge.sync(replace(INOTIFY, read_errors=1)).health()
+    assert codes(health)[0] == ["limit"]
+    assert "LimitNOFILE" in text(health)
+
+
 @pytest.mark.parametrize(
     "cause, remedy",
     [

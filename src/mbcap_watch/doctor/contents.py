@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Value
-    from mbcap_watch.store.schema import Table
 
 # How long SQLite may read.
 SQL_SECONDS: Final = 8.0
@@ -115,7 +114,6 @@ def _read(
                     text = f"{table} is damaged: {printable(verdict, QUOTED)}"
                     yield installation.finding("corrupt", text)
             yield from _judge_triggers(installation, connection)
-            served, _ = schema.served(connection.execute(schema.PROBE).fetchall())
             steps = reconcile(
                 settings.database,
                 values,
@@ -131,20 +129,18 @@ def _read(
     except DatabaseError as exc:
         yield _unusable(installation, exc)
         return
-    yield _judge_tables(installation, served, tally.waiting, counts)
-    if values:
+    yield _judge_tables(installation, tally, counts)
+    if values and "nodes" in tally.served:
         changes, rows = tally.changed.total(), sum(counts.values())
         yield judge_preview(installation, changes, tally.unmatched, len(values), rows)
 
 
-def _judge_tables(
-    installation: Installation, served: list[Table], waiting: str | None, counts: dict[str, int]
-) -> Finding:
+def _judge_tables(installation: Installation, tally: Tally, counts: dict[str, int]) -> Finding:
     text = ", ".join(f"{table} with {count:,} rows" for table, count in counts.items())
-    if waiting is None:
+    if tally.waiting is None:
         return ok("tables", f"{text}, with all columns")
-    text = f"{waiting}; there is {text}"
-    if "nodes" not in {table.name for table in served}:
+    text = f"{tally.waiting}; there is {text}"
+    if "nodes" not in tally.served:
         return installation.finding("nodes_not_served", text)
     return installation.finding("table_waits", waiting=text)
 

@@ -125,7 +125,7 @@ def _trouble(stats: Stats, installation: Installation) -> Iterator[Finding]:
     refused = result is not None and result.failed_rows > 0
     if refused and code in ("applied", "unchanged", "failed"):
         code = "rows_refused"
-    elif trouble.unreadable:
+    elif trouble.unreadable and trouble.cause != "limit":
         code = "snapshot_unreadable"
     elif code == "no_snapshot":
         itself = os.path.basename(stats.snapshot_dir) == SNAPSHOT_NAME
@@ -161,8 +161,7 @@ def _about_snapshot(stats: Stats, installation: Installation) -> Iterator[Findin
         yield from judge_entries(
             installation, result.entries, result.skipped_unknown, result.skipped_unrecognized
         )
-        matched = result.matched_active + result.matched_inactive
-        if result.unmatched and not matched:
+        if result.matches_nothing and result.cause is None:
             yield installation.finding("no_match")
     if stats.snapshot_time is not None:
         yield from judge_age(installation, stats.sampled - stats.snapshot_time)

@@ -161,7 +161,12 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
-        raise SnapshotUnreadable(path, f"cannot be read: {exc.strerror}") from exc
+        text = f"cannot be read: {exc.strerror}"
+        raise SnapshotUnreadable(path, text, "limit" if exc.errno in _LIMITS else None) from exc
+
+
+# The file is not at fault (open(2)).
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def _revalidate(directory: int) -> None:

@@ -59,6 +59,7 @@ class Tally:
         changed: rows written, by table.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
+        served: the tables that can be served.
         waiting: what a table that cannot be served yet lacks.
         waits: for the write lock, in seconds, one per transaction.
         holds: of the write lock, in seconds, one per transaction.
@@ -73,6 +74,7 @@ class Tally:
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     unmatched: int = 0
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    served: frozenset[str] = frozenset()
     waiting: str | None = None
     waits: list[float] = dataclasses.field(default_factory=list)
     holds: list[float] = dataclasses.field(default_factory=list)
@@ -127,6 +129,7 @@ def reconcile(
 def _served_tables(database: Path, tally: Tally) -> Generator[Query, Any, list[Table]]:
     """Return the tables that can be served. Never cached: tables may come and go."""
     tables, obstacles = schema.served((yield Query(schema.PROBE)))
+    tally.served = frozenset(table.name for table in tables)
     tally.waiting = obstacles or None
     if not tables:
         raise SchemaMissing(database, obstacles)
