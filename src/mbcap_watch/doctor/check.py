@@ -1,15 +1,15 @@
 """`check`: what is wrong with an installation, and what to do about it.
 
-Nothing is changed, nothing is raised, and what does not answer is left behind after some seconds.
+Nothing is changed. Nothing is raised. A filesystem that does not answer is given up after some
+seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Value
-
-T = TypeVar("T")
 
 # How long examining files, or what is in them, may take before it counts as hung.
 FILE_SECONDS: Final = 5.0
@@ -56,49 +54,41 @@ async def examine(
         require_descriptors(_DESCRIPTORS)
     except OSError as exc:  # everything would fail, for no reason of its own
         return [installation.finding("limit", f"check cannot work: {exc.strerror}")]
-    findings = list(_without_proc(installation))
     ask = partial(_ask, installation)
-    outside, inside = await asyncio.gather(
-        ask(FILE_SECONDS, settings.database, partial(database.examine, installation, environ)),
-        ask(DATA_SECONDS, settings.snapshot_dir, partial(snapshot.examine, installation, settings)),
-    )
-    parts = [outside]
     values: dict[str, Value] = {}
-    if isinstance(inside, Finding):  # what does not answer is not asked again
-        parts.append(inside)
-    else:
-        found, values = inside
-        watch = partial(_watch, installation, settings)
-        parts += [found, await ask(FILE_SECONDS, settings.snapshot_dir, watch)]
-    if not isinstance(outside, Finding):
-        read = partial(contents.examine, installation, settings, values)
-        parts += await asyncio.gather(
-            ask(DATA_SECONDS, settings.database, read),
-            ask(FILE_SECONDS, settings.database, partial(machine.examine, installation)),
-        )
-    findings += _flat(parts)
+    outside, inside = await asyncio.gather(
+        ask(FILE_SECONDS, settings.database, database.examine, environ),
+        ask(DATA_SECONDS, settings.snapshot_dir, snapshot.examine, settings, values),
+    )
+    findings = outside + inside
+    if not _hangs(inside):  # what does not answer is not asked again
+        findings += await ask(FILE_SECONDS, settings.snapshot_dir, _watch, settings)
+    if not _hangs(outside):
+        for found in await asyncio.gather(
+            ask(DATA_SECONDS, settings.database, contents.examine, settings, values),
+            ask(FILE_SECONDS, settings.database, machine.examine),
+        ):
+            findings += found
     explained = exit_code(findings) == 1
-    last = partial(service.examine, settings, environ, explained=explained)
-    findings += _flat([await ask(FILE_SECONDS, RUNTIME, last)])
+
+    def ask_service(_: Installation) -> list[Finding]:
+        return service.examine(settings, environ, explained=explained)
+
+    findings += await ask(FILE_SECONDS, RUNTIME, ask_service)
     return list(_once(findings))
 
 
-def _flat(parts: Iterable[list[Finding] | Finding]) -> list[Finding]:
-    return [each for part in parts for each in ([part] if isinstance(part, Finding) else part)]
+def _hangs(findings: Iterable[Finding]) -> bool:
+    return any(each.code in ("no_answer", "check_failed") for each in findings)
 
 
 def _once(findings: Iterable[Finding]) -> Iterable[Finding]:
-    """Leave out what SQLite says again of a problem that its files have shown before."""
+    """Leave out a problem that was found before: SQLite repeats what its files have shown."""
     codes: set[str] = set()
     for each in findings:
         if each.severity != "problem" or each.code not in codes:
             yield each
         codes.add(each.code)
-
-
-def _without_proc(installation: Installation) -> Iterable[Finding]:
-    if not os.path.isdir("/proc/self/fd"):
-        yield installation.finding("no_proc")
 
 
 def _watch(installation: Installation, settings: Settings) -> list[Finding]:
@@ -112,27 +102,32 @@ def _watch(installation: Installation, settings: Settings) -> list[Finding]:
 
 
 async def _ask(
-    installation: Installation, seconds: float, path: Path, examination: Callable[[], T]
-) -> T | Finding:
-    """Wait for an examination of what is at `path`; what goes wrong with it is a finding."""
+    installation: Installation,
+    seconds: float,
+    path: Path,
+    examination: Callable[..., list[Finding]],
+    *arguments: Any,
+) -> list[Finding]:
+    """Wait for an examination of what is at `path`; its failure is a finding."""
     try:
         with anyio.fail_after(seconds):
-            return await in_daemon_thread(examination)
+            return await in_daemon_thread(examination, installation, *arguments)
     except TimeoutError:
-        # Only names may be looked at: everything else would hang, too.
+        # Only the names of mounts: everything else would hang, too.
         above = [mount for mount in mount_table() if path.is_relative_to(mount.mount_point)]
         mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=None)
         where = f"{mount.type}, mounted on {mount.mount_point}" if mount else "unknown filesystem"
-        return installation.finding(
+        answer = installation.finding(
             "no_answer",
             path=path,
             where=where,
             seconds=duration(seconds),
             point=quote(mount.mount_point) if mount else "",
         )
-    except Exception as exc:  # noqa: BLE001 - a doctor does not faint
+    except Exception as exc:  # noqa: BLE001 - the other examinations go on
         error = f"{type(exc).__name__}: {printable(str(exc), QUOTED)}"
-        return installation.finding("check_failed", path=path, error=error)
+        answer = installation.finding("check_failed", path=path, error=error)
+    return [answer]
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

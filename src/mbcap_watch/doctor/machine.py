@@ -73,7 +73,7 @@ def examine(installation: Installation) -> list[Finding]:
     newest = max((status.st_mtime for status in statuses if status), default=0.0)
     clock = list(judge_clock(installation, newest, time.time()))
     if not os.path.isdir("/proc/self"):
-        return clock
+        return [installation.finding("no_proc"), *clock]
     file, census = place(real), Census()
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():

@@ -35,12 +35,14 @@ _ATTRIBUTE_SECONDS: Final = 60
 
 
 def examine(
-    installation: Installation, settings: Settings
-) -> tuple[list[Finding], dict[str, plan.Value]]:
+    installation: Installation, settings: Settings, values: dict[str, plan.Value]
+) -> list[Finding]:
     """Examine the directory, and read the snapshot as the bridge does. Blocks.
 
-    Returns:
-        The findings, and by public key what the snapshot wants written.
+    Args:
+        installation: whose snapshot it is.
+        settings: where it is, and how large it may be.
+        values: is filled: by public key, what the snapshot wants written.
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
@@ -48,7 +50,7 @@ def examine(
     blocked = blocked_way(installation, "snapshot_unreadable", subject, path)
     finding = blocked or _judge_directory(installation, settings.snapshot_dir)
     if blocked or not place(settings.snapshot_dir).directory:
-        return [finding], {}
+        return [finding]
     findings = [finding]
     if any(Path(mount.mount_point) == path for mount in mount_table()):
         findings.append(installation.finding("single_snapshot", path=path))
@@ -56,12 +58,13 @@ def examine(
         file = read_file(path, settings.max_bytes)
         snapshot = parse(file.data, source=str(path))
     except SnapshotError as exc:
-        return [*findings, _unusable(installation, exc)], {}
+        return [*findings, _unusable(installation, exc)]
     desired = plan.desired_state(snapshot.entries)
     findings += list(_judge_entries(installation, desired, len(file.data)))
     placed = time.time() - file.changed_at
     findings.append(judge_stamp(installation, snapshot.written_at, placed, time.time()))
-    return findings, desired.values
+    values.update(desired.values)
+    return findings
 
 
 def _judge_directory(installation: Installation, path: Path) -> Finding:
