@@ -603,6 +603,16 @@ def test_a_full_disk(installation: Path) -> None:
     assert f"df -h {near}" in report("disk space", "problem")
 
 
+def test_a_full_disk_of_the_snapshot(installation: Path) -> None:
+    """The publisher cannot fill its temporary file."""
+    near = snapshot_of(installation).parent
+    script = f"cp -r {near} {near}2; mount -t tmpfs -o size=1m none {near}; cp {near}2/* {near}"
+    script += f"; head -c 2m /dev/zero > {near}/fill 2>/dev/null || true"
+    report = check_with(installation, script)
+    assert f"df -h {near}" in report("snapshot disk", "problem")
+    report("disk space", "ok")
+
+
 def test_a_disk_without_inodes(installation: Path) -> None:
     near = installation.parent / "near"
     near.mkdir()

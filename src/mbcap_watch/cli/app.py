@@ -1,4 +1,4 @@
-"""The command line: arguments, output, exit codes. Everything else is elsewhere."""
+"""The commands `run`, `apply`, `publish` and `demo`, and the way from an error to an exit code."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def main() -> None:
         sys.exit(output.EXIT_USAGE)
     except output.OutputError as exc:
         output.say(str(exc))
-        # What Python still holds for a standard output that is gone is not to be tried again.
+        # Else Python, while it ends, tries again to write what is left in its buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except SystemExit as exc:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
 
-# What only the command line knows, beside the settings of the library.
+# Settings of the command line alone.
 _CLI_DEFAULTS: Final = {
     "log_level": "info",
     "log_format": "text",
@@ -52,7 +52,7 @@ class Address(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything the command line runs with.
+    """All settings, and where each came from.
 
     Attributes:
         settings: for the library.
@@ -60,9 +60,9 @@ class Config:
         log_format: one of `LOG_FORMATS`.
         ack: whether `run` answers the publisher with a `result.json`.
         openmetrics_file: where `run` keeps its figures for node_exporter; None: nowhere.
-        http: where `run` serves its figures: an address and a port; None: nowhere.
+        http: the address and port where `run` serves its figures; None: nowhere.
         origins: for every name, where its value came from.
-        file: the TOML file that was read; None: none.
+        file: the TOML file that was read; None if there is none.
 
     """
 
@@ -164,7 +164,7 @@ _FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": Fals
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return our variables that are set, with the name of the setting of each."""
+    """Return the variables of settings that are not empty, each with the name of its setting."""
     found = {}
     for variable, value in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or not value:

@@ -39,7 +39,7 @@ EXIT_CODES: Final[dict[Outcome, int]] = {
 
 
 def print_json(fields: dict[str, Any]) -> None:
-    """Print one JSON object on one line; its texts are as safe as those for people."""
+    """Print one JSON object on one line; its texts are made safe for a terminal."""
     print_line(json.dumps(_safe(fields), ensure_ascii=False, separators=(",", ":")))
 
 
@@ -126,7 +126,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 
 def _as_json(value: object) -> object:
-    """Return what was in a column, as JSON: SQLite takes bytes and infinity in any."""
+    """Return a column's value as JSON can hold it: any column may hold bytes or infinity."""
     if isinstance(value, str):
         return printable(value, QUOTED)
     return value if value is None or isinstance(value, int) else quoted(value)
@@ -137,11 +137,11 @@ class OutputError(MbcapWatchError):
 
 
 def say(message: str) -> None:
-    """Tell people, on standard error."""
+    """Print a message for people, on standard error."""
     typer.echo(f"mbcap-watch: {printable(message)}", err=True)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Tell people, and end with an exit code."""
+    """Print a message for people, on standard error, and end with an exit code."""
     say(message)
     raise typer.Exit(code)

@@ -95,8 +95,8 @@ def _no_file(
 
 def _hints(database: Path, environ: Mapping[str, str]) -> Iterator[str]:
     """Say where else the database may be: as CoreScope's variable says, and what lies near by."""
-    if (told := environ.get(DATABASE_VARIABLE)) and Path(os.path.abspath(told)) != database:
-        yield f"{DATABASE_VARIABLE} says {told}"
+    if (named := environ.get(DATABASE_VARIABLE)) and Path(os.path.abspath(named)) != database:
+        yield f"{DATABASE_VARIABLE} says {named}"
     paths = (directory / name for directory in nearby(database) for name in listing(directory))
     found = [path for path in paths if path.suffix in (".db", ".sqlite") and path.is_file()]
     yield from (f"there is {path}" for path in found[:_HINTS])
@@ -181,15 +181,18 @@ def judge_filesystem(installation: Installation, mount: Mount) -> Iterator[Findi
         yield installation.finding("unknown_filesystem", where=where)
 
 
-def judge_space(installation: Installation, space: os.statvfs_result) -> Finding:
-    """Judge whether the disk has room (statvfs(3)); some filesystems do not say."""
+def judge_space(
+    installation: Installation, space: os.statvfs_result, subject: str = "disk space"
+) -> Finding:
+    """Judge whether a disk has room (statvfs(3)); some filesystems do not say."""
     free = space.f_bavail * space.f_frsize
     share = space.f_bavail / space.f_blocks if space.f_blocks else 1.0
     if space.f_blocks and free < _SPACE_NEEDED:
-        return installation.finding("disk_full", free=size(free))
+        return installation.finding("disk_full", subject=subject, free=size(free))
     if space.f_files and not space.f_favail:
         text = f"the disk is full: no inode is left, though {size(free)} are free"
-        return installation.finding("disk_full", text)
+        return installation.finding("disk_full", text, subject=subject)
     if free < _SPACE_SCARCE and share < _SCARCE_SHARE:
-        return installation.finding("disk_scarce", free=size(free), share=f"{share:.0%}")
-    return ok("disk space", f"{size(free)} free")
+        about = {"free": size(free), "share": f"{share:.0%}"}
+        return installation.finding("disk_scarce", subject=subject, **about)
+    return ok(subject, f"{size(free)} free")

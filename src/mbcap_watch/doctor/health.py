@@ -50,7 +50,7 @@ class Health(msgspec.Struct, frozen=True):
     """The verdict on a bridge.
 
     Attributes:
-        state: of the process, as far as it can be told.
+        state: of the process, as far as it is known.
         problems: each of them makes it unhealthy.
         warnings: worth knowing; no reason to restart anything.
 
@@ -78,7 +78,7 @@ def judge(stats: Stats, age: float, max_age: float | None = None) -> Health:
 
     Args:
         stats: the latest.
-        age: of them, in seconds; negative if they are from before the machine was started.
+        age: of the stats, in seconds; negative if they are from before the machine was started.
         max_age: seconds since the database was last compared that are too many; None: see
             `_RESYNCS`.
 

@@ -137,15 +137,15 @@ def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -
         variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
         environ = dict(variable.partition("=")[::2] for variable in variables)
         here, root = os.readlink(f"/proc/{pid}/cwd"), f"/proc/{pid}/root"
-        told = option(arguments, "--database")
-        told = told or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
+        named = option(arguments, "--database")
+        named = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
         if config := option(arguments, "--config") or environ.get(CONFIG_VARIABLE):
             text = Path(root + os.path.join(here, config)).read_text(encoding="utf-8")
-            told = told or tomllib.loads(text).get("database")
-        path = os.path.normpath(os.path.join(here, told or DEFAULT_DATABASE))
+            named = named or tomllib.loads(text).get("database")
+        path = os.path.normpath(os.path.join(here, named or DEFAULT_DATABASE))
     except (OSError, ValueError):
-        told = option(arguments, "--database")  # which everybody may know
-        return Daemon(pid, uid, told or "a database that only root may know", told == str(ours))
+        named = option(arguments, "--database")  # a command line is public
+        return Daemon(pid, uid, named or "a database that only root may know", named == str(ours))
     inside = place(Path(root + path)).status  # as that process sees it, be it in a container
     if inside and file.status:
         read_only = os.statvfs(root + os.path.dirname(path)).f_flag & os.ST_RDONLY

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.doctor.database import is_remote
+from mbcap_watch.doctor.database import is_remote, judge_space
 from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
 from mbcap_watch.doctor.places import Place, beyond_mode, blocked_way, nearby, place
@@ -51,7 +52,7 @@ def examine(
     finding = blocked or _judge_directory(installation, settings.snapshot_dir)
     if blocked or not place(settings.snapshot_dir).directory:
         return [finding]
-    findings = [finding]
+    findings = [finding, *_judge_disk(installation)]
     if any(Path(mount.mount_point) == path for mount in mount_table()):
         findings.append(installation.finding("single_snapshot", path=path))
     try:
@@ -83,6 +84,18 @@ def _judge_directory(installation: Installation, path: Path) -> Finding:
         text = f"user {os.geteuid()} may not list {directory.shown}"
         return _refused(installation, "snapshot dir", text, directory)
     return ok("snapshot dir", str(path))
+
+
+def _judge_disk(installation: Installation) -> Iterator[Finding]:
+    """Judge the disk of the snapshot, where it is not that of the database."""
+    path, beside = (
+        installation.snapshot_dir,
+        os.path.dirname(os.path.realpath(installation.database)),
+    )
+    with contextlib.suppress(OSError):
+        if not os.path.isdir(beside) or os.stat(path).st_dev != os.stat(beside).st_dev:
+            there = installation._replace(database=f"{path}/{SNAPSHOT_NAME}")
+            yield judge_space(there, os.statvfs(path), "snapshot disk")
 
 
 def _others(database: Path) -> Iterator[str]:
