@@ -569,6 +569,22 @@ def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
     assert f"chown 12345:12345 {shared}-shm (never delete it)" in report("owner", "problem")
 
 
+def test_two_files_are_one_problem(shared: Path) -> None:
+    os.chown(shared, 12345, 12345)
+    with ingestor(shared):
+        for side in ("-wal", "-shm"):
+            os.chown(f"{shared}{side}", 0, 0)
+            os.chmod(f"{shared}{side}", 0o600)
+        report = check_as(shared)
+        owner = [each for each in report if each.subject == "owner" and each.severity == "problem"]
+        assert len(owner) == 1
+        assert f"chown 12345:12345 {shared}-wal {shared}-shm (never" in owner[0].remedy
+        report = check_as(shared, NOBODY)
+    codes = [each.code for each in report if each.severity == "problem"]
+    assert codes == ["not_permitted"], shown(report)
+    assert "see permissions" not in shown(report)
+
+
 def test_a_daemon_of_another_user(shared: Path) -> None:
     with daemon("--database", shared) as pid:
         said = check_as(shared, NOBODY)("daemons", "warning")
@@ -740,9 +756,12 @@ def test_a_snapshot_directory_that_is_set_to_the_file(installation: Path) -> Non
 
 
 def test_a_machine_without_proc(installation: Path) -> None:
-    report = check_with(installation, "mount -t tmpfs none /proc")
-    assert "/proc is not mounted" in report("check", "warning")
-    assert not {subject for subject, _ in report.worse} - {"check"}, shown(report)
+    for in_use in (False, True):
+        with ingestor(installation) if in_use else contextlib.nullcontext():
+            report = check_with(installation, "mount -t tmpfs none /proc")
+        assert "/proc is not mounted" in report("check", "problem")
+        assert report.worse == {("check", "problem")}, shown(report)
+        assert "disk" not in report("check", "problem")
 
 
 def test_no_descriptor_left(installation: Path) -> None:

@@ -148,6 +148,8 @@ def _judge_tables(installation: Installation, tally: Tally, counts: dict[str, in
 def _unusable(installation: Installation, error: DatabaseError) -> Finding:
     """Return why the database cannot be read."""
     primary = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+    if not os.path.isdir("/proc/self"):
+        return installation.finding("no_proc")
     if primary == sqlite3.SQLITE_INTERRUPT:
         return installation.finding("slow_database")
     if primary == sqlite3.SQLITE_READONLY:

@@ -53,7 +53,8 @@ def examine(
     if blocked or not place(settings.snapshot_dir).directory:
         return [finding]
     findings = [finding, *_judge_disk(installation)]
-    if any(Path(mount.mount_point) == path for mount in mount_table()):
+    real = Path(os.path.realpath(path))
+    if any(Path(mount.mount_point) == real for mount in mount_table()):
         findings.append(installation.finding("single_snapshot", path=path))
     try:
         file = read_file(path, settings.max_bytes)

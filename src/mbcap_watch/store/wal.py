@@ -22,6 +22,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, ForeignWal
+from mbcap_watch.store.errors import cause_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,7 +109,8 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     except FileNotFoundError:
         return Wal.ABSENT
     except OSError as exc:
-        raise DatabaseFailed(database, f"its -wal cannot be reached: {exc.strerror}") from exc
+        problem = f"its -wal cannot be reached: {exc.strerror}"
+        raise DatabaseFailed(database, problem, cause_of(exc)) from exc
     if not hasattr(fcntl, "F_OFD_GETLK"):
         return Wal.IN_USE  # not Linux: there is no way to ask without harm
     try:
@@ -116,7 +118,7 @@ def require_own_wal(database: Path, grace: float) -> Wal:
         age = time.time() - max(_changed(path) for path in (real, wal, shm))
     except OSError as exc:
         problem = f"the kernel does not say who has it open: {exc.strerror}"
-        raise DatabaseFailed(database, problem) from exc
+        raise DatabaseFailed(database, problem, cause_of(exc)) from exc
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
