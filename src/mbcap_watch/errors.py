@@ -39,11 +39,13 @@ Cause = Literal[
     "no_database",
     "wal_replaced",
     "wal_left_behind",
+    "nodes_not_served",
 ]
 """What is behind a `DatabaseFailed`, as far as it can be told, for programs.
 
 `no_database` is behind no error: there is no snapshot yet, and no database either. `wal_replaced`
-and `wal_left_behind` are those of `ForeignWal`.
+and `wal_left_behind` are those of `ForeignWal`. `nodes_not_served` is behind no error, either: the
+other table was compared.
 """
 
 
@@ -171,9 +173,23 @@ class SnapshotRefused(SnapshotError):
 
 
 class SnapshotUnreadable(SnapshotError):
-    """The operating system refused to read the file (permission, I/O, a stale handle)."""
+    """The operating system refused to read the file (permission, I/O, a stale handle).
+
+    Attributes:
+        cause: `limit`: not the file is refused, but a descriptor or memory; else None.
+
+    """
 
     hint = "the database stays as it is and the file is tried again"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        problem: str,
+        cause: Literal["limit"] | None = None,
+    ) -> None:
+        super().__init__(path, problem)
+        self.cause = cause
 
 
 class SnapshotNotPublished(SnapshotError):

@@ -15,6 +15,10 @@ from typing import Final
 STUCK_SECONDS: Final = 5.0
 
 
+# The file that was to be opened is not at fault (open(2)).
+LIMIT_ERRORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def require_descriptors(count: int) -> None:
     """Raise now if so many descriptors cannot be opened.
 

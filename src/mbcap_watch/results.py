@@ -54,7 +54,8 @@ class PersistResult:
         lock_seconds: the longest single hold of the write lock; 0.0 if it was never taken.
         cause: what is behind a database that `failed`, for programs that hold the result; None if
             that cannot be told. Not in the JSON, where `error` says it. Of `no_snapshot`: whether
-            there is no database either.
+            there is no database either; of `applied` and `unchanged`: whether the table nodes could
+            not be served.
 
     """
 

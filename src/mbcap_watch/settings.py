@@ -19,6 +19,12 @@ Downgrade = Literal["allow", "never"]
 
 SNAPSHOT_DIR_NAME = "mbcap-snapshot"
 
+# The environment of the command line. `check` reads that of a running daemon, too.
+ENV_PREFIX = "MBCAP_WATCH_"
+CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+DATABASE_VARIABLE = "DB_PATH"  # CoreScope's own
+DEFAULT_DATABASE = "data/meshcore.db"  # likewise
+
 # 100,000 nodes. Whatever is in the file, reading it takes up to ten times as much memory, and the
 # process 45 MiB besides: MemoryMax= of the units and mem_limit in compose allow for that.
 DEFAULT_MAX_BYTES = 12 << 20
@@ -105,7 +111,7 @@ class Settings:
         values = {
             "database": path,
             "snapshot_dir": beside if snapshot_dir is None else _path("snapshot_dir", snapshot_dir),
-            "mode": _choice("mode", mode, get_args(Mode)),
+            "mode": choice("mode", mode, get_args(Mode)),
             "poll_interval": duration("poll_interval", poll_interval, 0.01),
             "sweep_interval": duration("sweep_interval", sweep_interval, 0.01),
             "resync": duration("resync", resync, 0.1),
@@ -115,7 +121,7 @@ class Settings:
             "busy_deadline": duration("busy_deadline", busy_deadline, 0.0),
             "wal_grace": duration("wal_grace", wal_grace, 0.0),
             "max_bytes": _size("max_bytes", max_bytes),
-            "downgrade": _choice("downgrade", downgrade, get_args(Downgrade)),
+            "downgrade": choice("downgrade", downgrade, get_args(Downgrade)),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
@@ -150,7 +156,13 @@ def _path(name: str, value: object) -> Path:
         raise SettingsError(name, f"{text} is relative to a directory that is gone") from exc
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return `value`, which is one of `choices`.
+
+    Raises:
+        SettingsError: it is not; names `name`.
+
+    """
     if value not in choices:
         raise SettingsError(name, f"expected one of {', '.join(choices)}, got {value!r}")
     return str(value)

@@ -527,3 +527,14 @@ def test_nobody_is_answered_unasked(database: Path) -> None:
 def test_a_flag_that_is_none(database: Path) -> None:
     done = call("run", "--database", database, env={"MBCAP_WATCH_ACK": "perhaps"})
     assert (done.returncode, "MBCAP_WATCH_ACK" in done.stderr) == (2, True)
+
+
+def test_the_help_tells_the_defaults_as_they_are(database: Path) -> None:
+    """Each `Default:` of `run --help`, given as an option, changes nothing."""
+    options = " ".join(call("run", "--help", env=PLAIN).stdout.split())
+    told = re.findall(r"--([a-z-]+) [A-Za-z|.:-]+(?:(?! --).)*? Default: ([0-9a-zA-Z]+)\.", options)
+    given = [part for name, default in told for part in (f"--{name}", default)]
+    assert len(told) >= 13
+    rows = [call("config", "--json", "--database", database, *more).stdout for more in ([], given)]
+    default, as_told = ({k: v["value"] for k, v in json.loads(row).items()} for row in rows)
+    assert as_told == default

@@ -20,9 +20,9 @@ import pytest
 from rich.console import Console
 
 from mbcap_watch import Settings
-from mbcap_watch.doctor import check, contents, locks, machine, snapshot
-from mbcap_watch.doctor import database as check_database
-from mbcap_watch.doctor.findings import Finding, ok, problem, size, warning
+from mbcap_watch.cli import output
+from mbcap_watch.doctor import check, contents, database, machine, places, snapshot
+from mbcap_watch.doctor.findings import Finding, Installation, ok, size
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import timestamp
 from mbcap_watch.store.library import HAS_RESET_BUG
@@ -64,7 +64,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(contents, "LOCK_SECONDS", 0.3)
     monkeypatch.setattr(contents, "BUSY_SECONDS", 0.3)
 
 
@@ -90,7 +90,7 @@ class Report(list[Finding]):
 
     def __call__(self, subject: str, level: str) -> str:
         """Return what is said about the subject, at this level."""
-        found = [f for f in self if f.subject == subject and f.level == level]
+        found = [f for f in self if f.subject == subject and f.severity == level]
         assert found, f"no {level} about {subject} in\n{shown(self)}"
         assert all(bool(each.remedy) is (level != "ok") for each in found)
         return " ".join(f"{each.text} -> {each.remedy}" for each in found)
@@ -99,7 +99,7 @@ class Report(list[Finding]):
     def worse(self) -> set[tuple[str, str]]:
         """What is wrong; the SQLite of the machine is another matter."""
         judged: set[tuple[str, str]] = {
-            (each.subject, each.level) for each in self if each.level != "ok"
+            (each.subject, each.severity) for each in self if each.severity != "ok"
         }
         return judged - {("sqlite", "warning")}
 
@@ -116,7 +116,7 @@ def shown(findings: Sequence[Finding], encoding: str = "utf-8") -> str:
             return encoding
 
     file = File()
-    check.render(findings, Console(file=file, width=40))
+    output.print_findings(findings, Console(file=file, width=40))
     return file.getvalue()
 
 
@@ -200,6 +200,7 @@ def touched(days: float) -> Callable[[Path], None]:
 ONE_LACKS = sql(DROP.format("inactive_nodes"))
 BOTH_LACK = sql(DROP.format("nodes"), DROP.format("inactive_nodes"))
 ANOTHER = sql("ALTER TABLE nodes RENAME TO recipes", "DROP TABLE inactive_nodes")
+CAPITALS = [(f"{number:04x}", "Confirmed") for number in range(3)]
 STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
 
 
@@ -207,20 +208,20 @@ STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
     "breaks, subject, level, words",
     [
         ("rm meshcore.db", "database", "problem", ["does not exist", "there is", "other.db"]),
-        ("rm meshcore.db; mkdir meshcore.db", "database", "problem", ["bind mount", "rmdir"]),
+        ("rm meshcore.db; mkdir meshcore.db", "database", "problem", ["Docker", "rmdir"]),
         ("rm meshcore.db; mkfifo meshcore.db", "database", "problem", ["no regular file"]),
         ("ln -sf gone.db meshcore.db", "database", "problem", ["a link on the way", "gone.db"]),
         ("rm m*.db; ln -s meshcore.db meshcore.db", "database", "problem", ["symbolic links"]),
         ("truncate -s 0 meshcore.db", "database", "problem", ["is empty", "by mistake"]),
         ("seq 1000 > meshcore.db", "tables", "problem", ["is not an SQLite", "set --database"]),
         ("truncate -s 8192 meshcore.db", "tables", "problem", ["is corrupt", "restore a backup"]),
-        (ANOTHER, "tables", "problem", ["there is recipes", "set the path"]),
+        (ANOTHER, "tables", "problem", ["there is recipes", "set --database"]),
         (BOTH_LACK, "tables", "problem", ["nodes lacks multibyte_evidence; inactive_", "upgrade"]),
         (ONE_LACKS, "tables", "warning", ["inactive_nodes lacks multibyte_evidence", "upgrade"]),
         (sql("PRAGMA journal_mode = delete"), "journal mode", "warning", ["delete, not WAL"]),
-        (sql("DELETE FROM nodes", "DELETE FROM inactive_nodes"), "preview", "warning", ["no rows"]),
+        (sql("DELETE FROM nodes", "DELETE FROM inactive_nodes"), "preview", "problem", ["no rows"]),
         (touched(-5), "activity", "warning", ["for 5 d", "old copy"]),
-        (touched(+1), "clock", "warning", [" later: it jumped", "timedatectl"]),
+        (touched(+1), "clock", "warning", [" later: the clock jumped", "timedatectl"]),
         ("seq 400 > meshcore.db-wal", "wal", "problem", ["left behind", "remove the -wal"]),
         ("rm mbcap-snapshot/*", "snapshot", "warning", ["does not exist", "CoreScope's server"]),
         ("rm -r mbcap-snapshot", "snapshot dir", "warning", ["the publisher creates it"]),
@@ -228,13 +229,29 @@ STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
         ("cd mbcap*; rm *; mkfifo snapshot.json", "snapshot", "problem", ["is a FIFO", "remove"]),
         (written(b""), "snapshot", "problem", ["malformed", "is empty", "rename it over"]),
         (written(b'{"entries": ['), "snapshot", "problem", ["malformed", "truncated"]),
-        (written(b"x" * 2_000_000), "snapshot", "problem", ["refused", "raise max_bytes"]),
+        (written(b"x" * 2_000_000), "snapshot", "problem", ["refused", "raise --max-bytes"]),
         (written(b"{}"), "snapshot", "warning", ["nothing to write"]),
-        (published(("aa11", "Confirmed")), "snapshot", "warning", ["another format"]),
-        (published(*STRANGERS), "preview", "problem", ["none matches", "the same CoreScope"]),
+        (
+            published(("aa11", "Confirmed")),
+            "snapshot",
+            "problem",
+            ["1 entry, of which none", "another format"],
+        ),
+        (published(*CAPITALS, ("aa11", "confirmed")), "snapshot", "warning", ["another format"]),
+        (
+            published(*STRANGERS),
+            "preview",
+            "problem",
+            ["not one of the 20 keys", "the same CoreScope"],
+        ),
         (published(*STRANGERS, ("aa11", "confirmed")), "preview", "warning", ["20 are in no"]),
         (published(written_at="2024-01-01T00:00:00Z"), "age", "warning", ["stale", "put back"]),
-        (published(written_at="2099-01-01T00:00:00Z"), "age", "warning", ["in the future", "NTP"]),
+        (
+            published(written_at="2099-01-01T00:00:00Z"),
+            "age",
+            "warning",
+            ["in the future", "timedatectl"],
+        ),
     ],
 )
 async def test_one_thing_wrong(
@@ -304,8 +321,21 @@ async def test_a_database_that_is_locked_against_readers(tmp_path: Path) -> None
         database, INGESTOR.replace("UPDATE nodes SET name = 'written'", "BEGIN EXCLUSIVE")
     ):
         report = await report_on(database)
-    assert "is locked by another connection" in report("tables", "problem")
-    report("lock", "problem")
+    assert "by pid" in report("lock", "problem")
+    assert ("tables", "problem") not in report.worse  # one problem, once
+
+
+@pytest.mark.parametrize("written", [True, False])
+async def test_a_database_that_a_process_has_for_itself(installation: Path, written: bool) -> None:
+    """In WAL mode, `locking_mode=EXCLUSIVE` needs no -shm; nothing was left behind by a crash."""
+    first = "connection.execute('PRAGMA locking_mode = EXCLUSIVE'); connection.execute("
+    script = INGESTOR.replace("connection.execute(", first, 1)
+    if not written:
+        script = script.replace("UPDATE nodes SET name = 'written'", "BEGIN IMMEDIATE")
+    with ingestor(installation, script) as process:
+        report = await report_on(installation, wal_grace=0)
+    assert f"by pid {process.pid}" in report("lock", "problem")
+    assert not {subject for subject, _ in report.worse} - {"lock"}, shown(report)
 
 
 async def test_a_reader_that_keeps_the_wal_growing(installation: Path) -> None:
@@ -354,7 +384,7 @@ async def test_two_daemons(installation: Path, tmp_path: Path) -> None:
         assert f"for {tmp_path}/no.db" in report("daemons", "ok")
         with daemon("--config", config) as second, daemon(DB_PATH=str(installation)) as third:
             said = (await report_on(installation))("daemons", "problem")
-    assert said.startswith("3 serve this database")
+    assert said.startswith("more than one mbcap-watch writes this database: pid ")
     assert all(str(pid) in said for pid in (first, second, third))
     assert "stop all but one" in said
 
@@ -366,7 +396,7 @@ async def test_a_daemon_that_is_paused(installation: Path) -> None:
             said = (await report_on(installation))("daemons", "problem")
         finally:
             os.kill(pid, signal.SIGCONT)
-    assert "it is paused" in said
+    assert "is paused" in said
     assert f"kill -CONT {pid}" in said
 
 
@@ -374,7 +404,7 @@ async def test_a_daemon_that_was_killed(installation: Path) -> None:
     with daemon("--database", installation) as pid:
         await service(installation, "running, healthy", "ok")
         os.kill(pid, signal.SIGKILL)
-    said = await service(installation, "is there no more", "problem")
+    said = await service(installation, "is gone; its last sign of life", "problem")
     assert "start it again" in said
 
 
@@ -386,7 +416,7 @@ async def service(database: Path, words: str, level: str, **settings: Any) -> st
         report = await check.examine(made, os.environ)
         said = [each for each in report if each.subject == "service" and words in each.text]
         if said:
-            assert said[0].level == level
+            assert said[0].severity == level
             return f"{said[0].text} -> {said[0].remedy}"
         assert time.monotonic() < deadline, shown(report)
 
@@ -406,7 +436,7 @@ async def test_what_only_the_daemon_knows(installation: Path) -> None:
         assert "bb" not in said
         # With other settings there is none, but there is one that may be meant.
         elsewhere = installation.parent / "elsewhere"
-        said = await service(installation, "from another", "warning", snapshot_dir=elsewhere)
+        said = await service(installation, ") runs with", "warning", snapshot_dir=elsewhere)
         assert str(snapshot_of(installation).parent) in said
 
 
@@ -427,7 +457,7 @@ def shared() -> Iterator[Path]:
 
 # Becomes the other user when all is imported: the interpreter may be out of that user's reach.
 CHECK = """if True:
-    import anyio._backends._asyncio, dataclasses, encodings.ascii, json, os, sys
+    import anyio._backends._asyncio, encodings.ascii, json, msgspec, os, sys
     from mbcap_watch import Settings
     from mbcap_watch.doctor import check
     uid = int(sys.argv[2])
@@ -436,7 +466,7 @@ CHECK = """if True:
         os.setgid(uid)
         os.setuid(uid)
     findings = anyio.run(check.examine, Settings(sys.argv[1]), os.environ)
-    print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
+    print(json.dumps(msgspec.to_builtins(findings)))
 """
 
 
@@ -480,12 +510,18 @@ def test_an_owner_who_may_not_write_the_directory(shared: Path) -> None:
     assert said.endswith(f"chmod u+rw {shared}; chmod u+rwx {shared.parent}")
 
 
-def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
-    """From here all looks well."""
+def as_nobody() -> list[str]:
+    """Return what runs a command as another user."""
     runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
     tried = [*runs, sys.executable, "-c", "import mbcap_watch"]
     if subprocess.run(tried, check=False, capture_output=True).returncode:
         pytest.skip("the interpreter is out of the other user's reach")
+    return runs
+
+
+def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
+    """From here all looks well."""
+    runs = as_nobody()
     runtime = shared.parent / "runtime"
     runtime.mkdir()
     os.chown(runtime, NOBODY, NOBODY)
@@ -500,6 +536,30 @@ def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
     assert {subject for subject, level in report.worse if level == "problem"} == {"service"}
 
 
+@contextlib.contextmanager
+def changed(apply: list[str], undo: list[str]) -> Iterator[None]:
+    """Change how a file is protected, for the block."""
+    if shutil.which(apply[0]) is None or subprocess.run(apply, check=False).returncode:
+        pytest.skip(f"needs {apply[0]}(1), and a filesystem that knows it")
+    try:
+        yield
+    finally:
+        subprocess.run(undo, check=True)
+
+
+def test_what_the_mode_would_allow(shared: Path) -> None:
+    with changed(["chattr", "+i", str(shared)], ["chattr", "-i", str(shared)]):
+        said = check_as(shared)("permissions", "problem")
+    assert f"lsattr -d {shared}" in said
+    assert "chmod" not in said
+    snapshot = str(snapshot_of(shared))
+    acl = ["setfacl", "-m", f"u:{NOBODY}:-", snapshot]
+    with changed(acl, ["setfacl", "-b", snapshot]):
+        said = check_as(shared, NOBODY)("snapshot", "problem")
+    assert f"getfacl {snapshot}" in said
+    assert "chmod" not in said
+
+
 def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
     os.chown(shared, 12345, 12345)
     with ingestor(shared):
@@ -509,11 +569,27 @@ def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
     assert f"chown 12345:12345 {shared}-shm (never delete it)" in report("owner", "problem")
 
 
+def test_two_files_are_one_problem(shared: Path) -> None:
+    os.chown(shared, 12345, 12345)
+    with ingestor(shared):
+        for side in ("-wal", "-shm"):
+            os.chown(f"{shared}{side}", 0, 0)
+            os.chmod(f"{shared}{side}", 0o600)
+        report = check_as(shared)
+        owner = [each for each in report if each.subject == "owner" and each.severity == "problem"]
+        assert len(owner) == 1
+        assert f"chown 12345:12345 {shared}-wal {shared}-shm (never" in owner[0].remedy
+        report = check_as(shared, NOBODY)
+    codes = [each.code for each in report if each.severity == "problem"]
+    assert codes == ["not_permitted"], shown(report)
+    assert "see permissions" not in shown(report)
+
+
 def test_a_daemon_of_another_user(shared: Path) -> None:
     with daemon("--database", shared) as pid:
         said = check_as(shared, NOBODY)("daemons", "warning")
     assert f"pid {pid} (user 0" in said
-    assert f"sudo -u '#0' mbcap-watch check --database {shared}" in said
+    assert f"sudo -u '#0' mbcap-watch check --database {shared} --snapshot-dir " in said
 
 
 # ------------------------------------------------------------------------------ filesystems
@@ -541,6 +617,16 @@ def test_a_full_disk(installation: Path) -> None:
     report = check_with(near / "m.db", script)
     assert "the disk is full" in report("disk space", "problem")
     assert f"df -h {near}" in report("disk space", "problem")
+
+
+def test_a_full_disk_of_the_snapshot(installation: Path) -> None:
+    """The publisher cannot fill its temporary file."""
+    near = snapshot_of(installation).parent
+    script = f"cp -r {near} {near}2; mount -t tmpfs -o size=1m none {near}; cp {near}2/* {near}"
+    script += f"; head -c 2m /dev/zero > {near}/fill 2>/dev/null || true"
+    report = check_with(installation, script)
+    assert f"df -h {near}" in report("snapshot disk", "problem")
+    report("disk space", "ok")
 
 
 def test_a_disk_without_inodes(installation: Path) -> None:
@@ -586,7 +672,7 @@ def test_a_volume_that_is_a_single_file(installation: Path) -> None:
 def test_no_inotify_instance_left(installation: Path) -> None:
     script = "echo 0 > /proc/sys/user/max_inotify_instances"
     report = check_with(installation, script, "-U", "-r")
-    assert report("watch", "warning").startswith("poll: no inotify watch on")
+    assert report("watch", "warning").startswith("it polls: no inotify watch on")
     assert "sysctl -w user.max_inotify_instances=512" in report("inotify", "warning")
 
 
@@ -639,9 +725,56 @@ async def test_a_mount_that_does_not_answer(
     report("tables", "ok")
 
 
+def test_a_snapshot_that_is_mounted_alone(installation: Path) -> None:
+    """What is renamed over it outside does not arrive inside."""
+    path = snapshot_of(installation)
+    report = check_with(installation, f"mount --bind {path} {path}")
+    assert "mounted as a single file" in report("snapshot dir", "problem")
+
+
+@pytest.mark.parametrize("gone", ["", SNAPSHOT_DIR_NAME])
+def test_a_directory_that_was_deleted_behind_its_mount(tmp_path: Path, gone: str) -> None:
+    """As in a container whose volume was made anew: it goes on showing what was there."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for directory in (outside, inside):
+        (directory / SNAPSHOT_DIR_NAME).mkdir(parents=True)
+        publish(make_database(directory / "m.db", [("nodes", "aa11", 0, None)]))
+    script = f"mount --bind {outside / gone} {inside / gone}; rm -r {outside / gone}"
+    report = check_with(inside / "m.db", script)
+    said = report("snapshot dir" if gone else "database", "problem")
+    assert f"{inside / gone} was deleted" in said
+    assert "restart the container" in said
+
+
+def test_a_snapshot_directory_that_is_set_to_the_file(installation: Path) -> None:
+    path = snapshot_of(installation)
+    done = cli("check", "--database", installation, "--snapshot-dir", path, "--json")
+    [said] = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "problem"]
+    assert said["code"] == "snapshot_dir_is_file"
+    assert said["remedy"].endswith(f": {path.parent}")
+    assert "rm" not in said["remedy"]
+
+
+def test_a_machine_without_proc(installation: Path) -> None:
+    for in_use in (False, True):
+        with ingestor(installation) if in_use else contextlib.nullcontext():
+            report = check_with(installation, "mount -t tmpfs none /proc")
+        assert "/proc is not mounted" in report("check", "problem")
+        assert report.worse == {("check", "problem")}, shown(report)
+        assert "disk" not in report("check", "problem")
+
+
+def test_no_descriptor_left(installation: Path) -> None:
+    """One reason, and the right one."""
+    report = check_as(installation, inside=["prlimit", "--nofile=20", "--"])
+    assert [each.code for each in report] == ["limit"]
+    assert "LimitNOFILE" in report[0].remedy
+
+
 # ------------------------------------------------------------------------------ judgements
 
 NOW = 1_800_000_000.0
+HERE = Installation("/d/m.db", "/d/mbcap-snapshot")
 
 
 @pytest.mark.parametrize(
@@ -652,17 +785,17 @@ NOW = 1_800_000_000.0
         ("0001-01-01T00:00:00Z", 60, "ok", "no writtenAt"),
         ("0001-01-01T00:00:00+14:00", 60, "warning", "written 739995 d 22 h ago"),
         ("0000-01-01T00:00:00Z", 60, "ok", "no writtenAt"),
-        ("2027-01-15T07:00:00Z", 3600, "warning", "publisher has stopped"),
-        (None, 3600, "warning", "publisher has stopped"),
+        ("2027-01-15T07:00:00Z", 3600, "warning", "the publisher is stale"),
+        (None, 3600, "warning", "the publisher is stale"),
         ("2027-01-15T07:00:00Z", 5, "warning", "old snapshot was put back"),
-        ("2027-01-15T08:00:00Z", 3600, "warning", "NTP"),
+        ("2027-01-15T08:00:00Z", 3600, "warning", "timedatectl"),
         ("2027-01-15T08:00:00Z", -600, "warning", "put in place 10 min in the future"),
         ("2027-01-15T08:00:30Z", -30, "ok", "put in place"),
     ],
 )
 def test_ages(written_at: str | None, placed_ago: float, level: str, words: str) -> None:
-    finding = snapshot.judge_age(written_at, NOW - placed_ago, NOW)
-    assert finding.level == level
+    finding = snapshot.judge_stamp(HERE, written_at, placed_ago, NOW)
+    assert finding.severity == level
     assert words in finding.text + finding.remedy
 
 
@@ -681,8 +814,8 @@ def nfs(*options: str) -> Mount:
     ],
 )
 def test_mount_options(mount: Mount, levels: list[str], words: str) -> None:
-    findings = list(snapshot.judge_options(mount))
-    assert [finding.level for finding in findings] == levels
+    findings = list(snapshot.judge_options(HERE, mount))
+    assert [finding.severity for finding in findings] == levels
     assert words in str(findings)
 
 
@@ -694,7 +827,8 @@ def test_mount_options(mount: Mount, levels: list[str], words: str) -> None:
     ],
 )
 def test_filesystems(kind: str, level: str) -> None:
-    assert check_database.judge_filesystem(Mount(kind, "/", ())).level == level
+    [finding] = database.judge_filesystem(HERE, Mount(kind, "/", ()))
+    assert finding.severity == level
 
 
 @pytest.mark.parametrize(
@@ -710,15 +844,15 @@ def test_filesystems(kind: str, level: str) -> None:
 )
 def test_whose_files_would_be_left(uid: int, gid: int, mode: int, levels: list[str]) -> None:
     status = os.stat_result((0o100000 | mode, 2, 3, 1, 1000, 1000, 1, 0, 0, 0))
-    directory = check_database.Place(Path("/d"))
-    findings = list(check_database.judge_owner(status, directory, [], uid, gid))
-    assert [finding.level for finding in findings] == levels
+    directory = places.Place(Path("/d"))
+    findings = list(database.judge_owner(HERE, status, directory, [], uid, gid))
+    assert [finding.severity for finding in findings] == levels
 
 
 def test_scarce_limits() -> None:
-    few = machine.judge_inotify("watches", 10, 1000, "fs.inotify.max_user_watches")
-    assert few.level == "ok"
-    many = machine.judge_inotify("instances", 120, 128, "fs.inotify.max_user_instances")
+    few = machine.judge_inotify(HERE, "watches", 10, 1000, "fs.inotify.max_user_watches")
+    assert few.severity == "ok"
+    many = machine.judge_inotify(HERE, "instances", 120, 128, "fs.inotify.max_user_instances")
     assert "fs.inotify.max_user_instances=512" in many.remedy
 
 
@@ -765,17 +899,15 @@ async def test_a_database_that_takes_too_long(
 def test_rendering() -> None:
     findings = [
         ok("one", "fine"),
-        warning("longer", "[red]so[/] é\x1b[31m\n", "mend it"),
-        problem(
-            "two", "bad \udcff", "do something that takes more than the forty columns there are"
-        ),
+        Finding("x", "warning", "longer", "[red]so[/] é\x1b[31m\n", "mend it"),
+        Finding("y", "problem", "two", "bad \udcff", f"do something {'that is long ' * 5}"),
     ]
     assert shown(findings).splitlines() == [
         "ok      one     fine",
         r"warning longer  [red]so[/] é\x1b[31m\n",
         "                -> mend it",
         r"problem two     bad \udcff",
-        "                -> do something that takes more than the forty columns there are",
+        f"                -> do something {'that is long ' * 5}",
         "1 problem, 1 warning",
     ]
     assert shown(findings, "ascii").isascii()
@@ -787,21 +919,37 @@ def test_quantities() -> None:
     assert sizes == ["0 bytes", "2 KiB", "5 MiB", "3.0 GiB"]
 
 
+def cli(*arguments: object, before: Sequence[str] = (), **options: Any) -> Any:
+    command = [*before, sys.executable, "-m", "mbcap_watch", *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(command, check=False, cwd=TESTS, **options)
+
+
 def test_the_command(installation: Path) -> None:
-    command = [sys.executable, "-m", "mbcap_watch", "check", "--database"]
-    done = subprocess.run(
-        [*command, str(installation)], capture_output=True, check=False, cwd=TESTS
-    )
+    done = cli("check", "--database", installation)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode().startswith(f"ok      database      {installation}, ")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*command, "/no.db"], stdout=full, stderr=subprocess.PIPE, check=False
-        )
+        done = cli("check", "--database", "/no.db", stdout=full)
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
-    done = subprocess.run([*command, "/no/such.db", "--json"], capture_output=True, check=False)
+    done = cli("check", "--database", "/no/such.db", "--json")
     assert done.returncode == 1
     body = json.loads(done.stdout)
     assert body["ok"] is False
-    assert set(body["findings"][0]) == {"level", "subject", "text", "remedy"}
+    assert set(body["findings"][0]) == {"code", "severity", "subject", "text", "remedy"}
+
+
+def test_remedies_repeat_the_settings_that_were_given(shared: Path) -> None:
+    config = shared.parent / "my settings.toml"
+    config.write_text(f'database = "{shared}"')
+    with daemon("--config", config, "--database", shared) as pid:
+        other = as_nobody()
+        done = cli("check", "--config", config, "--json", before=other)
+        told = {each["code"]: each["remedy"] for each in json.loads(done.stdout)["findings"]}
+        assert told["other_user"].endswith(f" --config '{config}'")
+        os.kill(pid, signal.SIGSTOP)
+        done = cli("check", "--config", config, "--json")
+        os.kill(pid, signal.SIGCONT)
+    problems = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "problem"]
+    assert [each["code"] for each in problems] == ["paused"]  # once

@@ -13,9 +13,8 @@ import pytest
 from rich.console import Console
 
 from mbcap_watch import Settings
-from mbcap_watch.doctor.findings import duration
+from mbcap_watch.doctor.findings import catalogue, duration
 from mbcap_watch.doctor.health import Health, judge, judge_search
-from mbcap_watch.doctor.remedies import REMEDIES
 from mbcap_watch.doctor.status import as_json, render
 from mbcap_watch.errors import Cause
 from mbcap_watch.results import Outcome, PersistResult, Timings, WatchState
@@ -41,17 +40,17 @@ class Bridge:
         self.metrics = Metrics(settings, version="1.2.3", pid=pid, clock=lambda: self.clock)
 
     def result(self, outcome: Outcome, error: str | None = None, **fields: Any) -> Bridge:
-        values = {"outcome": outcome, "reason": "rename", "error": error} | fields
+        values = {"outcome": outcome, "reason": "rename", "error": error, "entries": 1} | fields
         self.metrics.on_result(PersistResult(**values))
-        return self.look(INOTIFY)
+        return self.sync(INOTIFY)
 
-    def look(self, state: WatchState) -> Bridge:
+    def sync(self, state: WatchState) -> Bridge:
         self.metrics.on_state(replace(state, last_sync=self.clock + 1))
         return self
 
-    def later(self, seconds: float, *, looks: bool = True) -> Bridge:
+    def later(self, seconds: float, *, syncs: bool = True) -> Bridge:
         self.clock += seconds
-        return self.look(self.stats.watch) if looks else self
+        return self.sync(self.stats.watch) if syncs else self
 
     @property
     def stats(self) -> Stats:
@@ -82,7 +81,10 @@ def well(settings: Settings = SETTINGS, pid: int = 42) -> Bridge:
     return Bridge(settings, pid).result("applied", written_at="2027-01-15T07:59:00Z")
 
 
-@pytest.mark.parametrize("fate, words", [("gone", "is there no more"), ("paused", "kill -CONT 42")])
+@pytest.mark.parametrize(
+    "fate, words",
+    [("gone", "is gone; its last sign of life was 1 min ago"), ("paused", "kill -CONT 42")],
+)
 def test_what_became_of_the_process(fate: Literal["gone", "paused"], words: str) -> None:
     health = judge_search(search(well().found(age=60)._replace(fate=fate)), SETTINGS)
     assert (health.state, codes(health)[0]) == ("stale", [fate])
@@ -104,7 +106,7 @@ def test_all_is_well() -> None:
 def test_nothing_runs() -> None:
     health = judge_search(search(), SETTINGS)
     assert (health.healthy, health.state) == (False, "not running")
-    assert codes(health)[0] == ["not_running", "obstacle"]
+    assert codes(health) == (["not_running"], ["obstacle"])
     assert "--database /data/meshcore.db" in text(health)
     assert "/run/y: is odd; look at it" in text(health)
 
@@ -112,8 +114,8 @@ def test_nothing_runs() -> None:
 def test_a_wrong_path_is_named() -> None:
     other = well(Settings(Path("/app/data/meshcore.db")), pid=7)
     health = judge_search(search(others=(other.found(),)), SETTINGS)
-    assert codes(health)[0] == ["not_running", "other_settings", "obstacle"]
-    assert "process 7 (uid 1000) runs with --database /app/data/meshcore.db" in text(health)
+    assert codes(health) == (["not_running"], ["other_settings", "obstacle"])
+    assert "process 7 (user 1000) runs with --database /app/data/meshcore.db" in text(health)
     # One that has ended is no hint.
     assert "process 7" not in text(judge_search(search(others=(other.found(age=60),)), SETTINGS))
 
@@ -150,7 +152,7 @@ def test_two_daemons_are_named(same_snapshot: bool) -> None:
         return judge_search(both, SETTINGS)
 
     assert codes(health(1, 2))[0] == ["two_daemons"]
-    assert "process 42 and 43 (uid 1000, /" in text(health(1, 2))
+    assert "process 42 and 43 (user 1000, /" in text(health(1, 2))
     assert health(1, 6).healthy
     assert health(7, 8).state == "stale"
 
@@ -161,23 +163,23 @@ def test_one_killed_just_before_this_one_was_started_is_no_second_daemon() -> No
 
 
 def test_long_work_is_not_stuck() -> None:
-    assert well().later(100, looks=False).health().healthy
+    assert well().later(100, syncs=False).health().healthy
 
 
-def test_alive_but_not_looking() -> None:
-    health = well().later(316, looks=False).health()
-    assert (health.state, codes(health)[0]) == ("stuck", ["no_look"])
-    assert "the last sync was 5 min 16 s ago, and one is due every 5 s" in text(health)
-    never = Bridge().later(316, looks=False).health()
-    assert "the last sync was never" in text(never)
+def test_alive_but_not_syncing() -> None:
+    health = well().later(316, syncs=False).health()
+    assert (health.state, codes(health)[0]) == ("stuck", ["no_sync"])
+    assert "the last sync ended 5 min 16 s ago, and one is due every 5 s" in text(health)
+    never = Bridge().later(316, syncs=False).health()
+    assert "no sync has ended yet" in text(never)
 
 
 def test_a_call_that_does_not_come_back() -> None:
     bridge = well()
     bridge.metrics.on_state(replace(bridge.stats.watch, stuck_since=5.0))
-    health = bridge.later(65, looks=False).health()
+    health = bridge.later(65, syncs=False).health()
     assert (health.state, codes(health)[0]) == ("stuck", ["stuck"])
-    assert "does not come back; the last sync was 1 min" in text(health)
+    assert "does not come back; the last sync ended 1 min" in text(health)
     # `ls` would hang as well; the doctor does not.
     assert "mbcap-watch check --database /data/meshcore.db" in text(health)
 
@@ -189,9 +191,9 @@ def test_a_call_that_does_not_come_back() -> None:
         ("schema_missing", "schema_missing", "ingestor"),
         ("busy", "busy", "mbcap-watch check --database /data/meshcore.db"),
         ("failed", "failed", "mbcap-watch check --database /data/meshcore.db"),
-        ("malformed", "malformed", "renamed"),
+        ("malformed", "malformed", "rename it over"),
         ("refused", "refused", "--max-bytes"),
-        ("no_snapshot", "snapshot_misplaced", "stands in the way"),
+        ("no_snapshot", "snapshot_misplaced", "what is in the way"),
     ],
 )
 def test_trouble_that_persists(outcome: Outcome, code: str, remedy: str) -> None:
@@ -211,9 +213,16 @@ def test_every_kind_of_trouble_has_a_remedy() -> None:
 
 def test_a_snapshot_that_may_not_be_read() -> None:
     bridge = well().result("failed", "/s/snapshot.json: permission denied")
-    health = bridge.look(replace(INOTIFY, read_errors=1)).health()
+    health = bridge.sync(replace(INOTIFY, read_errors=1)).health()
     assert codes(health)[0] == ["snapshot_unreadable"]
     assert "namei" in text(health)
+
+
+def test_a_snapshot_that_no_descriptor_is_left_for() -> None:
+    bridge = well().result("failed", "/s/snapshot.json: too many open files", cause="limit")
+    health = bridge.sync(replace(INOTIFY, read_errors=1)).health()
+    assert codes(health)[0] == ["limit"]
+    assert "LimitNOFILE" in text(health)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +245,7 @@ def test_each_cause_of_a_failure_has_its_own_remedy(cause: Cause, remedy: str) -
 
 
 def test_every_cause_is_known_to_the_remedies() -> None:
-    assert set(get_args(Cause)) <= REMEDIES.keys()
+    assert set(get_args(Cause)) <= catalogue().keys()
 
 
 def test_paths_in_remedies_are_quoted() -> None:
@@ -247,7 +256,7 @@ def test_paths_in_remedies_are_quoted() -> None:
 
 def test_a_snapshot_of_another_mesh() -> None:
     bridge = well().result("unchanged", entries=3, unmatched=3)
-    assert codes(bridge.health()) == ([], ["no_match"])
+    assert codes(bridge.health()) == (["no_match"], [])
     bridge = well().result("unchanged", entries=3, unmatched=2, matched_inactive=1)
     assert codes(bridge.health()) == ([], [])
 
@@ -259,17 +268,74 @@ def test_neither_a_snapshot_nor_a_database() -> None:
     assert codes(bridge.result("no_snapshot").health()) == ([], ["no_snapshot"])
 
 
+@pytest.mark.parametrize("before", ["applied", "malformed", None])
+def test_a_snapshot_that_was_there_and_is_gone(before: Outcome | None) -> None:
+    bridge = Bridge() if before is None else Bridge().result(before)
+    health = bridge.result("no_snapshot").health()
+    if before is None:
+        assert codes(health) == ([], ["no_snapshot"])
+    else:
+        assert codes(health)[0] == ["snapshot_vanished"]
+        assert "that was at /data/mbcap-snapshot/snapshot.json is gone" in text(health)
+
+
+def test_a_snapshot_directory_that_is_set_to_the_file() -> None:
+    settings = Settings(Path("/data/meshcore.db"), Path("/data/mbcap-snapshot/snapshot.json"))
+    health = Bridge(settings).result("no_snapshot", "is not a directory").health()
+    assert codes(health)[0] == ["snapshot_dir_is_file"]
+    assert health.problems[0].remedy.endswith(": /data/mbcap-snapshot")
+
+
+@pytest.mark.parametrize(
+    "fields, problems, warnings, words",
+    [
+        ({"skipped_unrecognized": 1}, ["no_usable_entry"], [], "1 entry, of which none"),
+        (
+            {"entries": 9, "skipped_unrecognized": 5, "skipped_unknown": 4},
+            ["no_usable_entry"],
+            [],
+            "9 entries, of which none can be used: 5 have",
+        ),
+        (
+            {"entries": 9, "skipped_unrecognized": 5, "matched_active": 4},
+            [],
+            ["unrecognized"],
+            "9 entries, of which 5 have",
+        ),
+        ({"entries": 9, "skipped_unrecognized": 4, "matched_active": 5}, [], [], ""),
+        ({"entries": 9, "skipped_unknown": 9}, [], ["nothing_to_write"], "9 entries"),
+        ({"entries": 0}, [], ["nothing_to_write"], "0 entries"),
+    ],
+)
+def test_entries_that_cannot_be_used(
+    fields: dict[str, Any], problems: list[str], warnings: list[str], words: str
+) -> None:
+    health = Bridge().result("unchanged", **fields).health()
+    assert codes(health) == (problems, warnings)
+    assert words in text(health)
+
+
+def test_before_the_first_sync_it_is_starting() -> None:
+    health = Bridge().later(3, syncs=False).health()
+    assert (health.state, health.verdict, codes(health)) == (
+        "starting",
+        "starting",
+        (["starting"], []),
+    )
+    assert well().health().verdict == "running, healthy"
+
+
 def test_polling_only_because_inotify_cannot_be_had() -> None:
     state = WatchState(why="no inotify watch on /x for now: limit reached", degraded=True)
-    assert codes(well().look(state).health()) == ([], ["no_inotify"])
-    assert codes(well().look(replace(state, degraded=False)).health()) == ([], [])
+    assert codes(well().sync(state).health()) == ([], ["no_inotify"])
+    assert codes(well().sync(replace(state, degraded=False)).health()) == ([], [])
 
 
-def test_a_look_of_many_minutes_that_gets_on() -> None:
-    bridge = well().later(1000, looks=False)
+def test_a_sync_of_many_minutes_that_gets_on() -> None:
+    bridge = well().later(1000, syncs=False)
     assert bridge.health().state == "stuck"
     bridge.metrics.on_state(replace(bridge.stats.watch, last_progress=bridge.clock))
-    assert codes(bridge.later(100, looks=False).health()) == ([], [])
+    assert codes(bridge.later(100, syncs=False).health()) == ([], [])
 
 
 @pytest.mark.parametrize("outcome", ["applied", "unchanged", "failed"])
@@ -301,15 +367,16 @@ def test_waiting_for_the_first_snapshot_is_healthy_unless_an_age_is_demanded() -
     bridge = Bridge().result("no_snapshot").later(7200)
     assert codes(bridge.health()) == ([], ["no_snapshot"])
     health = bridge.health(600)
-    assert codes(health)[0] == ["no_snapshot"]
-    assert "there is none at /data/mbcap-snapshot/snapshot.json" in text(health)
+    assert codes(health) == (["no_apply"], ["no_snapshot"])
+    assert "the database has never been compared with a snapshot" in text(health)
+    assert "there is no snapshot at /data/mbcap-snapshot/snapshot.json" in text(health)
 
 
 @pytest.mark.parametrize(
     "written_at, warnings",
     [
-        ("2027-01-15T07:01:00Z", []),
-        ("2027-01-15T06:59:00Z", ["old_snapshot"]),
+        ("2027-01-15T07:46:00Z", []),
+        ("2027-01-15T07:44:00Z", ["old_snapshot"]),
         ("2027-01-15T08:00:30Z", []),
         ("2027-01-15T09:00:00+01:00", []),
         ("2027-01-15T08:02:00Z", ["clocks"]),
@@ -325,9 +392,13 @@ def test_a_publisher_that_is_stale_is_no_error_of_ours(
 
 
 def test_locks_and_missed_changes_are_warnings() -> None:
-    bridge = well().look(replace(INOTIFY, sweep_hits=2))
+    bridge = well().sync(replace(INOTIFY, sweep_hits=2))
     bridge.metrics.on_timings(Timings(lag=None, waits=(0.3,), holds=(0.6,)))
-    assert codes(bridge.health()) == ([], ["sweep_hits", "slow_holds", "contention"])
+    health = bridge.health()
+    assert codes(health) == ([], ["sweep_hits", "slow_holds", "contention"])
+    assert "2 changes were found by the sweep, without an event" in text(health)
+    assert "for over 0.5 s (1 time)" in text(health)
+    assert "take over 0.3 s" in text(health)
 
 
 def shown(stats: Stats | None, health: Health) -> str:

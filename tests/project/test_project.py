@@ -145,32 +145,6 @@ def test_the_readme_knows_every_setting_and_its_default() -> None:
         assert getattr(made, name) == getattr(defaults, name), name
 
 
-# What msgspec, the C library and watchdog say, and a message put together by logging.
-OTHERS = {
-    *("Input data was truncated", "Permission denied", "inotify instance limit reached"),
-    "watching by poll",
-    # The problem, and a guess at what is behind it, are put together.
-    "cannot be read or written, the disk reports an error",
-}
-
-
-def test_the_messages_of_the_troubleshooting_table_are_those_of_the_code() -> None:
-    sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
-    sources = re.sub(r'"\n\s*f?"', "", sources)  # text that goes on in the next line
-    table = (
-        (ROOT / "README.md").read_text().partition("### Troubleshooting")[2].partition("\n## ")[0]
-    )
-    told = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")]
-    quoted = {text for cell in told for text in re.findall(r"`([^`]*)`", cell)}
-    pieces = {piece.strip() for text in quoted for piece in re.split(r"…|: |:$|; | \(", text)}
-    # With the name of a table or a file in it, a text is put together at run time.
-    fixed = {
-        piece for piece in pieces if " " in piece and not re.search("nodes|mbcap-|ls -", piece)
-    }
-    assert len(fixed) > 20
-    assert {piece for piece in fixed - OTHERS if piece.strip("()") not in sources} == set()
-
-
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_no_path_of_a_developers_machine_is_in_the_project() -> None:
     listed = subprocess.run(

@@ -597,3 +597,20 @@ mbcap_watch.write_snapshot(sys.argv[1], mbcap_watch.Snapshot((mbcap_watch.Entry(
 print(read_snapshot(sys.argv[1]).entries[0].public_key)
 """
     assert python(code, database).stdout == "a\n"
+
+
+def test_a_file_is_not_blamed_for_a_limit(database: Path) -> None:
+    script = f"""if True:
+        import os, resource
+        from mbcap_watch import SnapshotUnreadable, read_snapshot
+        held = [os.open("/", os.O_RDONLY)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1, held[0] + 1))
+        try:
+            read_snapshot({str(database)!r})
+        except SnapshotUnreadable as exc:
+            print(exc.cause)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "limit\n"

@@ -29,6 +29,7 @@ from mbcap_watch.store import plan
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mbcap_watch.errors import Cause
     from mbcap_watch.store.reconcile import Tally
 
 logger = logging.getLogger("mbcap_watch")
@@ -58,7 +59,7 @@ def describe(
         failed_rows=len(tally.failed),
         written_at=written_at and printable(written_at, QUOTED),
         error=_error_text(tally, error),
-        cause=getattr(error, "cause", None),
+        cause=_cause(tally, error),
         seconds=seconds,
         lock_seconds=max(tally.holds, default=0.0),
     )
@@ -94,6 +95,12 @@ def _error_text(tally: Tally, error: SnapshotError | DatabaseError | None) -> st
         what = f"{table}: the row {quoted(key)}{others} could not be written"
         return f"{what}: {printable(why, QUOTED)}"
     return tally.waiting
+
+
+def _cause(tally: Tally, error: SnapshotError | DatabaseError | None) -> Cause | None:
+    if error is None and tally.served and "nodes" not in tally.served:
+        return "nodes_not_served"
+    return getattr(error, "cause", None)
 
 
 class Unforeseen:

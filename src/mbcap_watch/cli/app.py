@@ -1,4 +1,4 @@
-"""The command line: arguments, output, exit codes. Everything else is elsewhere."""
+"""The commands `run`, `apply`, `publish` and `demo`, and the way from an error to an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import typer
@@ -52,74 +52,38 @@ def _main(
 
 
 @app.command(epilog=manual.RUN)
-def run(
-    context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-    json: options.Json = False,
-    log_level: options.LogLevel = None,
-    log_format: options.LogFormat = None,
-    mode: options.Mode = None,
-    poll_interval: options.PollInterval = None,
-    sweep_interval: options.SweepInterval = None,
-    resync: options.Resync = None,
-    debounce: options.Debounce = None,
-    max_wait: options.MaxWait = None,
-    batch_rows: options.BatchRows = None,
-    busy_deadline: options.BusyDeadline = None,
-    wal_grace: options.WalGrace = None,
-    max_bytes: options.MaxBytes = None,
-    downgrade: options.Downgrade = None,
-    ack: options.Ack = None,
-    openmetrics_file: options.OpenMetricsFile = None,
-    http: options.Http = None,
-) -> None:
+@options.takes(options.PATHS, options.JSON, options.LOG, options.SETTINGS, options.DAEMON)
+def run(context: typer.Context, **_: Any) -> None:
     """Watch and persist until SIGTERM or SIGINT (the daemon).
 
     Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
     with exit code 0 within 5 seconds of a signal.
     """
     stop = Stop()  # first: until here a signal ends the process at once (__main__)
-    daemon.serve(_load(context), stop, as_json=json)
+    daemon.serve(_load(context), stop, as_json=context.params["json"])
 
 
 @app.command(epilog=manual.APPLY)
+@options.takes(options.PATHS, options.JSON, options.LOG, options.SETTINGS)
 def apply(
     context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would change, and touch nothing.")
     ] = False,
-    json: options.Json = False,
-    log_level: options.LogLevel = None,
-    log_format: options.LogFormat = None,
-    mode: options.Mode = None,
-    poll_interval: options.PollInterval = None,
-    sweep_interval: options.SweepInterval = None,
-    resync: options.Resync = None,
-    debounce: options.Debounce = None,
-    max_wait: options.MaxWait = None,
-    batch_rows: options.BatchRows = None,
-    busy_deadline: options.BusyDeadline = None,
-    wal_grace: options.WalGrace = None,
-    max_bytes: options.MaxBytes = None,
-    downgrade: options.Downgrade = None,
+    **_: Any,
 ) -> None:
-    """Look once: apply the snapshot, then exit.
+    """Sync once: apply the snapshot, then exit.
 
     On a terminal, a large snapshot shows a progress bar.
     """
     settings = _configure(context).settings
     if dry_run:
         result, changes = anyio.run(preview_once, settings)
-        output.print_preview(result, changes, as_json=json)
+        output.print_preview(result, changes, as_json=context.params["json"])
     else:
-        with progress.shown(wanted=not json) as on_progress:
+        with progress.shown(wanted=not context.params["json"]) as on_progress:
             result = anyio.run(partial(persist_once, settings, on_progress=on_progress))
-        if json:
+        if context.params["json"]:
             output.print_line(result.to_json())
         elif result.outcome in ("applied", "unchanged"):
             output.print_line(logs.summary(result))
@@ -131,17 +95,13 @@ def apply(
 
 
 @app.command(epilog=manual.PUBLISH)
+@options.takes(options.PATHS, options.JSON, options.LOG)
 def publish(
     context: typer.Context,
     file: Annotated[
         str, typer.Argument(metavar="FILE|-", help="A snapshot or a bare list of entries, as JSON.")
     ],
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-    json: options.Json = False,
-    log_level: options.LogLevel = None,
-    log_format: options.LogFormat = None,
+    **_: Any,
 ) -> None:
     """Validate a snapshot and publish it atomically.
 
@@ -165,7 +125,7 @@ def publish(
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)
     path = settings.snapshot_dir / SNAPSHOT_NAME
-    if json:
+    if context.params["json"]:
         fields = {
             "path": str(path),
             "entries": len(snapshot.entries),
@@ -184,7 +144,7 @@ def demo_command(
     snapshots: Annotated[int, typer.Option(min=1, help="Snapshots to publish.")] = 12,
     mode: Annotated[str, typer.Option(metavar="auto|inotify|poll", help="How to watch.")] = "auto",
     poll_interval: Annotated[
-        str, typer.Option(metavar="DURATION", help="Between two looks when polling.")
+        str, typer.Option(metavar="DURATION", help="Between two syncs when polling.")
     ] = "1s",
 ) -> None:
     """Show the whole chain at work on generated data.
@@ -221,7 +181,7 @@ def main() -> None:
         sys.exit(output.EXIT_USAGE)
     except output.OutputError as exc:
         output.say(str(exc))
-        # What Python still holds for a standard output that is gone is not to be tried again.
+        # Else Python, while it ends, tries again to write what is left in its buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except SystemExit as exc:
@@ -231,6 +191,6 @@ def main() -> None:
 
 
 def _print_refusal(message: str) -> None:
-    """Print an object for `apply --json` even when there was no look to report."""
+    """Print an object for `apply --json` even when there was no sync to report."""
     if {"apply", "--json"} <= set(sys.argv):
         output.print_line(PersistResult(outcome="failed", reason="once", error=message).to_json())

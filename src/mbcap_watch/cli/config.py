@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SettingsError
-from mbcap_watch.settings import SETTING_NAMES, Settings
+from mbcap_watch.settings import (
+    CONFIG_VARIABLE,
+    DATABASE_VARIABLE,
+    DEFAULT_DATABASE,
+    ENV_PREFIX,
+    SETTING_NAMES,
+    Settings,
+    choice,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ENV_PREFIX: Final = "MBCAP_WATCH_"
-CONFIG_VARIABLE: Final = ENV_PREFIX + "CONFIG"
-DATABASE_VARIABLE: Final = "DB_PATH"  # CoreScope's own
-DEFAULT_DATABASE: Final = "data/meshcore.db"  # likewise
-
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "json")
 
-# What only the command line knows, beside the settings of the library.
+# Settings of the command line alone.
 _CLI_DEFAULTS: Final = {
     "log_level": "info",
     "log_format": "text",
@@ -49,7 +52,7 @@ class Address(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything the command line runs with.
+    """All settings, and where each came from.
 
     Attributes:
         settings: for the library.
@@ -57,8 +60,9 @@ class Config:
         log_format: one of `LOG_FORMATS`.
         ack: whether `run` answers the publisher with a `result.json`.
         openmetrics_file: where `run` keeps its figures for node_exporter; None: nowhere.
-        http: where `run` serves its figures: an address and a port; None: nowhere.
+        http: the address and port where `run` serves its figures; None: nowhere.
         origins: for every name, where its value came from.
+        file: the TOML file that was read; None if there is none.
 
     """
 
@@ -69,10 +73,11 @@ class Config:
     openmetrics_file: Path | None
     http: Address | None
     origins: Mapping[str, str]
+    file: Path | None = None
 
 
 def load(
-    options: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None = None
+    options: Mapping[str, Any], environ: Mapping[str, str], config_file: str | Path | None = None
 ) -> Config:
     """Merge all sources: option before environment before file before default.
 
@@ -94,7 +99,8 @@ def load(
         origins[name] = origin
 
     path = config_file or environ.get(CONFIG_VARIABLE)
-    for name, value in (_read_toml(Path(path)) if path else {}).items():
+    file = Path(path) if path else None
+    for name, value in (_read_toml(file) if file else {}).items():
         take(name, value, f"{path}: {name}")
     if environ.get(DATABASE_VARIABLE):
         take("database", environ[DATABASE_VARIABLE], DATABASE_VARIABLE)
@@ -108,12 +114,13 @@ def load(
     try:
         return Config(
             settings=Settings.from_mapping(values),
-            log_level=_choice("log_level", ours["log_level"], LOG_LEVELS),
-            log_format=_choice("log_format", ours["log_format"], LOG_FORMATS),
+            log_level=choice("log_level", ours["log_level"], LOG_LEVELS),
+            log_format=choice("log_format", ours["log_format"], LOG_FORMATS),
             ack=_flag("ack", ours["ack"]),
             openmetrics_file=_prom_file("openmetrics_file", ours["openmetrics_file"]),
             http=_address("http", ours["http"]),
             origins=origins,
+            file=file,
         )
     except SettingsError as exc:
         raise in_users_words(exc, origins) from exc
@@ -123,12 +130,6 @@ def in_users_words(error: SettingsError, origins: Mapping[str, str]) -> Settings
     """Return `error` with the option, the variable or the key that the user gave."""
     origin = origins[error.setting]
     return SettingsError(error.setting if origin == "default" else origin, error.problem)
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise SettingsError(name, f"expected one of {', '.join(choices)}, got {value!r}")
-    return str(value)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -163,7 +164,7 @@ _FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": Fals
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return our variables that are set, with the name of the setting of each."""
+    """Return the variables of settings that are not empty, each with the name of its setting."""
     found = {}
     for variable, value in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or not value:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 SEED: Final = 20261122
 LANDING_SECONDS: Final = 30.0
 
-# The publisher needs a pause to be a new event of its own rather than part of a burst.
-_BREATH: Final = 0.2
+# Without a pause, two renames would be one burst, and one sync.
+_PAUSE_SECONDS: Final = 0.2
 
 
 class Landing(NamedTuple):
@@ -82,22 +82,17 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
     landings: list[Landing] = []
     said: set[str] = set()
 
-    def note(result: PersistResult) -> None:
+    def on_result(result: PersistResult) -> None:
         results.put_nowait((result, time.monotonic_ns()))
 
-    def tell(state: WatchState) -> None:
+    def on_state(state: WatchState) -> None:
         line = f"Watching by {state.mode}: {state.why}"
         if line not in said:
             said.add(line)
             console.print(line)
 
     async def bridge(*, task_status: anyio.abc.TaskStatus[None]) -> None:
-        await run(
-            settings,
-            on_result=note,
-            on_state=tell,
-            task_status=task_status,
-        )
+        await run(settings, on_result=on_result, on_state=on_state, task_status=task_status)
 
     command = [sys.executable, "-m", __spec__.name, settings.database, nodes, snapshots]
     async with (
@@ -110,7 +105,7 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
         results.get_nowait()  # of the start: there was no snapshot yet
         console.print("A publisher in another process replaces the snapshot by rename:\n")
         for number, snapshot in enumerate(mesh.snapshots(nodes, snapshots, SEED), 1):
-            await anyio.sleep(_BREATH)
+            await anyio.sleep(_PAUSE_SECONDS)
             renamed_at = await _ask(publisher, answers)
             with anyio.move_on_after(LANDING_SECONDS):
                 result, committed_at = await results.get()
@@ -126,14 +121,14 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
 
 
 def _expect(wanted: dict[str, tuple[int, str | None]], snapshot: Snapshot) -> None:
-    """What the rows must be after `snapshot`, written down apart from the code under test."""
+    """Note in `wanted` what the rows must be after `snapshot`, without the code under test."""
     for entry in snapshot.entries:
         if entry.public_key is not None and entry.status in ("confirmed", "suspected"):
             wanted[entry.public_key] = (2 if entry.status == "confirmed" else 1, entry.evidence)
 
 
 def _rows(database: Path) -> dict[str, tuple[int, str | None]]:
-    """Read every row through a connection of its own, as another program would."""
+    """Return every row, read through a connection of its own, as another program would."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         return {
             key: (sup, evidence)
@@ -172,7 +167,7 @@ def _summarize(landings: list[Landing], snapshots: int, console: Console) -> boo
 
 
 async def _ask(publisher: anyio.abc.Process, answers: BufferedByteReceiveStream) -> int:
-    """Have it publish the next snapshot; return the monotonic time of the rename, in ns."""
+    """Have the publisher replace the snapshot; return the monotonic time of the rename, in ns."""
     assert publisher.stdin is not None
     await publisher.stdin.send(b"\n")
     return int(await answers.receive_until(b"\n", 64))
@@ -181,7 +176,7 @@ async def _ask(publisher: anyio.abc.Process, answers: BufferedByteReceiveStream)
 def publish(database: Path, nodes: int, count: int) -> None:
     """Publish one snapshot per line on standard input; print the monotonic time of each rename.
 
-    Each is written in full beside the directory first, so that the rename alone is timed.
+    Each snapshot is first written in full in another directory, so that the rename alone is timed.
     """
     staging = database.parent / "staging"
     for _, snapshot in zip(sys.stdin, mesh.snapshots(nodes, count, SEED), strict=False):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
 import anyio
+import msgspec
 import typer
 
 from mbcap_watch.cli import config, manual, options, output
@@ -25,34 +27,13 @@ def register(app: typer.Typer) -> None:
     app.command(name="plot", epilog=manual.PLOT)(show_plot)
 
 
-def show_config(
-    context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-    json: options.Json = False,
-    log_level: options.LogLevel = None,
-    log_format: options.LogFormat = None,
-    mode: options.Mode = None,
-    poll_interval: options.PollInterval = None,
-    sweep_interval: options.SweepInterval = None,
-    resync: options.Resync = None,
-    debounce: options.Debounce = None,
-    max_wait: options.MaxWait = None,
-    batch_rows: options.BatchRows = None,
-    busy_deadline: options.BusyDeadline = None,
-    wal_grace: options.WalGrace = None,
-    max_bytes: options.MaxBytes = None,
-    downgrade: options.Downgrade = None,
-    ack: options.Ack = None,
-    openmetrics_file: options.OpenMetricsFile = None,
-    http: options.Http = None,
-) -> None:
+@options.takes(options.PATHS, options.JSON, options.LOG, options.SETTINGS, options.DAEMON)
+def show_config(context: typer.Context, **_: Any) -> None:
     """Print the settings in effect, and where each came from."""
     loaded = config.load(context.params, os.environ, context.params.get("config_file"))
     values: dict[str, Any] = dataclasses.asdict(loaded.settings)
     values |= {name: getattr(loaded, name) for name in config.CLI_ONLY}
-    if json:
+    if context.params["json"]:
         fields = {
             name: {
                 "value": str(value) if isinstance(value, os.PathLike | config.Address) else value,
@@ -72,22 +53,17 @@ def show_config(
     console.print(table)
 
 
-def show_status(
-    context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-    max_age: options.MaxAge = None,
-    json: options.Json = False,
-) -> None:
+@options.takes(options.PATHS, options.MAX_AGE, options.JSON)
+def show_status(context: typer.Context, **_: Any) -> None:
     """Tell how the running bridge is, and what to do if it is not well.
 
     Finds it by its settings, however it was started. Fit for a container's HEALTHCHECK.
     """
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    max_age = context.params["max_age"]
     most = None if max_age is None else duration("--max-age", max_age, 0.1)
     stats, found = _look(settings, most)
-    if json:
+    if context.params["json"]:
         output.print_json(status.as_json(stats, found))
     else:
         from rich.console import Console  # noqa: PLC0415 - as above
@@ -99,16 +75,12 @@ def show_status(
     raise typer.Exit(0 if found.healthy else 1)
 
 
-def check(
-    context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    mode: options.Mode = None,
-    max_bytes: options.MaxBytes = None,
-    downgrade: options.Downgrade = None,
-) -> None:
+@options.takes(
+    options.PATHS,
+    options.JSON,
+    {name: options.SETTINGS[name] for name in ("mode", "max_bytes", "downgrade")},
+)
+def check(context: typer.Context, **_: Any) -> None:
     """Examine the installation; say what is wrong and what to do.
 
     Changes nothing.
@@ -116,27 +88,18 @@ def check(
     """
     from mbcap_watch.doctor import check as doctor  # noqa: PLC0415 - `run` can do without
 
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    findings = anyio.run(doctor.examine, settings, os.environ)
+    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    findings = anyio.run(doctor.examine, loaded.settings, os.environ, loaded.file)
     code = doctor.exit_code(findings)
-    if json:
-        output.print_json({"ok": not code, "findings": [dataclasses.asdict(f) for f in findings]})
+    if context.params["json"]:
+        output.print_json({"ok": not code, "findings": msgspec.to_builtins(findings)})
     else:
-        from rich.console import Console  # noqa: PLC0415 - as above
-
-        try:
-            doctor.render(findings, Console())
-        except OSError as exc:  # its disk is full, say, which is when this command is needed
-            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
+        output.print_findings(findings)
     raise typer.Exit(code)
 
 
-def show_top(
-    context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-) -> None:
+@options.takes(options.PATHS)
+def show_top(context: typer.Context, **_: Any) -> None:
     """Show live how the running bridge is.
 
     q or Ctrl-C quits. When nothing runs, it says so and looks on. Without a terminal on standard
@@ -148,13 +111,8 @@ def show_top(
     top.show(lambda: _look(settings))
 
 
-def show_plot(
-    context: typer.Context,
-    database: options.Database = None,
-    snapshot_dir: options.SnapshotDir = None,
-    config_file: options.ConfigFile = None,
-    out: options.Out = None,
-) -> None:
+@options.takes(options.PATHS, options.OUT)
+def show_plot(context: typer.Context, **_: Any) -> None:
     """Draw lag and lock holds of the latest results, as an SVG."""
     from mbcap_watch.cli import plot  # noqa: PLC0415 - its html is 0.3 MB that `run` can do without
 
@@ -162,13 +120,13 @@ def show_plot(
     stats, found = _look(settings)
     if stats is None:
         output.fail(found.problems[0].text, 1)
-    drawing = plot.svg(stats)
+    drawing, out = plot.svg(stats), context.params["out"]
     if out is None:
         for line in drawing.splitlines():
             output.print_line(line)
         return
     try:
-        out.write_text(drawing, encoding="utf-8")
+        Path(out).write_text(drawing, encoding="utf-8")
     except OSError as exc:
         output.fail(f"{out}: cannot be written: {exc.strerror}", 1)
 

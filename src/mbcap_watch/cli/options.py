@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, get_args
 
 import typer
 
 from mbcap_watch.cli import config
 
+Options = Mapping[str, Any]
 
-def _option(*names: str, metavar: str, help: str) -> Any:
+
+def takes(*groups: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options; it finds their values in `context.params`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        named = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+        named += [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=False if get_args(option)[0] is bool else None,
+                annotation=option,
+            )
+            for group in groups
+            for name, option in group.items()
+        ]
+        command.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _option(metavar: str, help: str, *names: str) -> Any:
     complete = _completer(metavar.split("|")) if "|" in metavar else None
-    return typer.Option(
+    option = typer.Option(
         *names, metavar=metavar, help=help, show_default=False, autocompletion=complete
     )
-
-
-def _setting(metavar: str, help: str) -> Any:
-    return _option(metavar=metavar, help=help)
+    return Annotated[str | None, option]
 
 
 def _completer(values: list[str]) -> Callable[[str], list[str]]:
-    """Return what tells a shell of the values of an option."""
+    """Return a function that completes the values of an option for a shell."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -31,121 +52,82 @@ def _completer(values: list[str]) -> Callable[[str], list[str]]:
     return complete
 
 
-Text = str | None
-ConfigFile = Annotated[
-    Path | None, _option("--config", metavar="FILE", help="A TOML file with settings.")
-]
-Database = Annotated[
-    Text,
-    _option(
-        "--database",
-        metavar="PATH",
-        help="The SQLite database, else DB_PATH from the environment, else data/meshcore.db. Never"
+PATHS: Final[Options] = {
+    "database": _option(
+        "PATH",
+        "The SQLite database, else DB_PATH from the environment, else data/meshcore.db. Never"
         " created.",
     ),
-]
-SnapshotDir = Annotated[
-    Text,
-    _option(
-        "--snapshot-dir",
-        metavar="DIR",
-        help="Where snapshot.json is. Default: mbcap-snapshot beside the database.",
+    "snapshot_dir": _option(
+        "DIR", "Where snapshot.json is. Default: mbcap-snapshot beside the database."
     ),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object per result on standard output.")
-]
-LogLevel = Annotated[
-    Text, _option("--log-level", metavar="|".join(config.LOG_LEVELS), help="Default: info.")
-]
-LogFormat = Annotated[
-    Text,
-    _option(
-        "--log-format",
-        metavar="|".join(config.LOG_FORMATS),
-        help="How to log on standard error. Default: text.",
+    "config_file": _option("FILE", "A TOML file with settings.", "--config"),
+}
+JSON: Final[Options] = {
+    "json": Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per result on standard output.")
+    ]
+}
+LOG: Final[Options] = {
+    "log_level": _option("|".join(config.LOG_LEVELS), "Default: info."),
+    "log_format": _option(
+        "|".join(config.LOG_FORMATS), "How to log on standard error. Default: text."
     ),
-]
-Mode = Annotated[
-    Text,
-    _setting(
+}
+SETTINGS: Final[Options] = {
+    "mode": _option(
         "auto|inotify|poll",
-        "How changes are noticed; auto uses inotify where the filesystem delivers it"
-        ". Default: auto.",
+        "How changes are noticed; auto uses inotify where the filesystem delivers it."
+        " Default: auto.",
     ),
-]
-PollInterval = Annotated[Text, _setting("DURATION", "Between two looks when polling. Default: 1s.")]
-SweepInterval = Annotated[
-    Text,
-    _setting("DURATION", "Between checks for a dead watch or a missed change. Default: 5s."),
-]
-Resync = Annotated[
-    Text,
-    _setting(
+    "poll_interval": _option("DURATION", "Between two syncs when polling. Default: 1s."),
+    "sweep_interval": _option(
+        "DURATION", "Between checks for a dead watch or a missed change. Default: 5s."
+    ),
+    "resync": _option(
         "DURATION",
         "Between comparisons with the database although the file did not change. Default: 5m.",
     ),
-]
-Debounce = Annotated[
-    Text, _setting("DURATION", "Quiet that a burst of changes is given. Default: 100ms.")
-]
-MaxWait = Annotated[
-    Text, _setting("DURATION", "How long a burst can postpone a look. Default: 1s.")
-]
-BatchRows = Annotated[
-    Text, _setting("ROWS", "Rows written per hold of the write lock. Default: 500.")
-]
-BusyDeadline = Annotated[
-    Text, _setting("DURATION", "How long to try a locked database. Default: 30s.")
-]
-WalGrace = Annotated[
-    Text,
-    _setting(
+    "debounce": _option("DURATION", "Quiet that a burst of changes is given. Default: 100ms."),
+    "max_wait": _option("DURATION", "How long a burst can postpone a sync. Default: 1s."),
+    "batch_rows": _option("ROWS", "Rows written per hold of the write lock. Default: 500."),
+    "busy_deadline": _option("DURATION", "How long to try a locked database. Default: 30s."),
+    "wal_grace": _option(
         "DURATION",
         "How long to leave a -wal alone that nobody has open, before it is recovered. Default: 1m.",
     ),
-]
-MaxBytes = Annotated[Text, _setting("SIZE", "Refuse larger snapshots. Default: 256MiB.")]
-Downgrade = Annotated[
-    Text,
-    _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
-]
-OpenMetricsFile = Annotated[
-    Text,
-    _option(
-        "--openmetrics-file",
-        metavar="FILE.prom",
-        help="Keep the figures in this file, for node_exporter's textfile collector. Needs the"
-        " extra `metrics`.",
+    "max_bytes": _option("SIZE", "Refuse larger snapshots. Default: 12MiB."),
+    "downgrade": _option(
+        "allow|never", "Whether suspected may replace a stored confirmed. Default: allow."
     ),
-]
-Http = Annotated[
-    Text,
-    _option(
-        "--http",
-        metavar="ADDRESS:PORT",
-        help="Serve /metrics and /healthz here, as 127.0.0.1:9464. No port is opened without it."
-        " Needs the extra `metrics`.",
+}
+DAEMON: Final[Options] = {
+    "ack": Annotated[
+        bool | None,
+        typer.Option(
+            "--ack",
+            help="Answer the publisher: what became of its snapshot, in result.json beside it.",
+            show_default=False,
+        ),
+    ],
+    "openmetrics_file": _option(
+        "FILE.prom",
+        "Keep the figures in this file, for node_exporter's textfile collector. Needs the extra"
+        " `metrics`.",
     ),
-]
-MaxAge = Annotated[
-    Text,
-    _option(
-        "--max-age",
-        metavar="DURATION",
-        help="Unhealthy if the database was last compared longer ago; give it more than the resync."
+    "http": _option(
+        "ADDRESS:PORT",
+        "Serve /metrics and /healthz here, as 127.0.0.1:9464. No port is opened without it. Needs"
+        " the extra `metrics`.",
+    ),
+}
+MAX_AGE: Final[Options] = {
+    "max_age": _option(
+        "DURATION",
+        "Unhealthy if the database was last compared longer ago; give it more than the resync."
         " Default: three times the resync and 5m.",
-    ),
-]
-Ack = Annotated[
-    bool | None,
-    typer.Option(
-        "--ack",
-        help="Answer the publisher: what became of its snapshot, in result.json beside it.",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    Path | None,
-    _option("-o", "--out", metavar="FILE.svg", help="Where to. Default: standard output."),
-]
+    )
+}
+OUT: Final[Options] = {
+    "out": _option("FILE.svg", "Where to. Default: standard output.", "-o", "--out")
+}

@@ -12,23 +12,22 @@ if TYPE_CHECKING:
 
     from mbcap_watch.bridge.sync import OnProgress
 
-# Less than this is done before one could read a bar.
+# Less work is done before a person could read the bar.
 _LARGE: Final = 50_000
 _LONG_SECONDS: Final = 1.0
 
 
 @contextlib.contextmanager
 def shown(*, wanted: bool) -> Iterator[OnProgress | None]:
-    """Yield a hook for `persist_once` that shows a bar while the block lasts.
+    """Yield a hook for `persist_once` that shows a bar; None where nobody would see it.
 
-    None if nobody would see it. The bar comes once the work turns out to be long, and goes
-    without a trace.
+    The bar appears once the work turns out to be long, and is removed at the end of the block.
     """
     stderr: TextIO | None = sys.stderr  # None if it was closed before we started
     if not wanted or stderr is None or not stderr.isatty():
         yield None
         return
-    # It takes 20 ms and some memory that `run` can do without.
+    # Not at the top: it takes 20 ms, and memory that `run` can do without.
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn  # noqa: PLC0415
 
@@ -45,7 +44,7 @@ def shown(*, wanted: bool) -> Iterator[OnProgress | None]:
     def on_progress(done: int, total: int) -> None:
         if total > _LARGE or time.monotonic() - started > _LONG_SECONDS:
             with contextlib.suppress(OSError):  # the terminal is gone: nobody sees it
-                bar.start()  # of no effect if it has
+                bar.start()  # has no effect the second time
                 bar.update(task, completed=done, total=total)
 
     try:

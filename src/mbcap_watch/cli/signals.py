@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mbcap_watch")
 
-# A stop takes half a second. What has not ended by then hangs in the kernel, on a mount whose
-# server is gone; nothing is lost by leaving it behind.
+# A stop takes half a second. What has not ended after four hangs in the kernel, on a mount whose
+# server is gone. The process ends without it, and nothing is lost.
 _STOP_SECONDS: Final = 4.0
 
 
@@ -36,16 +36,16 @@ class Stop:
     def __init__(self, *also: signal.Signals) -> None:
         self._cancel: Callable[[], object] | None = None
         self._signum: int | None = None
-        self._tell: Callable[[], None] | None = None
+        self._hook: Callable[[], None] | None = None
         for signum in (signal.SIGTERM, signal.SIGINT, *also):
             signal.signal(signum, self._handle)
 
-    def on_stop(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called when a signal comes; it must not block."""
-        self._tell = tell
+    def on_stop(self, hook: Callable[[], None]) -> None:
+        """Have `hook` called when a signal comes; it must not block."""
+        self._hook = hook
 
     def cancel_on_signal(self, scope: anyio.CancelScope) -> None:
-        """Have a signal cancel `scope`, be it one that has come already."""
+        """Have a signal cancel `scope`; one that came before cancels it now."""
         loop = asyncio.get_running_loop()
         self._cancel = lambda: loop.call_soon_threadsafe(scope.cancel)
         if self._signum is not None:
@@ -58,7 +58,7 @@ class Stop:
                 self._cancel()
 
     def ignore_more(self) -> None:
-        """For the last moments: the interpreter takes handlers away, but leaves SIG_IGN."""
+        """Ignore signals: the interpreter removes handlers while it ends, but leaves SIG_IGN."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)
 
@@ -71,6 +71,6 @@ class Stop:
         with contextlib.suppress(RuntimeError):  # there is no thread for it
             last_resort.start()
         self.cancel()
-        if self._tell is not None:
-            self._tell()
+        if self._hook is not None:
+            self._hook()
         logger.info("stopping on %s", signal.Signals(signum).name)

@@ -1,146 +1,135 @@
-"""`mbcap-watch check`: what is wrong with an installation, and what to do about it.
+"""`check`: what is wrong with an installation, and what to do about it.
 
-Nothing is changed, nothing is raised, and what does not answer is left behind after some seconds.
+Nothing is changed. Nothing is raised. A filesystem that does not answer is given up after some
+seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from rich.text import Text
 
 from mbcap_watch.bridge.thread import in_daemon_thread
-from mbcap_watch.doctor import contents, machine
-from mbcap_watch.doctor import database as check_database
-from mbcap_watch.doctor import service as check_service
-from mbcap_watch.doctor import snapshot as check_snapshot
-from mbcap_watch.doctor.findings import Finding, problem
-from mbcap_watch.doctor.status import plain
+from mbcap_watch.doctor import contents, database, machine, service, snapshot
+from mbcap_watch.doctor.findings import Finding, Installation, duration, quote
 from mbcap_watch.errors import QUOTED, printable
+from mbcap_watch.limits import require_descriptors
 from mbcap_watch.watcher.mounts import mount_table
 from mbcap_watch.watcher.supervisor import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable, Mapping, Sequence
-
-    from rich.console import Console
+    from collections.abc import Callable, Iterable, Mapping
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Value
 
-T = TypeVar("T")
-
-# How long a look at files, or into them, may take before it counts as hung.
+# How long examining files, or what is in them, may take before it counts as hung.
 FILE_SECONDS: Final = 5.0
 DATA_SECONDS: Final = 15.0
+
+# What the examinations need at once: a database with its -wal and -shm, a watch, directories.
+_DESCRIPTORS: Final = 24
 
 # Where the stats files are, for the line about a filesystem that does not answer.
 RUNTIME: Final = Path("/dev/shm")  # noqa: S108 - only a name
 
 
-async def examine(settings: Settings, environ: Mapping[str, str]) -> list[Finding]:
+async def examine(
+    settings: Settings, environ: Mapping[str, str], config: Path | None = None
+) -> list[Finding]:
     """Examine an installation: the database, the snapshot, the watch, and who else is there.
 
     Args:
         settings: as `run` would have them.
         environ: the environment, for hints at a wrong path.
+        config: the file that the settings are from, for the commands in remedies.
 
     """
-    database, directory = settings.database, settings.snapshot_dir
-    outside, snapshot = await asyncio.gather(
-        _ask(database, FILE_SECONDS, in_daemon_thread(check_database.examine, database, environ)),
-        _ask(directory, DATA_SECONDS, in_daemon_thread(check_snapshot.examine, settings)),
-    )
-    parts = [outside]
+    installation = Installation.of(settings, config)
+    try:
+        require_descriptors(_DESCRIPTORS)
+    except OSError as exc:  # everything would fail, for no reason of its own
+        return [installation.finding("limit", f"check cannot work: {exc.strerror}")]
+    ask = partial(_ask, installation)
     values: dict[str, Value] = {}
-    if not isinstance(snapshot, Finding):  # what does not answer is not asked again
-        found, values = snapshot
-        parts += [found, await _ask(directory, FILE_SECONDS, in_daemon_thread(_watch, settings))]
-    else:
-        parts.append(snapshot)
-    if not isinstance(outside, Finding):
-        parts += await asyncio.gather(
-            _ask(database, DATA_SECONDS, in_daemon_thread(contents.examine, settings, values)),
-            _ask(database, FILE_SECONDS, in_daemon_thread(machine.examine, database)),
-        )
-    findings = _flat(parts)
-    ask = partial(check_service.examine, explained=exit_code(findings) == 1)
-    service = await _ask(RUNTIME, FILE_SECONDS, in_daemon_thread(ask, settings, environ))
-    return findings + _flat([service])
+    outside, inside = await asyncio.gather(
+        ask(FILE_SECONDS, settings.database, database.examine, environ),
+        ask(DATA_SECONDS, settings.snapshot_dir, snapshot.examine, settings, values),
+    )
+    findings = outside + inside
+    if not _hangs(inside):  # what does not answer is not asked again
+        findings += await ask(FILE_SECONDS, settings.snapshot_dir, _watch, settings)
+    if not _hangs(outside):
+        for found in await asyncio.gather(
+            ask(DATA_SECONDS, settings.database, contents.examine, settings, values),
+            ask(FILE_SECONDS, settings.database, machine.examine),
+        ):
+            findings += found
+    explained = exit_code(findings) == 1
+
+    def ask_service(_: Installation) -> list[Finding]:
+        return service.examine(settings, environ, explained=explained)
+
+    findings += await ask(FILE_SECONDS, RUNTIME, ask_service)
+    return list(_once(findings))
 
 
-def _flat(parts: Iterable[list[Finding] | Finding]) -> list[Finding]:
-    return [each for part in parts for each in ([part] if isinstance(part, Finding) else part)]
+def _hangs(findings: Iterable[Finding]) -> bool:
+    return any(each.code in ("no_answer", "check_failed") for each in findings)
 
 
-def _watch(settings: Settings) -> list[Finding]:
+def _once(findings: Iterable[Finding]) -> Iterable[Finding]:
+    """Leave out a problem that was found before: SQLite repeats what its files have shown."""
+    codes: set[str] = set()
+    for each in findings:
+        if each.severity != "problem" or each.code not in codes:
+            yield each
+        codes.add(each.code)
+
+
+def _watch(installation: Installation, settings: Settings) -> list[Finding]:
     """Do what `run` does at its start, and undo it."""
     watch = Watch(settings, lambda: None)
     try:
         watch.refresh()
-        return check_snapshot.examine_watch(settings, watch.state)
+        return snapshot.examine_watch(installation, settings, watch.state)
     finally:
         watch.close()
 
 
-async def _ask(path: Path, seconds: float, examination: Awaitable[T]) -> T | Finding:
-    """Wait for an examination of what is at `path`; what goes wrong with it is a finding."""
+async def _ask(
+    installation: Installation,
+    seconds: float,
+    path: Path,
+    examination: Callable[..., list[Finding]],
+    *arguments: Any,
+) -> list[Finding]:
+    """Wait for an examination of what is at `path`; its failure is a finding."""
     try:
         with anyio.fail_after(seconds):
-            return await examination
+            return await in_daemon_thread(examination, installation, *arguments)
     except TimeoutError:
-        # Only names may be looked at: everything else would hang, too.
+        # Only the names of mounts: everything else would hang, too.
         above = [mount for mount in mount_table() if path.is_relative_to(mount.mount_point)]
         mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=None)
         where = f"{mount.type}, mounted on {mount.mount_point}" if mount else "unknown filesystem"
-        point = f" {shlex.quote(mount.mount_point)}" if mount else ""
-        remedy = f"bring the server of that filesystem back, or unmount it (umount -f -l{point});"
-        return problem(
-            "filesystem",
-            f"{path} ({where}) did not answer within {seconds:g} s",
-            f"{remedy} if it is a local disk: dmesg, for it may be failing",
+        answer = installation.finding(
+            "no_answer",
+            path=path,
+            where=where,
+            seconds=duration(seconds),
+            point=quote(mount.mount_point) if mount else "",
         )
-    except Exception as exc:  # noqa: BLE001 - a doctor does not faint
-        text = f"examining {path} failed: {type(exc).__name__}: {printable(str(exc), QUOTED)}"
-        return problem("check", text, "the other lines stand; please report this one")
-
-
-# ------------------------------------------------------------------------------ telling
-
-_STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
-
-
-def render(findings: Sequence[Finding], console: Console) -> None:
-    """Print the findings, with the remedy on the line below, and a line that sums up.
-
-    Long lines are left to the terminal, so that a remedy can be copied.
-    """
-
-    def show(*parts: str | Text | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), soft_wrap=True)
-
-    width = max((len(finding.subject) for finding in findings), default=0)
-    for each in findings:
-        show(
-            (f"{each.level:8}", _STYLES[each.level]),
-            f"{each.subject:{width}}  ",
-            plain(each.text, console),
-        )
-        if each.remedy:
-            show(" " * (width + 10), ("-> ", "bold"), plain(each.remedy, console))
-    counts = [
-        f"{number} {level}{'s' if number > 1 else ''}"
-        for level in ("problem", "warning")
-        if (number := sum(each.level == level for each in findings))
-    ]
-    show(", ".join(counts) or "everything is in order")
+    except Exception as exc:  # noqa: BLE001 - the other examinations go on
+        error = f"{type(exc).__name__}: {printable(str(exc), QUOTED)}"
+        answer = installation.finding("check_failed", path=path, error=error)
+    return [answer]
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
     """Return 1 if there is a problem, else 0."""
-    return int(any(finding.level == "problem" for finding in findings))
+    return int(any(finding.severity == "problem" for finding in findings))

@@ -1,23 +1,24 @@
-"""`check`, the database from inside: its tables, and what the snapshot would change.
+"""`check`, the database from inside: its tables, its locks, and what the snapshot would change.
 
 Nothing is written and no lock is taken. The few queries here are the doctor's own; the comparison
-is the store's.
+is the store's. The kernel is asked who holds SQLite's locks (F_GETLK, fcntl(2)).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shlex
 import sqlite3
+import struct
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch.doctor import locks
-from mbcap_watch.doctor.database import place
-from mbcap_watch.doctor.findings import Finding, ok, problem, warning
-from mbcap_watch.doctor.remedies import remedy
+from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, size
+from mbcap_watch.doctor.machine import described
+from mbcap_watch.doctor.places import place
 from mbcap_watch.errors import (
     QUOTED,
     DatabaseBusy,
@@ -45,37 +46,61 @@ SQL_SECONDS: Final = 8.0
 # How long it may wait for a lock that keeps readers out.
 BUSY_SECONDS: Final = 2.0
 
+# For how long a lock is watched.
+LOCK_SECONDS: Final = 2.0
 
-def examine(settings: Settings, values: Mapping[str, Value]) -> list[Finding]:
-    """Look into the database, and hold it against what the snapshot wants written. Blocks.
+_LARGE_WAL: Final = 64 << 20
+
+# The bytes that stand for a lock: in -shm the writer's and the readers' (sqlite.org/
+# walformat.html, "WAL Locks"); in the database PENDING, RESERVED and SHARED (SQLite's os.h).
+_WAL_WRITER: Final = (120, 1)
+_WAL_READERS: Final = (123, 5)
+_DATABASE_LOCKS: Final = (0x40000000, 512)
+_FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
+
+
+def examine(
+    installation: Installation, settings: Settings, values: Mapping[str, Value]
+) -> list[Finding]:
+    """Compare the database with what the snapshot wants written; judge its locks. Blocks.
 
     Args:
+        installation: what the findings are about.
         settings: which database, and whether values may be lowered.
         values: by public key; empty if there is no usable snapshot.
 
     """
     real = Path(os.path.realpath(settings.database))
-    if not place(real).regular or not place(real).readable or not os.path.getsize(real):
-        return []  # what is wrong was said
+    file = place(real)
+    if not file.regular or not file.readable or not os.path.getsize(real):
+        return []  # `database` has reported it
     wal = is_wal_database(real)
-    found = [*_judge_library(wal=wal), *_read(settings, dict(values), wal=wal)]
+    library = []
+    if wal and HAS_RESET_BUG:
+        library = [installation.finding("wal_reset_bug", version=sqlite3.sqlite_version)]
+    lock = judge_lock(installation, real, wal=wal)
+    rows = list(_read(installation, settings, dict(values), wal=wal))
     release(settings.database)
     return [
-        *found,
-        locks.judge_lock(real, wal=wal),
-        *locks.judge_wal(real),
+        *library,
+        lock,
+        *rows,
+        *judge_wal(installation, real),
     ]
 
 
 # ------------------------------------------------------------------------------ reading
 
 
-def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterator[Finding]:
-    tally, names, database = Tally(), [""], settings.database
+def _read(
+    installation: Installation, settings: Settings, values: dict[str, Value], *, wal: bool
+) -> Iterator[Finding]:
+    tally, names, counts = Tally(), [""], dict[str, int]()
     try:
-        with open_to_read(database, settings.wal_grace, BUSY_SECONDS) as access:
+        with open_to_read(settings.database, settings.wal_grace, BUSY_SECONDS) as access:
             connection = access.connection
-            yield from _judge_left_behind(access.found, database)
+            if access.found is Wal.LEFT_BEHIND:
+                yield installation.finding("wal_unrecovered")
             deadline = time.monotonic() + SQL_SECONDS
             connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
 
@@ -86,20 +111,15 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
             if wal:
                 yield ok("journal mode", "WAL")
             else:
-                text = f"{fetch('PRAGMA journal_mode')[0]}, not WAL: readers and writers block each"
-                advice = "let CoreScope's ingestor open it once, which sets WAL; is it CoreScope's?"
-                yield warning("journal mode", f"{text} other", advice)
-            counts = {}
+                yield installation.finding("not_wal", mode=fetch("PRAGMA journal_mode")[0])
             for table in sorted(set(schema.TABLES).intersection(names)):
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
-                    what = remedy("corrupt", str(database))
-                    yield problem(
-                        "tables", f"{table} is damaged: {printable(verdict, QUOTED)}", what
-                    )
-            yield from _judge_triggers(connection, database)
+                    text = f"{table} is damaged: {printable(verdict, QUOTED)}"
+                    yield installation.finding("corrupt", text)
+            yield from _judge_triggers(installation, connection)
             steps = reconcile(
-                database,
+                settings.database,
                 values,
                 tally,
                 batch_rows=settings.batch_rows,
@@ -108,88 +128,123 @@ def _read(settings: Settings, values: dict[str, Value], *, wal: bool) -> Iterato
             preview_steps(steps, connection)
     except SchemaMissing as exc:
         there = printable(", ".join(names[:8]), QUOTED) or "no table at all"
-        text = f"{exc.problem}; there is {there}"
-        advice = (
-            "" if "nodes" in names else "if it is not CoreScope's database, set the path; else "
-        )
-        yield problem("tables", text, advice + _UPGRADE)
-        return
-    except ForeignWal as exc:
-        yield problem("wal", exc.what, remedy(exc.cause, str(database)))
+        yield installation.finding("schema_missing", f"{exc.problem}; there is {there}")
         return
     except DatabaseError as exc:
-        yield problem("tables", exc.what, _what_to_do(exc, settings))
+        yield _unusable(installation, exc)
         return
+    yield _judge_tables(installation, tally, counts)
+    if values and "nodes" in tally.served:
+        changes, rows = tally.changed.total(), sum(counts.values())
+        yield judge_preview(installation, changes, tally.unmatched, len(values), rows)
+
+
+def _judge_tables(installation: Installation, tally: Tally, counts: dict[str, int]) -> Finding:
     text = ", ".join(f"{table} with {count:,} rows" for table, count in counts.items())
-    if tally.waiting:
-        yield warning("tables", f"{tally.waiting}; there is {text}", _UPGRADE)
-    else:
-        yield ok("tables", f"{text}, with all columns")
-    if values:
-        changes, nodes = tally.changed.total(), sum(counts.values())
-        yield judge_preview(changes, tally.unmatched, len(values), nodes)
+    if tally.waiting is None:
+        return ok("tables", f"{text}, with all columns")
+    text = f"{tally.waiting}; there is {text}"
+    if "nodes" not in tally.served:
+        return installation.finding("nodes_not_served", text)
+    return installation.finding("table_waits", waiting=text)
 
 
-def _judge_library(*, wal: bool) -> Iterator[Finding]:
-    if wal and HAS_RESET_BUG:
-        text = (
-            f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: two programs that checkpoint"
-        )
-        text += " at the same moment may lose rows, or damage the database"
-        advice = "use a Python whose SQLite is 3.51.3, 3.50.7, 3.44.6 or later, and so in CoreScope"
-        yield warning("sqlite", text, f"{advice} (sqlite.org/wal.html, 11)")
+def _unusable(installation: Installation, error: DatabaseError) -> Finding:
+    """Return why the database cannot be read."""
+    primary = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+    if not os.path.isdir("/proc/self"):
+        return installation.finding("no_proc")
+    if primary == sqlite3.SQLITE_INTERRUPT:
+        return installation.finding("slow_database")
+    if primary == sqlite3.SQLITE_READONLY:
+        return installation.finding("half_written")
+    code = "busy" if isinstance(error, DatabaseBusy) else getattr(error, "cause", None) or "failed"
+    subject = "wal" if isinstance(error, ForeignWal) else "tables"
+    # In the catalogue, these two say to run `check`.
+    remedy = "check again as root, and as the user of the service; see dmesg"
+    remedy = remedy if code in ("busy", "failed") else ""
+    return installation.finding(code, error.what, subject=subject, remedy=remedy)
 
 
-def _judge_left_behind(found: Wal, database: Path) -> Iterator[Finding]:
-    if found is Wal.LEFT_BEHIND:
-        text = f"{database}-wal was left behind by a process that has ended"
-        yield warning("wal", text, "start CoreScope, which recovers it; never delete it")
-
-
-_UPGRADE: Final = (
-    "upgrade CoreScope and start its ingestor, which adds what is missing; mbcap-watch never does"
-)
-_REMEDIES: Final = {
-    sqlite3.SQLITE_READONLY: "a transaction was left half-way: start CoreScope, to roll it back",
-    sqlite3.SQLITE_INTERRUPT: "it takes too long: look for a busy or failing disk; check again",
-}
-
-
-def _what_to_do(error: DatabaseError, settings: Settings) -> str:
-    if isinstance(error, DatabaseBusy):
-        return "see lock"
-    code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
-    if code in _REMEDIES:
-        return _REMEDIES[code]
-    if cause := getattr(error, "cause", None):
-        return remedy(cause, str(settings.database), str(settings.snapshot_dir))
-    return "see permissions"
-
-
-def _judge_triggers(connection: sqlite3.Connection, database: Path) -> Iterator[Finding]:
+def _judge_triggers(
+    installation: Installation, connection: sqlite3.Connection
+) -> Iterator[Finding]:
     """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
+    query = shlex.quote("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
     for name, table, text in connection.execute(sql).fetchall():
         if table.lower() in schema.TABLES and _ON_UPDATE.search(text):
-            look = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
-            advice = f"see what it does: sqlite3 -readonly {shlex.quote(str(database))}"
-            advice += f" {shlex.quote(look)}; DROP TRIGGER if it has no business there"
-            what = f"the trigger {printable(name, QUOTED)} runs at each update of {table}, and may"
-            what += " refuse it"
-            yield warning("triggers", what, advice)
+            about = {"trigger": printable(name, QUOTED), "table": table, "query": query}
+            yield installation.finding("trigger", **about)
 
 
 # In SQL's syntax, what a trigger waits for stands before the first ON.
 _ON_UPDATE: Final = re.compile(r"^\s*CREATE(?:(?!\bON\b).)*\bUPDATE\b", re.IGNORECASE | re.DOTALL)
 
 
-def judge_preview(changes: int, unmatched: int, wanted: int, nodes: int) -> Finding:
+def judge_preview(
+    installation: Installation, changes: int, unmatched: int, wanted: int, rows: int
+) -> Finding:
     """Judge what applying the snapshot would do."""
     text = f"{changes:,} rows would change; of {wanted:,} keys {unmatched:,} are in no table"
-    if not nodes:
-        advice = "the database knows no node yet: is the ingestor running, and is it the right one?"
-        return warning("preview", f"{text}: there are no rows", advice)
-    advice = "do the snapshot and the database belong to the same CoreScope? See snapshot_dir"
     if unmatched == wanted:
-        return problem("preview", f"{text}: none matches", advice)
-    return warning("preview", text, advice) if unmatched * 2 > wanted else ok("preview", text)
+        none = "" if rows else ", which has no rows"
+        text = f"not one of the {wanted:,} keys of the snapshot is in the database{none}"
+        return installation.finding("no_match", text)
+    if unmatched * 2 > wanted:
+        return installation.finding("many_unmatched", text)
+    return ok("preview", text)
+
+
+# ------------------------------------------------------------------------------ locks
+
+
+def judge_lock(installation: Installation, real: Path, *, wal: bool) -> Finding:
+    """Judge who holds the write lock, if anybody does."""
+    locks = {real: _DATABASE_LOCKS} | ({Path(f"{real}-shm"): _WAL_WRITER} if wal else {})
+    if hidden := [str(path) for path in locks if path.exists() and not place(path).readable]:
+        return ok("lock", f"not known: {', '.join(hidden)} may not be read")
+    pid = _holder(locks, fcntl.F_RDLCK)  # only what is locked for writing is in its way
+    if pid is None:
+        return ok("lock", "the write lock is free")
+    text = f"the database has been locked for {duration(LOCK_SECONDS)} or more by {_who(pid)}"
+    remedy = "end the transaction that it keeps open (a shell, a backup, a stuck ingestor), or"
+    remedy += " restart it; nothing is lost meanwhile"
+    return installation.finding("busy", text, remedy=remedy)
+
+
+def judge_wal(installation: Installation, real: Path) -> Iterator[Finding]:
+    """Judge what is in the WAL, and why it is still there."""
+    log, shm = place(Path(f"{real}-wal")), Path(f"{real}-shm")
+    length = log.status.st_size if log.status else 0
+    if length > _LARGE_WAL:
+        pid, why = _holder({shm: _WAL_READERS}, fcntl.F_WRLCK), ""
+        if pid is not None:
+            why = f"; {_who(pid)} keeps a transaction open, which keeps it from being emptied"
+        yield installation.finding("wal_grows", wal=log.path, size=size(length), why=why)
+
+
+def _who(pid: int) -> str:
+    return described(pid) if pid > 0 else "a process in another container"
+
+
+def _holder(locks: Mapping[Path, tuple[int, int]], against: int) -> int | None:
+    """Return who has one of the locks all the time for `LOCK_SECONDS`; None if they are free."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        pids = [_held(path, *span, against) for path, span in locks.items()]
+        pid = next((pid for pid in pids if pid is not None), None)
+        if pid is None or time.monotonic() > deadline:
+            return pid
+        time.sleep(0.02)
+
+
+def _held(path: Path, start: int, length: int, against: int) -> int | None:
+    """Return whose lock is in the way of one of the kind `against`, without taking it."""
+    asked = struct.pack(_FLOCK, against, os.SEEK_SET, start, length, 0)
+    try:
+        with open(path, "rb") as file:
+            kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except OSError:
+        return None  # there is none, or `permissions` has reported it
+    return None if kind == fcntl.F_UNLCK else pid

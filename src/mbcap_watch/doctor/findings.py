@@ -1,36 +1,124 @@
-"""`Finding`: one line of what `check` has to say."""
+"""`Finding`: one thing that was found. `catalogue.toml` has every kind, with its remedy."""
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
-from typing import Final, Literal
+import functools
+import os.path
+import shlex
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
-Level = Literal["ok", "warning", "problem"]
+import msgspec
+
+if TYPE_CHECKING:
+    from mbcap_watch.settings import Settings
+
+Severity = Literal["ok", "warning", "problem"]
+
+# What a shell reads inside of double quotes.
+_SPECIAL: Final = frozenset('"$`\\!')
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Finding:
-    """What was found about one thing.
+class Kind(NamedTuple):
+    """A kind of finding, as `catalogue.toml` explains it."""
+
+    severity: Severity
+    subject: str
+    sentence: str
+    remedy: str
+
+
+@functools.cache
+def sections() -> dict[str, dict[str, Kind]]:
+    """Return the kinds of findings by code, by the sections of the troubleshooting page."""
+    text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text).items()
+    return {title: {code: Kind(*kind) for code, kind in t.items()} for title, t in tables}
+
+
+@functools.cache
+def catalogue() -> dict[str, Kind]:
+    """Return the kinds of findings by code."""
+    return {code: kind for kinds in sections().values() for code, kind in kinds.items()}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was found.
 
     Attributes:
-        level: `problem` (it does not work), `warning` (it works, but not well, or not for long),
+        code: the name of the finding in the catalogue, for programs; `ok` if all is well.
+        severity: `problem` (it does not work), `warning` (it works, but not well, or not for long),
             or `ok`.
-        subject: what was looked at, in a word or two.
-        text: what was found.
-        remedy: what to do; empty when there is nothing to be done.
+        subject: the thing that was examined, in a word or two.
+        text: the finding in a sentence.
+        remedy: what to do; empty if there is nothing to do.
 
     """
 
-    level: Level
+    code: str
+    severity: Severity
     subject: str
     text: str
     remedy: str = ""
 
 
-ok: Final = partial(Finding, "ok")
-warning: Final = partial(Finding, "warning")
-problem: Final = partial(Finding, "problem")
+def ok(subject: str, text: str) -> Finding:
+    """Return that all is well with a thing."""
+    return Finding("ok", "ok", subject, text)
+
+
+class Installation(NamedTuple):
+    """A database, a snapshot directory, perhaps a file of settings: findings are about them."""
+
+    database: str
+    snapshot_dir: str
+    config: str = ""
+
+    @classmethod
+    def of(cls, settings: Settings, config: str | Path | None = None) -> Installation:
+        """Return the installation that these settings name."""
+        return cls(str(settings.database), str(settings.snapshot_dir), str(config or ""))
+
+    def finding(
+        self, code: str, text: str = "", *, remedy: str = "", subject: str = "", **details: Any
+    ) -> Finding:
+        """Return a finding of the catalogue.
+
+        Args:
+            code: its name there.
+            text: what to say instead of the sentence of the catalogue.
+            remedy: likewise.
+            subject: likewise.
+            details: what the sentence and the remedy leave open.
+
+        """
+        kind = catalogue()[code]
+        paths = self._asdict()
+        paths["directory"] = os.path.dirname(self.database)
+        paths["snapshot_parent"] = os.path.dirname(self.snapshot_dir)
+        names = paths | details
+        commands = {name: quote(path) for name, path in paths.items()}
+        commands["check"] = self._command("check")
+        return Finding(
+            code,
+            kind.severity,
+            subject or kind.subject,
+            text or kind.sentence.format_map(names),
+            remedy or kind.remedy.format_map(names | commands),
+        )
+
+    def _command(self, name: str) -> str:
+        words = ["mbcap-watch", name, "--database", quote(self.database)]
+        words += ["--snapshot-dir", quote(self.snapshot_dir)]
+        return " ".join(words + (["--config", quote(self.config)] if self.config else []))
+
+
+def quote(path: str | Path) -> str:
+    """Return a path as a shell takes it, in quotes only where it must be."""
+    text = str(path)
+    plain = "'" in text and not _SPECIAL.intersection(text)
+    return f'"{text}"' if plain else shlex.quote(text)
 
 
 def size(count: float) -> str:
@@ -59,5 +147,10 @@ def duration(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """Return how long ago something was, for people."""
-    return f"{duration(seconds)} ago"
+    """Return how long ago something was, for people; of a moment to come, how far away it is."""
+    return f"{duration(seconds)} ago" if seconds >= 0 else f"{duration(-seconds)} in the future"
+
+
+def counted(count: int, one: str, several: str) -> str:
+    """Return a count for people: `1 entry`, `2 entries`."""
+    return f"{count:,} {one if count == 1 else several}"

@@ -1,4 +1,4 @@
-"""`check`, the machine: who has the database, other daemons, inotify's limits, the clock."""
+"""`check`, the machine: who has the database open, daemons, inotify's limits, the clock."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import dataclasses
 import datetime as dt
 import itertools
 import os
-import shlex
 import time
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mbcap_watch.cli.config import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
-from mbcap_watch.doctor.database import SIDES, place
-from mbcap_watch.doctor.findings import Finding, duration, ok, problem, warning
+from mbcap_watch.doctor.findings import Finding, Installation, duration, ok
+from mbcap_watch.doctor.health import CLOCK_SECONDS
+from mbcap_watch.doctor.places import Place, place
+from mbcap_watch.settings import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
+from mbcap_watch.store.errors import SIDES
 from mbcap_watch.telemetry.discover import is_paused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mbcap_watch.doctor.database import Place
-
-CLOCK_SECONDS: Final = 60.0
 _SILENT_SECONDS: Final = 3600.0
 _SCARCE_SHARE: Final = 0.9
 
@@ -32,10 +30,10 @@ class Daemon(NamedTuple):
     """A running `mbcap-watch run`.
 
     Attributes:
-        database: what it serves, as it calls it.
+        database: the path of its database, as its settings name it.
         same: whether that is the database in question.
-        hindered: what its own mounts, those of a unit or a container, do to that.
-        paused: whether it was stopped (SIGSTOP, a debugger), and does nothing.
+        hindered: what its own mounts, those of a unit or a container, keep it from.
+        paused: whether it was stopped (SIGSTOP, a debugger).
 
     """
 
@@ -49,14 +47,14 @@ class Daemon(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Census:
-    """What `/proc` says (proc(5)), as far as this user may know.
+    """The processes in `/proc` (proc(5)), as far as this user may see them.
 
     Attributes:
         holders: who has the database open, for people.
         strays: who has one open that was deleted or replaced.
-        daemons: all of ours.
-        instances: of inotify, that this user has.
-        watches: likewise.
+        daemons: all running `mbcap-watch run`.
+        instances: inotify instances of this user.
+        watches: inotify watches of this user.
 
     """
 
@@ -67,30 +65,35 @@ class Census:
     watches: int = 0
 
 
-def examine(database: Path) -> list[Finding]:
-    """Look through the processes, the limits and the clock. Blocks."""
+def examine(installation: Installation) -> list[Finding]:
+    """Examine the processes, the limits and the clock. Blocks."""
+    database = Path(installation.database)
     real = Path(os.path.realpath(database))
+    statuses = [place(Path(f"{real}{side}")).status for side in ("", *SIDES)]
+    newest = max((status.st_mtime for status in statuses if status), default=0.0)
+    clock = list(judge_clock(installation, newest, time.time()))
+    if not os.path.isdir("/proc/self"):
+        return [installation.finding("no_proc"), *clock]
     file, census = place(real), Census()
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
                 _count(census, int(name), file, database)
-    statuses = [place(Path(f"{real}{side}")).status for side in ("", *SIDES)]
-    newest = max((status.st_mtime for status in statuses if status), default=0.0)
     return [
-        *judge_holders(census),
-        judge_daemons(census.daemons, database, os.geteuid()),
-        judge_inotify("instances", census.instances, *_limit("instances")),
-        judge_inotify("watches", census.watches, *_limit("watches")),
-        *judge_clock(newest, time.time()),
+        *judge_holders(installation, census),
+        judge_daemons(installation, census.daemons, os.geteuid()),
+        judge_inotify(installation, "instances", census.instances, *_limit("instances")),
+        judge_inotify(installation, "watches", census.watches, *_limit("watches")),
+        *clock,
     ]
 
 
-def command_of(pid: int) -> str:
-    """Return the command line of a process, as far as it tells processes apart."""
+def described(pid: int) -> str:
+    """Return a process for people: its number and the start of its command line."""
+    command = "?"
     with contextlib.suppress(OSError):
-        return " ".join(_arguments(pid))[:80]
-    return "?"
+        command = " ".join(_arguments(pid))[:80]
+    return f"pid {pid} ({command})"
 
 
 def _arguments(pid: int) -> list[str]:
@@ -112,7 +115,7 @@ def _count(census: Census, pid: int, file: Place, database: Path) -> None:
                 census.instances += 1
                 census.watches += text.count("inotify wd:")
             elif name != link and name in (str(file.path), f"{file.path}-wal"):
-                census.strays.add(f"pid {pid} ({command_of(pid)})")
+                census.strays.add(described(pid))
             # By name first: to ask for the status of just any file could block. In a container the
             # directory may have another name.
             elif (
@@ -120,7 +123,7 @@ def _count(census: Census, pid: int, file: Place, database: Path) -> None:
                 and file.status
                 and os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), file.status)
             ):
-                census.holders.add(f"pid {pid} ({command_of(pid)})")
+                census.holders.add(described(pid))
 
 
 def is_daemon(arguments: list[str]) -> bool:
@@ -134,15 +137,15 @@ def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -
         variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
         environ = dict(variable.partition("=")[::2] for variable in variables)
         here, root = os.readlink(f"/proc/{pid}/cwd"), f"/proc/{pid}/root"
-        told = option(arguments, "--database")
-        told = told or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
+        named = option(arguments, "--database")
+        named = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
         if config := option(arguments, "--config") or environ.get(CONFIG_VARIABLE):
             text = Path(root + os.path.join(here, config)).read_text(encoding="utf-8")
-            told = told or tomllib.loads(text).get("database")
-        path = os.path.normpath(os.path.join(here, told or DEFAULT_DATABASE))
+            named = named or tomllib.loads(text).get("database")
+        path = os.path.normpath(os.path.join(here, named or DEFAULT_DATABASE))
     except (OSError, ValueError):
-        told = option(arguments, "--database")  # which everybody may know
-        return Daemon(pid, uid, told or "a database that only root may know", told == str(ours))
+        named = option(arguments, "--database")  # a command line is public
+        return Daemon(pid, uid, named or "a database that only root may know", named == str(ours))
     inside = place(Path(root + path)).status  # as that process sees it, be it in a container
     if inside and file.status:
         read_only = os.statvfs(root + os.path.dirname(path)).f_flag & os.ST_RDONLY
@@ -164,36 +167,27 @@ def option(arguments: list[str], name: str) -> str | None:
 # ------------------------------------------------------------------------------ judging
 
 
-def judge_holders(census: Census) -> Iterator[Finding]:
+def judge_holders(installation: Installation, census: Census) -> Iterator[Finding]:
     """Judge who has the database open."""
-    for who in sorted(census.strays):
-        text = f"{who} has a database or -wal open that was deleted or replaced: what it writes"
-        remedy = "restart it; stop everything before replacing a database, and keep -wal with it"
-        yield problem("open by", f"{text} is lost", remedy)
+    if census.strays:
+        yield installation.finding("database_replaced", who=", ".join(sorted(census.strays)))
     nobody = "nobody that this user may see; other containers cannot be seen"
     yield ok("open by", ", ".join(sorted(census.holders)) or nobody)
 
 
-def judge_daemons(daemons: list[Daemon], database: Path, uid: int) -> Finding:
-    """Judge how many of ours run, and as whom."""
+def judge_daemons(installation: Installation, daemons: list[Daemon], uid: int) -> Finding:
+    """Judge how many daemons serve the database, and as whom."""
     here = [each for each in daemons if each.same]
     who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in here)
+    first = next(iter(here), None)
     if len(here) > 1:
-        remedy = f"stop all but one (systemctl stop UNIT, or kill {here[-1].pid}): they wait for"
-        remedy += " each other's locks, and settings of one are undone by the other"
-        return problem("daemons", f"{len(here)} serve this database: {who}", remedy)
-    if here and here[0].paused:
-        remedy = f"let it go on: kill -CONT {here[0].pid}"
-        return problem("daemons", f"it is paused, and does nothing: {who}", remedy)
-    if here and here[0].hindered:
-        remedy = f"systemctl edit its unit, then restart it: ReadWritePaths={database.parent}, and"
-        remedy += " no ProtectHome= or PrivateTmp= that hides it; in a container, mount it (not ro)"
-        text = f"{who} {here[0].hindered} the database where it runs, although it is there"
-        return problem("daemons", text, remedy)
-    if here and here[0].uid != uid:
-        remedy = f"to see what that user may do: sudo -u '#{here[0].uid}' mbcap-watch check"
-        remedy += f" --database {shlex.quote(str(database))}"
-        return warning("daemons", f"it runs as another user than this check: {who}", remedy)
+        return installation.finding("two_daemons", who=who)
+    if first and first.paused:
+        return installation.finding("paused", pid=first.pid)
+    if first and first.hindered:
+        return installation.finding("hindered", who=who, hindered=first.hindered)
+    if first and first.uid != uid:
+        return installation.finding("other_user", who=who, uid=first.uid)
     others = [f"pid {each.pid} for {each.database}" for each in daemons if each not in here]
     return ok("daemons", ", ".join([who or "none runs for this database", *others]))
 
@@ -208,34 +202,30 @@ def _limit(name: str) -> tuple[int, str]:
     return min(limits)
 
 
-def judge_inotify(name: str, used: int, limit: int, sysctl: str) -> Finding:
+def judge_inotify(
+    installation: Installation, name: str, used: int, limit: int, sysctl: str
+) -> Finding:
     """Judge one of the kernel's limits for inotify, which are per user (inotify(7))."""
-    text = f"user {os.geteuid()} has {used:,} of {limit:,} {name}"
+    uid = os.geteuid()
     if used < limit * _SCARCE_SHARE:
-        return ok("inotify", text)
-    remedy = f"as root: sysctl -w {sysctl}={max(2 * limit, 512)}, and in /etc/sysctl.d; without a"
-    remedy += " watch mbcap-watch polls"
-    return warning("inotify", text, remedy)
+        return ok("inotify", f"user {uid} has {used:,} of {limit:,} {name}")
+    about = {"used": f"{used:,}", "limit": f"{limit:,}", "name": name, "sysctl": sysctl}
+    return installation.finding("inotify_limit", uid=uid, more=max(2 * limit, 512), **about)
 
 
-def judge_clock(newest: float, now: float) -> Iterator[Finding]:
-    """Whether this machine's clock can be right, and the database is in use.
+def judge_clock(installation: Installation, newest: float, now: float) -> Iterator[Finding]:
+    """Judge whether this machine's clock can be right, and the database is in use.
 
     Args:
+        installation: whose database it is.
         newest: when the database was last written; 0 if that is not known.
-        now: this machine's clock.
+        now: the time of this machine.
 
     """
     day = dt.datetime.fromtimestamp(now, dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    remedy = "as root: timedatectl set-ntp true; see timedatectl timesync-status"
     if newest > now + CLOCK_SECONDS:
-        text = (
-            f"it is {day}, but the database was written {duration(newest - now)} later: it jumped"
-        )
-        yield warning("clock", text, remedy)
+        yield installation.finding("clock", now=day, later=duration(newest - now))
     else:
         yield ok("clock", day)
     if newest and now - newest > _SILENT_SECONDS:
-        text = f"nothing has been written to the database for {duration(now - newest)}"
-        remedy = "is CoreScope's ingestor running, and is this its database, not an old copy?"
-        yield warning("activity", text, remedy)
+        yield installation.finding("no_activity", silence=duration(now - newest))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.doctor.findings import Finding, ok, problem, warning
+import msgspec
+
+from mbcap_watch.doctor.findings import Finding, Installation, ok
 from mbcap_watch.doctor.health import judge_search
 from mbcap_watch.errors import printable
 from mbcap_watch.telemetry.discover import find
@@ -15,10 +17,7 @@ if TYPE_CHECKING:
     from mbcap_watch.settings import Settings
 
 # What an examination of the files cannot see.
-_UNSEEN: Final = {"gone", "limit", "no_apply", "no_look", "rows_refused", "stale"}
-
-# What it names in lines of their own.
-_SEEN: Final = {"paused", "two_daemons"}
+_UNSEEN: Final = {"gone", "limit", "no_sync", "no_apply", "rows_refused", "stale"}
 
 
 def examine(settings: Settings, environ: Mapping[str, str], *, explained: bool) -> list[Finding]:
@@ -38,20 +37,24 @@ def _examine(
 ) -> Iterator[Finding]:
     search = find(settings, environ)
     health = judge_search(search, settings)
-    if search.found and not health.healthy:
+    if search.found and not health.healthy and health.state != "starting":
         for each in health.problems:
             # As another user, or a moment later, all may look well from here.
-            if each.code in _UNSEEN or not (explained or each.code in _SEEN):
-                yield problem("service", f"{health.state}: {each.text}", each.remedy)
+            if each.code in _UNSEEN or not explained:
+                text = f"{health.state}: {each.text}"
+                yield msgspec.structs.replace(each, subject="service", text=text)
     elif search.found:
-        yield ok("service", "running, healthy")
+        yield ok("service", health.verdict)
     elif search.hidden:
         yield ok("service", f"not known: {search.hidden[0].what}")
     else:
         yield ok("service", "no mbcap-watch runs with these settings")
         for other in search.others:
             if other.stats.fresh and other.stats.database == printable(str(settings.database)):
-                text = f"process {other.stats.pid} serves this database, but from another"
-                remedy = "check and status need its settings: --snapshot-dir, or --config"
-                where = f"snapshot directory: {other.stats.snapshot_dir}"
-                yield warning("service", f"{text} {where}", remedy)
+                yield Installation.of(settings).finding(
+                    "other_settings",
+                    pid=other.stats.pid,
+                    uid=other.uid,
+                    its_database=other.stats.database,
+                    its_snapshot_dir=other.stats.snapshot_dir,
+                )

@@ -55,8 +55,8 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
 
     fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
     cross, arrow = ("✗", "→") if fancy else ("x", "->")
-    style, word = ("green", "healthy") if health.healthy else ("red", "unhealthy")
-    console.print(Text(f"{health.state}, {word}", style=f"bold {style}"))
+    style = "green" if health.healthy else "red"
+    console.print(Text(health.verdict, style=f"bold {style}"))
     for mark, style, findings in (
         (cross, "red", health.problems),
         ("!", "yellow", health.warnings),

@@ -21,6 +21,7 @@ from mbcap_watch.errors import (
     SnapshotRefused,
     SnapshotUnreadable,
 )
+from mbcap_watch.limits import LIMIT_ERRORS
 from mbcap_watch.settings import DEFAULT_MAX_BYTES, SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import links
 from mbcap_watch.snapshot.codec import (
@@ -160,7 +161,10 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
-        raise SnapshotUnreadable(path, f"cannot be read: {exc.strerror}") from exc
+        text = f"cannot be read: {exc.strerror}"
+        raise SnapshotUnreadable(
+            path, text, "limit" if exc.errno in LIMIT_ERRORS else None
+        ) from exc
 
 
 def _revalidate(directory: int) -> None:

@@ -13,6 +13,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, printable
+from mbcap_watch.limits import LIMIT_ERRORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,15 @@ def as_database_errors(database: Path) -> Iterator[None]:
         problem, cause = explain(database, primary_code(exc))
         said = printable(str(exc), QUOTED)  # a trigger's message, say
         raise DatabaseFailed(database, f"{problem} ({name}: {said})", cause) from exc
+
+
+def cause_of(error: OSError) -> Cause | None:
+    """Return what is behind an error of the operating system about a file; None if nothing is."""
+    if isinstance(error, PermissionError):
+        return "not_permitted"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):  # without /proc, say
+        return None
+    return "limit" if error.errno in LIMIT_ERRORS else "disk_error"
 
 
 def primary_code(error: sqlite3.Error) -> int:

@@ -13,14 +13,12 @@ from urllib.parse import quote
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 from mbcap_watch.store import library, wal
-from mbcap_watch.store.errors import as_database_errors
+from mbcap_watch.store.errors import as_database_errors, cause_of
 from mbcap_watch.store.wal import Wal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from mbcap_watch.errors import Cause
 
 # UPDATE … FROM (https://www.sqlite.org/lang_update.html).
 LEAST_SQLITE: Final = (3, 33)
@@ -227,8 +225,7 @@ def file_identity(path: Path) -> tuple[int, int]:
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise DatabaseMissing(path, "does not exist") from exc
     except OSError as exc:
-        cause: Cause = "not_permitted" if isinstance(exc, PermissionError) else "disk_error"
-        raise DatabaseFailed(path, f"cannot be reached: {exc.strerror}", cause) from exc
+        raise DatabaseFailed(path, f"cannot be reached: {exc.strerror}", cause_of(exc)) from exc
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory, " if stat.S_ISDIR(status.st_mode) else ""
         raise DatabaseFailed(path, f"is {kind}not a regular file", "not_a_file")

@@ -68,6 +68,7 @@ class Tally:
         changed: rows written, by table.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
+        served: the tables that can be served.
         waiting: what a table that cannot be served yet lacks.
         waits: for the write lock, in seconds, one per transaction; the latest `MAX_TIMES`.
         holds: of the write lock, in seconds, likewise.
@@ -82,6 +83,7 @@ class Tally:
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
     unmatched: int = 0
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    served: frozenset[str] = frozenset()
     waiting: str | None = None
     waits: deque[float] = dataclasses.field(default_factory=_times)
     holds: deque[float] = dataclasses.field(default_factory=_times)
@@ -136,6 +138,7 @@ def reconcile(
 def _served_tables(database: Path, tally: Tally) -> Generator[Query, Any, list[Table]]:
     """Return the tables that can be served. Never cached: tables may come and go."""
     tables, obstacles = schema.served((yield Query(schema.PROBE)))
+    tally.served = frozenset(table.name for table in tables)
     tally.waiting = obstacles or None
     if not tables:
         raise SchemaMissing(database, obstacles)

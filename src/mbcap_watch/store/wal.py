@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, ForeignWal
+from mbcap_watch.store.errors import cause_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +78,8 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     except FileNotFoundError:
         return Wal.ABSENT
     except OSError as exc:
-        raise DatabaseFailed(database, f"its -wal cannot be reached: {exc.strerror}") from exc
+        problem = f"its -wal cannot be reached: {exc.strerror}"
+        raise DatabaseFailed(database, problem, cause_of(exc)) from exc
     return _judge(database, real, grace) if _CAN_ASK else Wal.IN_USE
 
 
@@ -90,7 +92,7 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
         age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
     except OSError as exc:
         problem = f"the kernel does not say who has it open: {exc.strerror}"
-        raise DatabaseFailed(database, problem) from exc
+        raise DatabaseFailed(database, problem, cause_of(exc)) from exc
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
