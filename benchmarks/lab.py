@@ -57,8 +57,8 @@ class Site:
             ]
             master.write_bytes(encode(Snapshot(tuple(entries), f"2026-11-22T00:00:0{version}Z")))
         self._keeper = sqlite3.connect(self.database, isolation_level=None)
-        self._keeper.execute("CREATE TABLE packets (id INTEGER PRIMARY KEY)")
-        self._keeper.execute("INSERT INTO packets VALUES (1)")
+        self._keeper.execute("CREATE TABLE kept (id INTEGER PRIMARY KEY)")
+        self._keeper.execute("INSERT INTO kept VALUES (1)")
 
     @property
     def snapshot_bytes(self) -> int:
