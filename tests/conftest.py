@@ -31,9 +31,10 @@ SEED: list[Row] = [
 ]
 
 
-@pytest.fixture(params=["asyncio", "asyncio+uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param.endswith("uvloop")}
+@pytest.fixture
+def anyio_backend() -> str:
+    """What a host's loop matters to is tested in `bridge/`, on more of them."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,11 +39,6 @@ NODES = Table("nodes", "rowid")
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def apply(database: Path, *entries: tuple[str, ...], **settings: Any) -> PersistResult:
     put(document(*entries), snapshot_path(database))  # type: ignore[arg-type]
     return await persist_once(Settings(database=database, **settings))
