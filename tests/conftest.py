@@ -3,14 +3,27 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import uvloop
 
-from mbcap_watch import ensure_snapshot_dir
-from support import Row, at_rest, make_database, open_descriptors, thread_names, wait_until
+from mbcap_watch import ensure_snapshot_dir, snapshot_path
+from mbcap_watch.bridge import border
+from mbcap_watch.store import plan, reconcile
+from support import (
+    Row,
+    at_rest,
+    connect,
+    document,
+    make_database,
+    open_descriptors,
+    put,
+    thread_names,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,6 +70,33 @@ def database(tmp_path: Path) -> Path:
     path = make_database(tmp_path / "meshcore.db", SEED)
     ensure_snapshot_dir(path)
     return path
+
+
+@pytest.fixture
+def slow_pages(database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with a number: so many pages are compared at the next sync, each of them slowly.
+
+    As on a slow machine, whose every page takes seconds, but four times as quick.
+    """
+    compare = plan.compare
+
+    def compare_slowly(*args: Any) -> plan.Comparison:
+        time.sleep(0.3)
+        return compare(*args)
+
+    def publish(pages: int) -> None:
+        with connect(database) as connection:
+            # A table that is much larger than the snapshot is asked for keys, page by page.
+            connection.execute("INSERT INTO nodes (rowid, public_key) VALUES (1000000000, 'last')")
+        keys = (f"k{number}" for number in range(reconcile.PAGES.keys * pages - 1))
+        put(
+            document(("aa11", "confirmed"), *((key, "confirmed") for key in keys)),
+            snapshot_path(database),
+        )
+
+    monkeypatch.setattr(border, "STUCK_SECONDS", 1.2)
+    monkeypatch.setattr(plan, "compare", compare_slowly)
+    return publish
 
 
 @pytest.fixture
