@@ -3,14 +3,27 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import uvloop
 
-from mbcap_watch import ensure_snapshot_dir
-from support import Row, at_rest, make_database, open_descriptors, thread_names, wait_until
+from mbcap_watch import ensure_snapshot_dir, snapshot_path
+from mbcap_watch.bridge import border
+from mbcap_watch.store import plan, reconcile
+from support import (
+    Row,
+    at_rest,
+    connect,
+    document,
+    make_database,
+    open_descriptors,
+    put,
+    thread_names,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,9 +44,10 @@ SEED: list[Row] = [
 ]
 
 
-@pytest.fixture(params=["asyncio", "asyncio+uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    return "asyncio", {"use_uvloop": request.param.endswith("uvloop")}
+@pytest.fixture
+def anyio_backend() -> str:
+    """What a host's loop matters to is tested in `bridge/`, on more of them."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,15 +73,45 @@ def database(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def slow_pages(database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Call it with a number: so many pages are compared at the next sync, each of them slowly.
+
+    As on a slow machine, whose every page takes seconds, but four times as quick.
+    """
+    compare = plan.compare
+
+    def compare_slowly(*args: Any) -> plan.Comparison:
+        time.sleep(0.3)
+        return compare(*args)
+
+    def publish(pages: int) -> None:
+        with connect(database) as connection:
+            # A table that is much larger than the snapshot is asked for keys, page by page.
+            connection.execute("INSERT INTO nodes (rowid, public_key) VALUES (1000000000, 'last')")
+        keys = (f"k{number}" for number in range(reconcile.PAGES.keys * pages - 1))
+        put(
+            document(("aa11", "confirmed"), *((key, "confirmed") for key in keys)),
+            snapshot_path(database),
+        )
+
+    monkeypatch.setattr(border, "STUCK_SECONDS", 1.2)
+    monkeypatch.setattr(plan, "compare", compare_slowly)
+    return publish
+
+
+@pytest.fixture
 def few_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Call it with a number: so many threads more can be started from then on."""
+    """Call it with a number: so many threads more can be started from then on.
+
+    Those of trio itself do not count: it keeps them for a while, and cannot end without one.
+    """
     start = threading.Thread.start
 
     def limit(spare: int) -> None:
-        most = threading.active_count() + spare
+        most = len(thread_names()) + spare
 
         def start_if_there_is_room(thread: threading.Thread) -> None:
-            if threading.active_count() >= most:
+            if not thread.name.startswith("Trio thread") and len(thread_names()) >= most:
                 raise RuntimeError("can't start new thread")
             start(thread)
 

@@ -1,4 +1,4 @@
-"""The other processes at a database: CoreScope's ingestor, its server, a host that embeds us.
+"""Other processes at a database: CoreScope's ingestor, its server, an idler, a host that embeds us.
 
 Run as a program, `neighbours.py ROLE DATABASE …`. Each prints `ready` once it has the database
 open, and ends when its standard input does. As in CoreScope, the ingestor empties its `-wal` when
@@ -27,6 +27,8 @@ def main(role: str, database: str, *arguments: str) -> None:
         ingest(database, *arguments)
     elif role == "server":
         serve(database)
+    elif role == "idler":
+        idle(database)
     else:
         host(database, *arguments)
 
@@ -82,6 +84,16 @@ def serve(database: str) -> None:
         while not told_to_end(0.02):
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("SELECT count(*) FROM packets").fetchall()
+
+
+def idle(database: str) -> None:
+    """Keep the database open, with frames in the `-wal`, and do nothing."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("INSERT INTO packets (generation) VALUES ('live')")
+        # Marks in the -shm what it has read: nobody else needs to, who reads the same.
+        connection.execute("SELECT count(*) FROM packets").fetchall()
+        say("ready")
+        sys.stdin.readline()
 
 
 def host(database: str, *settings: str) -> None:

@@ -14,18 +14,18 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mbcap_watch import ensure_snapshot_dir, snapshot_path
-from support import TESTS, connect, document, make_database, put, wait_until
+from processes import apply, neighbour, start_daemon
+from support import DEADLINE, connect, document, make_database, put, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from processes import Process
 
 Ours = Literal["none", "host", "apply", "dry_run", "daemon", "embedded"]
 """What of ours runs. `host` is the control of `embedded`: the host without its bridge."""
@@ -109,69 +109,6 @@ class Restored(NamedTuple):
         return self[:4] == ("ok", False, True, True)
 
 
-class Process:
-    """A process that prints lines, and ends when its standard input does, or on a signal."""
-
-    def __init__(self, *command: str, log: Path) -> None:
-        self.lines: list[str] = []
-        self.log = log
-        with open(log, "wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self._stdout:
-            self.lines.append(line.strip())
-
-    def ready(self) -> Process:
-        wait_until(lambda: "ready" in self.lines or self._process.poll() is not None, "ready")
-        assert "ready" in self.lines
-        return self
-
-    def end(self, signum: signal.Signals | None = None) -> None:
-        """Tell it to end, by a signal if there is one; return once it has."""
-        if signum is not None:
-            self._process.send_signal(signum)
-        # To hear that standard input has ended is to be told as well.
-        self._stdin.close()
-        self._process.wait(30)
-        self._reader.join(30)
-        self._stdout.close()
-
-    def ended_or_waits(self) -> bool:
-        """Return once it has ended, or said why it has not yet; whether it has ended."""
-        wait_until(lambda: self.ended or self.log.stat().st_size, "an answer")
-        return self.ended
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.lines if line.startswith("{")]
-
-    @property
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-
-def neighbour(role: str, database: Path, *arguments: str) -> Process:
-    log = database.with_name(f"{role}.txt")
-    return Process(str(TESTS / "neighbours.py"), role, str(database), *arguments, log=log)
-
-
-def apply(database: Path, *options: str) -> Process:
-    command = ["-m", "mbcap_watch", "apply", "--json", f"--database={database}"]
-    return Process(*command, *options, log=database.with_name("apply.txt"))
-
-
 def make_packets(path: Path, generation: str, packets: int) -> Path:
     """Make a database whose every row tells which file it comes from."""
     make_database(path, [("nodes", key, 0, None) for key in KEYS])
@@ -189,6 +126,11 @@ def make_packets(path: Path, generation: str, packets: int) -> Path:
             )
         connection.execute("COMMIT")
     return path
+
+
+def remove_wal(database: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        Path(f"{database}{suffix}").unlink(missing_ok=True)
 
 
 def snapshot(evidence: str) -> bytes:
@@ -216,7 +158,7 @@ class Scene:
     # What the operator does
 
     def start_ingestor(self, generation: str) -> None:
-        self.ingestor = neighbour("ingestor", self.database, generation).ready()
+        self.ingestor = neighbour("ingestor", self.database, generation)
 
     def stop_ingestor(self) -> None:
         if self.ingestor is not None:
@@ -236,12 +178,8 @@ class Scene:
             shutil.copyfile(self.backup, copy := self.backup.with_suffix(".copy"))
             os.replace(copy, self.database)
 
-    def remove_wal(self) -> None:
-        for suffix in ("-wal", "-shm"):
-            Path(f"{self.database}{suffix}").unlink(missing_ok=True)
-
     def start_server(self) -> None:
-        self.server = neighbour("server", self.database).ready()
+        self.server = neighbour("server", self.database)
 
     def stop_server(self) -> None:
         if self.server is not None:
@@ -257,18 +195,17 @@ class Scene:
         match self.case.ours:
             case "daemon":
                 options = [f"--{n.replace('_', '-')}={value}" for n, value in CLOCKS.items()]
-                command = ["-m", "mbcap_watch", "run", "--json", f"--database={self.database}"]
-                self.running = Process(*command, *options, log=self.base / "ours.txt")
+                self.running = start_daemon(self.database, *options).ready()
             case "embedded":
                 settings = [f"{name}={value}" for name, value in CLOCKS.items()]
-                self.running = neighbour("host", self.database, *settings).ready()
+                self.running = neighbour("host", self.database, *settings)
             case "host":
-                self.running = neighbour("host", self.database).ready()
+                self.running = neighbour("host", self.database)
 
     def stop_ours(self) -> None:
         if self.running is not None:
             lives = self.case.ours in ("daemon", "embedded", "host")
-            assert not (lives and self.running.ended), self.running.log.read_text()
+            assert not (lives and self.running.ended), self.running.said
             asked = self.case.ours in ("embedded", "host")
             self.running.end(None if asked else signal.SIGTERM)
             self.running = None
@@ -292,11 +229,11 @@ class Scene:
                 # The sync that the next line tells of may have begun before.
                 while len(lines) < known + 2 and time.monotonic() < deadline:
                     time.sleep(0.01)
-                self.results = [json.loads(line) for line in lines[known:] if line[0] == "{"]
+                self.results = [json.loads(line) for line in lines[known:] if line[:1] == "{"]
 
-    def let_ours_settle(self) -> None:
-        """As `let_ours_sync`, and return only once it has found all well, or never will."""
-        deadline = time.monotonic() + SETTLING
+    def let_ours_settle(self, patience: float) -> None:
+        """As `let_ours_sync`, and return only once it has found all well, or `patience` is over."""
+        deadline = time.monotonic() + patience
         if self.running is not None and self.case.ours in ("apply", "dry_run"):
             # It began before: its answer may be about files that are gone.
             wait_until(lambda: self.running is None or self.running.ended, "its end")
@@ -329,8 +266,13 @@ def scene(base: Path, case: Case) -> Iterator[Scene]:
         made.end()
 
 
-def play(base: Path, case: Case) -> tuple[Restored, list[dict[str, Any]]]:
-    """Restore a backup in the order of `case`; return how it is then, and what we reported."""
+def play(
+    base: Path, case: Case, *, gets_well: bool = False
+) -> tuple[Restored, list[dict[str, Any]]]:
+    """Restore a backup in the order of `case`; return how it is then, and what we reported.
+
+    Where it `gets_well` in the end, that is waited for.
+    """
     with scene(base, case) as at:
         at.start_ingestor("live")
         if case.server != "no":
@@ -356,10 +298,10 @@ def play(base: Path, case: Case) -> tuple[Restored, list[dict[str, Any]]]:
                 at.kill_ingestor()
             at.stop_ingestor()
             if case.tail != "restart":
-                at.remove_wal()
+                remove_wal(at.database)
                 at.let_ours_sync()
             at.start_ingestor("after")
-            at.let_ours_settle()
+            at.let_ours_settle(DEADLINE if gets_well else SILENCE)
             at.stop_ingestor()
         after = at.committed
         at.stop_ours()

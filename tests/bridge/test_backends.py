@@ -22,7 +22,7 @@ from mbcap_watch import (
 )
 from mbcap_watch.bridge.border import DEFAULT_BUFFER
 from mbcap_watch.bridge.run import preview_once
-from support import QUIET, bridge, connect, document, put, read_rows, until, wait_until
+from support import bridge, connect, document, put, quiet, read_rows, until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +35,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     backend: str = request.param
     return backend
-
-
-def quiet(database: Path, **settings: Any) -> Settings:
-    return Settings.from_mapping({"database": database, **QUIET, **settings})
 
 
 def landed(database: Path, evidence: str) -> bool:

@@ -13,6 +13,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,7 +22,9 @@ import pytest
 
 from mbcap_watch import PersistResult, Settings, persist_once, run, snapshot_path
 from support import (
+    DEADLINE,
     at_rest,
+    but_for_slowness,
     connect,
     document,
     locked,
@@ -160,8 +163,7 @@ def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> 
     versions = [document(*((k, s, e) for k in KEYS)) for s, e in VALUES]
     moment = random.Random(7)
     threads, descriptors = at_rest(), len(open_descriptors())
-    partly = 0
-    for number in range(100):
+    for number in range(60):
         put(versions[number % 2], snapshot_path(database))
 
         async def main() -> None:
@@ -174,8 +176,62 @@ def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> 
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(main())
         check(database, threads, descriptors)
-        partly += len({row[2:] for row in read_rows(database)}) > 1
-    assert partly, "some were struck between two batches"
+
+
+def values(connection: sqlite3.Connection) -> set[tuple[int, str | None]]:
+    sql = "SELECT DISTINCT multibyte_sup, multibyte_evidence FROM {}"
+    tables = " UNION ".join(sql.format(table) for table in ("nodes", "inactive_nodes"))
+    return set(connection.execute(tables))
+
+
+def lock_between_two_batches(connection: sqlite3.Connection) -> None:
+    """Take the write lock as soon as some rows are written, and others are not."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        assert time.monotonic() < deadline, "the lock was never free between two batches"
+        with contextlib.suppress(sqlite3.OperationalError):  # it is not free
+            connection.execute("BEGIN IMMEDIATE")
+            if len(values(connection)) > 1:
+                return
+            connection.execute("ROLLBACK")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_persist_once_is_cancelled_between_two_batches(tmp_path: Path, kind: Kind) -> None:
+    keys = [f"{number:04}" for number in range(1000)]
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    settings = Settings(database=database, batch_rows=1)
+    threads, descriptors = at_rest(), len(open_descriptors())
+    put(document(*((key, "confirmed", "a") for key in keys)), snapshot_path(database))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with anyio.CancelScope() as scope:
+            task = asyncio.current_task()
+            assert task is not None
+
+            left = threading.Event()
+
+            def strike_between_two_batches() -> None:
+                with connect(database, timeout=0) as neighbour:
+                    lock_between_two_batches(neighbour)
+                    loop.call_soon_threadsafe(kind, task, scope)
+                    assert left.wait(DEADLINE), "whoever waits for the lock can be cancelled"
+                    neighbour.execute("ROLLBACK")
+
+            thread = threading.Thread(target=strike_between_two_batches)
+            thread.start()
+            try:
+                await persist_once(settings)
+            finally:
+                left.set()
+                thread.join()
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(main())
+    check(database, threads, descriptors)
+    with connect(database) as connection:
+        assert values(connection) == {(0, None), (2, "a")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,15 +278,14 @@ def test_a_deadline_of_the_host_while_somebody_holds_the_lock(tmp_path: Path, se
 
     with locked(database) as release:
         for host in (native_timeout, scope_timeout):
-            started = time.monotonic()
             with pytest.raises(TimeoutError):
                 asyncio.run(host())
-            assert time.monotonic() - started < patience + 5
         release()
     wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
     check(database, threads, descriptors)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_in_asyncio_run(tmp_path: Path, presses: int) -> None:
     database = make_database(tmp_path / "m.db", [("nodes", "aa", 0, None)])
@@ -261,9 +316,9 @@ def test_ctrl_c_in_asyncio_run(tmp_path: Path, presses: int) -> None:
         put(document(("aa", "confirmed", "a")), snapshot_path(database))
         for _ in range(presses):
             process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=DEADLINE)
     assert "interrupted" in out or process.returncode == -signal.SIGINT
-    assert presses == 2 or err == ""
+    assert presses == 2 or but_for_slowness(err) == ""
     with connect(database, timeout=0) as connection:
         connection.execute("BEGIN IMMEDIATE")
 
@@ -273,16 +328,14 @@ def test_the_host_stalls_its_loop_and_the_lock_is_free_all_the_same(tmp_path: Pa
     keys = [f"{number:06}" for number in range(5000)]
     database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
     put(document(*((key, "confirmed", "a") for key in keys)), snapshot_path(database))
-    waits: list[float] = []
 
     async def stall(done: asyncio.Event) -> None:
-        with connect(database, timeout=5) as connection:
+        # With the lock held across the loop, this would be the end: the lock would never be free.
+        with connect(database, timeout=DEADLINE) as connection:
             while not done.is_set():
                 # The loop stands still here, whatever the bridge was doing.
-                started = time.monotonic()
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("ROLLBACK")
-                waits.append(time.monotonic() - started)
                 await asyncio.sleep(0)
 
     async def main() -> PersistResult:
@@ -294,12 +347,11 @@ def test_the_host_stalls_its_loop_and_the_lock_is_free_all_the_same(tmp_path: Pa
         return result
 
     assert asyncio.run(main()).changed_active == len(keys)
-    assert max(waits) < 2, "with the lock held across the loop, this is the whole busy timeout"
 
 
 # ------------------------------------------------------------------------------ SIGKILL
 
-KILLS = int(os.environ.get("MBCAP_TEST_KILLS", "150"))
+KILLS = int(os.environ.get("MBCAP_TEST_KILLS", "100"))
 
 ZYGOTE = """
     import asyncio, os, sys, time
@@ -332,6 +384,8 @@ ZYGOTE = """
 """
 
 
+@pytest.mark.slow
+@pytest.mark.system
 def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     """Whatever was committed is right, the database is sound, and the next look completes it."""
     keys = [f"{number:064x}" for number in range(500)]
@@ -345,24 +399,27 @@ def test_sigkill_at_any_moment(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(document(*((key, status, name) for key in keys)))
     (tmp_path / "mbcap-snapshot").mkdir()
     moment = random.Random(1)
-    mixed = 0
     with other_process(ZYGOTE, str(database), *files) as zygote:
         assert zygote.stdin is not None
-        for _ in range(KILLS):
+        for number in range(KILLS):
             zygote.stdin.write("\n")
             zygote.stdin.flush()
             child = int(read_line(zygote))
-            # The second sync is as long as the first one was.
-            time.sleep(moment.uniform(0, float(read_line(zygote))))
-            os.kill(child, signal.SIGKILL)
+            seconds = float(read_line(zygote))
+            # All rows are equal now; the syncs that follow are as long as the first one was.
+            with connect(database, timeout=0) as neighbour:
+                if number % 5:
+                    time.sleep(moment.uniform(0, seconds))
+                    os.kill(child, signal.SIGKILL)
+                else:
+                    lock_between_two_batches(neighbour)
+                    os.kill(child, signal.SIGKILL)
+                    neighbour.execute("ROLLBACK")
             assert read_line(zygote) == "dead"
 
             with connect(database) as connection:
                 assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            values = {row[2:] for row in read_rows(database)}
-            assert values <= {(0, None), (2, "a"), (1, "b")}
-            mixed += len(values) > 1
-    assert mixed > KILLS // 20, "some were struck between two batches"
+                assert values(connection) <= {(0, None), (2, "a"), (1, "b")}
 
     put((tmp_path / "a").read_bytes(), snapshot_path(database))
     result = asyncio.run(persist_once(Settings(database=database)))

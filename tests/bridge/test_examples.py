@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from mbcap_watch import Entry, Snapshot, read_snapshot, write_snapshot
-from support import DEADLINE, TESTS, connect, read_rows, wait_until
+from support import DEADLINE, TESTS, but_for_slowness, connect, read_rows, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,10 +48,8 @@ class Process(NamedTuple):
         return self.out.read_text().splitlines()[-1]
 
     def errors(self) -> str:
-        """Return what went to standard error, but for what a busy machine makes asyncio say."""
-        return re.sub(
-            r"^Executing <.* took .* seconds\n", "", self.err.read_text(), flags=re.MULTILINE
-        )
+        """Return what went to standard error."""
+        return but_for_slowness(self.err.read_text())
 
 
 @contextlib.contextmanager

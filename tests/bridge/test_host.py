@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from mbcap_watch import (
     Entry,
     EventLoopError,
     PersistResult,
-    Settings,
     Snapshot,
     TransactionOpen,
     Trigger,
@@ -31,9 +29,7 @@ from mbcap_watch import (
     watch,
 )
 from mbcap_watch.bridge.loop import Bridge
-from mbcap_watch.store import plan
 from support import (
-    QUIET,
     at_rest,
     bridge,
     connect,
@@ -42,20 +38,17 @@ from support import (
     make_database,
     open_descriptors,
     put,
+    quiet,
     read_rows,
     thread_names,
     until,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
-
-
-def quiet(database: Path, **settings: Any) -> Settings:
-    return Settings.from_mapping({"database": database, **QUIET, **settings})
 
 
 # ------------------------------------------------------------------------------ pulling
@@ -73,18 +66,9 @@ async def test_results_are_pulled_in_order(database: Path) -> None:
 
 
 async def test_entering_waits_for_a_first_look_that_takes_long(
-    database: Path, monkeypatch: pytest.MonkeyPatch
+    database: Path, slow_pages: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr("mbcap_watch.bridge.border.STUCK_SECONDS", 1.0)
-    monkeypatch.setattr("mbcap_watch.store.reconcile.PAGE_ROWS", 1)
-    compare = plan.compare
-
-    def compare_slowly(*args: Any) -> plan.Comparison:
-        time.sleep(0.25)
-        return compare(*args)
-
-    monkeypatch.setattr(plan, "compare", compare_slowly)
-    put(document(("aa11", "confirmed"), ("ff66", "confirmed")), snapshot_path(database))
+    slow_pages(8)
     async with watch(quiet(database)) as results:
         assert results.state.last_sync is not None
         assert results.state.last_progress is not None

@@ -11,11 +11,11 @@ import itertools
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,12 +139,13 @@ MISHAPS: list[Callable[[Place], None]] = [
 steps = st.tuples(st.sampled_from(MISHAPS), st.sampled_from([0, 0, 0.001, 0.02, SWEEP]))
 
 
+@pytest.mark.slow
 @given(st.lists(steps, min_size=10, max_size=10), st.sampled_from(["auto", "poll"]))
 @settings(max_examples=max(20, settings().max_examples // 5))
 def test_no_sequence_of_mishaps_hides_the_next_snapshot(
     sequence: list[tuple[Callable[[Place], None], float]], mode: str
 ) -> None:
-    async def go(base: Path) -> float:
+    async def go(base: Path) -> None:
         database = make_database(base / "m.db", [("nodes", "aa11", 0, None)])
         place = Place(base)
         place.make_directory()
@@ -157,18 +158,13 @@ def test_no_sequence_of_mishaps_hides_the_next_snapshot(
             if place.file.is_dir():
                 place.file.rmdir()
             put(last := content(), snapshot_path(database))
-            started = time.monotonic()
             evidence = last.split(b'"evidence": "')[1].split(b'"')[0].decode()
             await until(lambda: ("nodes", "aa11", 2, evidence) in read_rows(database))
-            waited = time.monotonic() - started
             if mode == "auto":
                 await until(lambda: results.state.mode == "inotify", "the watch")
-            return waited
 
     threads, descriptors = at_rest(), len(open_descriptors())
     with tempfile.TemporaryDirectory() as base, contextlib.chdir("/"):
-        waited = anyio.run(go, Path(base))
-    # The sweep is the bound; what comes on top is the machine's.
-    assert waited < SWEEP + 3
+        anyio.run(go, Path(base))
     wait_until(lambda: thread_names() == threads, "an end of all threads")
     wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from support import (
     bridge,
     connect,
     document,
+    has_open,
     locked,
     make_database,
     other_process,
@@ -138,7 +140,7 @@ RENAMER = """
 
 @pytest.mark.parametrize("mode", ["inotify", "poll"])
 async def test_a_burst_is_few_looks_and_its_last_state_lands(database: Path, mode: str) -> None:
-    async with bridge(database, mode=mode, poll_interval="50ms") as results:
+    async with bridge(database, mode=mode, poll_interval="200ms") as results:
         with other_process(RENAMER, str(snapshot_path(database)), "1000") as process:
             assert await anyio.to_thread.run_sync(read_line, process) == "done"
         await until(lambda: ("nodes", "aa11", 2, "999") in read_rows(database))
@@ -159,7 +161,8 @@ async def test_an_unchanged_file_is_neither_parsed_nor_compared(
     monkeypatch.setattr(plan, "desired_state", desired_state)
     async with bridge(database, mode="poll", poll_interval="10ms") as results:
         put(document(("aa11", "confirmed")), snapshot_path(database))
-        await anyio.sleep(0.3)  # some thirty polls
+        polls = len(results.states)
+        await until(lambda: len(results.states) > polls + 20, "polls")
         assert (len(parsed), len(results.all)) == (1, 1)
 
 
@@ -205,10 +208,10 @@ async def test_inotify_takes_over_once_the_directory_is_there(tmp_path: Path) ->
 async def test_busy_is_no_news_and_the_newest_snapshot_wins(database: Path) -> None:
     async with bridge(database) as results:
         with locked(database) as release:
-            put(document(("aa11", "suspected", "old")), snapshot_path(database))
-            await anyio.sleep(0.3)
-            put(document(("aa11", "confirmed", "new")), snapshot_path(database))
-            await anyio.sleep(0.3)
+            for status, evidence in (("suspected", "old"), ("confirmed", "new")):
+                put(document(("aa11", status, evidence)), snapshot_path(database))
+                await until(lambda: has_open(database), "an attempt")
+                await until(lambda: not has_open(database), "the end of it")
             assert results.outcomes == ["no_snapshot"]
             release()
         result = await results.next("applied")
@@ -236,9 +239,9 @@ async def test_timings_tell_lag_waits_and_holds(database: Path) -> None:
         await until(lambda: timings)
         (first,) = timings
         assert first.lag is not None
-        assert 0 <= first.lag < 5
+        assert first.lag >= 0
         assert (len(first.waits), len(first.holds)) == (2, 2)
-        assert all(0 < hold < 5 for hold in first.holds)
+        assert min(first.holds) > 0
         group.cancel_scope.cancel()
 
 
@@ -248,12 +251,15 @@ async def test_the_lag_of_a_snapshot_that_had_to_wait_is_told(database: Path) ->
         settings = Settings.from_mapping({"database": database, **QUIET, "resync": "100ms"})
         await group.start(partial(run, settings, on_timings=timings.append))
         with locked(database) as release:
+            before = time.time()
             put(document(("aa11", "confirmed")), snapshot_path(database))
-            await anyio.sleep(0.5)
+            put_at = time.time()
+            await until(lambda: has_open(database), "an attempt")
             release()
+            released_at = time.time()
         await until(lambda: timings)
         assert timings[0].lag is not None
-        assert 0.5 <= timings[0].lag < 5
+        assert released_at - put_at <= timings[0].lag < time.time() - before + 0.1
         with connect(database) as other:
             other.execute("UPDATE nodes SET multibyte_sup = 0")
         await until(lambda: timings[-1].holds and timings[-1] is not timings[0])

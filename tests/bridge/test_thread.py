@@ -18,14 +18,13 @@ from mbcap_watch.bridge.border import Border
 from mbcap_watch.bridge.sync import SyncReport
 from mbcap_watch.bridge.thread import BridgeThread, in_daemon_thread
 from mbcap_watch.results import PersistResult, WatchState
-from support import open_descriptors, until
+from support import DEADLINE, open_descriptors, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
-DEADLINE = 20.0
 THREAD = "mbcap-watch"
 
 
@@ -39,12 +38,6 @@ THREAD = "mbcap-watch"
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     backend: tuple[str, dict[str, Any]] = request.param
     return backend
-
-
-@pytest.fixture(autouse=True)
-def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a context does not wait for seconds for a call that is stuck."""
-    monkeypatch.setattr("mbcap_watch.bridge.thread.LEAVE_SECONDS", 0.2)
 
 
 def threads() -> list[threading.Thread]:
@@ -203,7 +196,7 @@ async def test_a_stuck_main_does_not_hold_up_the_host_and_ends_when_it_can() -> 
         await anyio.sleep(0)
         went_on = True
 
-    thread = BridgeThread(main)
+    thread = BridgeThread(main, patience=0.2)
     thread.start()
     async with thread:
         await until(blocked.entered.is_set)
@@ -254,7 +247,7 @@ def test_a_main_that_outlives_the_hosts_loop_ends_in_silence() -> None:
         blocked()
 
     async def main() -> None:
-        thread = BridgeThread(stuck)
+        thread = BridgeThread(stuck, patience=0.2)
         thread.start()
         async with thread:
             await until(blocked.entered.is_set)
@@ -289,19 +282,21 @@ async def test_without_descriptors_or_threads_nothing_is_left_behind(
 
 
 STUCK = """
-import os, sys
+import os, sys, threading
 import anyio
 from mbcap_watch.bridge import thread
-thread.LEAVE_SECONDS = 0.1
+
+begun = threading.Event()
 
 async def stuck():
+    begun.set()
     os.open(sys.argv[1], os.O_RDONLY)  # nobody ever writes
 
 async def main():
-    bridge = thread.BridgeThread(stuck)
+    bridge = thread.BridgeThread(stuck, patience=0.1)
     bridge.start()
     async with bridge:
-        await anyio.sleep(0.1)
+        begun.wait()
     print("left", flush=True)
 
 anyio.run(main)

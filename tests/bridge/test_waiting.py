@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
@@ -25,6 +25,7 @@ from mbcap_watch import (
 )
 from mbcap_watch.bridge import border
 from mbcap_watch.watcher import inotify
+from processes import daemon
 from support import (
     bridge,
     connect,
@@ -222,19 +223,13 @@ async def test_an_idle_bridge_is_in_nobodys_way(database: Path) -> None:
     """No handle, no transaction: others checkpoint, and even take the database for themselves."""
     put(SNAPSHOT, snapshot_path(database))
     async with bridge(database, mode="inotify"):
-        assert not [name for name in os.listdir("/proc/self/fd") if opened(name, database)]
+        assert not any(path.startswith(str(database)) for path in open_descriptors().values())
         with connect(database, timeout=0) as other:
             other.execute("UPDATE nodes SET name = 'x'")
             assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
             other.execute("PRAGMA locking_mode = EXCLUSIVE")
             other.execute("BEGIN EXCLUSIVE")
             other.execute("COMMIT")
-
-
-def opened(name: str, database: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.readlink(f"/proc/self/fd/{name}").startswith(str(database))
-    return False
 
 
 GREEDY = """
@@ -244,9 +239,9 @@ GREEDY = """
     for number in range(8):
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("UPDATE nodes SET name = ?", (number,))
-        time.sleep(0.4)
+        time.sleep(0.4)  # how long it holds the lock
         connection.execute("COMMIT")
-        time.sleep(0.02)
+        time.sleep(0.02)  # and lets it go
     connection.close()
     print("done", flush=True)
 """
@@ -291,32 +286,15 @@ async def test_a_poll_that_is_quicker_than_the_pause_does_not_push_the_retry_awa
         await landed(database)
 
 
-def test_waiting_is_told_once_and_so_is_its_end(tmp_path: Path, daemon_log: Any) -> None:
+@pytest.mark.system
+def test_waiting_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     database = tmp_path / "m.db"
     put(SNAPSHOT, snapshot_path(database))
-    with daemon_log(database) as lines:
-        wait_until(lambda: any("database_missing" in line for line in lines()))
+    with daemon(database, "--sweep-interval=50ms") as process:
+        wait_until(lambda: "database_missing" in process.said, "the state")
         make_database(database, [("nodes", "aa11", 0, None)])
-        wait_until(lambda: any("applied" in line for line in lines()))
-        assert len([line for line in lines() if "database_missing" in line]) == 1
-
-
-@pytest.fixture
-def daemon_log(tmp_path: Path) -> Any:
-    @contextlib.contextmanager
-    def start(database: Path) -> Iterator[Any]:
-        log = tmp_path / "log.txt"
-        command = [sys.executable, "-m", "mbcap_watch", "run", "--database", str(database)]
-        with (
-            open(log, "wb") as stderr,
-            subprocess.Popen([*command, "--sweep-interval", "50ms"], stderr=stderr) as process,
-        ):
-            try:
-                yield lambda: log.read_text().splitlines()
-            finally:
-                process.kill()
-
-    return start
+        wait_until(lambda: "applied" in process.said, "its end")
+    assert process.said.count("database_missing") == 1
 
 
 # ------------------------------------------------------------------------------ retries alone
@@ -423,7 +401,7 @@ async def test_a_long_sync_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyP
     assert (life.takes_long, stuck_since()) == (False, None), "no sync is under way"
     life.alive()
     while not life.takes_long:
-        await anyio.sleep(0.02)
+        await anyio.sleep(0)
         life.alive()
     assert stuck_since() is None, "it gets on"
     life.alive()

@@ -57,11 +57,6 @@ READER = INGESTOR.replace("print", "connection.execute('BEGIN'); _ = connection.
                           " * FROM nodes').fetchall(); print")  # fmt: skip
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "LOCK_SECONDS", 0.3)

@@ -16,7 +16,8 @@ from watchdog.observers import Observer
 from mbcap_watch import read_snapshot, snapshot_path
 from mbcap_watch.errors import SnapshotNotFound, SnapshotRefused
 from mbcap_watch.snapshot import links
-from support import document, read_rows, wait_until
+from processes import daemon
+from support import document, other_process, read_rows, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links to other users")
 
@@ -51,10 +52,10 @@ def give(path: Path, owner: int, data: bytes = GOOD) -> Path:
 
 
 def let_others_in(path: Path) -> None:
-    """Open the directories that pytest made for its user alone."""
+    """Open the directories that pytest, and xdist, made for their user alone."""
     path.chmod(0o755)
     for each in path.parents:
-        if each.name.startswith(("pytest-", "popen-")):  # the latter are pytest-xdist's
+        if each.name.startswith(("pytest-", "popen-")):
             each.chmod(0o755)
 
 
@@ -301,21 +302,22 @@ def test_whatever_is_exchanged_meanwhile_the_secret_is_not_read(
     let_others_in(tmp_path)
     os.chown(path.parent, PUBLISHER, PUBLISHER)
     give(path.parent / "own", PUBLISHER, b"{}")
-    command = [sys.executable, "-c", SWAPPER, str(path), str(secret / "snapshot.json")]
     said: set[str] = set()
-    with subprocess.Popen(command) as process:
+
+    def read() -> bool:
+        """Return whether the file and the link were both met by now."""
         try:
-            wait_until(path.is_symlink, "the first link")
-            for _ in range(300):
-                try:
-                    assert read_snapshot(database).entries == ()
-                    said.add("read")
-                except (SnapshotRefused, SnapshotNotFound) as exc:
-                    said.add(exc.problem)
-        finally:
-            process.kill()
-    assert {"read"} < said
-    assert any("not followed" in each for each in said)
+            assert read_snapshot(database).entries == ()
+            said.add("read")
+        except (SnapshotRefused, SnapshotNotFound) as exc:
+            said.add(exc.problem)
+        return "read" in said and any("not followed" in each for each in said)
+
+    with other_process(SWAPPER, str(path), str(secret / "snapshot.json")):
+        wait_until(path.is_symlink, "the first link")
+        wait_until(read, "both outcomes")
+        for _ in range(300):
+            read()
     assert not said & {"is a FIFO, not a regular file", "does not exist"}
 
 
@@ -326,19 +328,15 @@ def test_whatever_is_exchanged_meanwhile_the_secret_is_not_read(
 def test_a_daemon_of_root_answers_nothing_about_a_secret(
     database: Path, path: Path, secret: Path
 ) -> None:
-    """Two runs, one with a link to a secret, one with a link to nothing: the answers are equal."""
+    """A link to a secret, to nothing, to a device: the answers are equal."""
     before = read_rows(database)
     answers = []
     for target in (secret / "snapshot.json", secret / "none", "/proc/kmsg"):
         link(path, target, PUBLISHER)
         answer = path.parent / "result.json"
-        command = [sys.executable, "-m", "mbcap_watch", "run", "--ack", f"--database={database}"]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
-            try:
-                wait_until(answer.exists, "the answer")
-            finally:
-                daemon.send_signal(signal.SIGTERM)
-                assert daemon.wait(20) == 0
+        with daemon(database, "--ack") as process:
+            wait_until(answer.exists, "the answer")
+            assert process.end(signal.SIGTERM) == 0
         told = json.loads(answer.read_bytes())
         answers.append({k: v for k, v in told.items() if k not in ("resultAt", "seconds")})
         answer.unlink()
@@ -350,19 +348,14 @@ def test_a_daemon_of_root_answers_nothing_about_a_secret(
 
 @as_root
 def test_no_answer_is_written_where_a_foreign_link_leads(
-    database: Path, path: Path, secret: Path, tmp_path: Path
+    database: Path, path: Path, secret: Path
 ) -> None:
     path.parent.rmdir()
     link(path.parent, secret, PUBLISHER)
-    command = [sys.executable, "-m", "mbcap_watch", "run", "--ack", f"--database={database}"]
-    log = tmp_path / "log"
-    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr) as daemon:
-        try:
-            what = "result.json: cannot be written: a symbolic link"
-            wait_until(lambda: what in log.read_text(), what)
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            assert daemon.wait(20) == 0
+    with daemon(database, "--ack") as process:
+        what = "result.json: cannot be written: a symbolic link"
+        wait_until(lambda: what in process.said, what)
+        assert process.end(signal.SIGTERM) == 0
     assert os.listdir(secret) == ["snapshot.json"]
 
 

@@ -46,11 +46,6 @@ INACTIVE = f"CREATE TABLE inactive_nodes (public_key TEXT PRIMARY KEY, {COLUMNS}
 FILLER = 60  # with so many rows more, the keys of a small snapshot are looked up
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def apply(database: Path, *entries: tuple[str, ...], **settings: Any) -> PersistResult:
     put(document(*entries), snapshot_path(database))  # type: ignore[arg-type]
     return await persist_once(Settings(database=database, **settings))

@@ -1,242 +1,476 @@
-"""Whose `-wal` is it: what is opened, what is left alone, and how it is left."""
+"""A `-wal` that is not known to be the database's own is left alone; reading writes nothing.
+
+`test_restore` shows what that is for.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
+import signal
 import sqlite3
-import threading
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
-from mbcap_watch import Settings, persist_once, snapshot_path, watch
-from mbcap_watch.bridge.run import preview_once
-from mbcap_watch.errors import DatabaseFailed, ForeignWal
-from mbcap_watch.store import wal
+from mbcap_watch import Settings, persist_once, snapshot_path
 from mbcap_watch.store.library import has_reset_bug
-from mbcap_watch.store.native import Connection
-from mbcap_watch.store.wal import Wal, require_own_wal
+from processes import apply, neighbour, running, start_daemon
+from restores import BACKUP_PACKETS, judge, remove_wal, snapshot
 from support import (
-    DEADLINE,
+    OFF,
+    bridge,
     connect,
-    document,
-    make_database,
+    open_descriptors,
     other_process,
     put,
     read_line,
-    read_rows,
+    until,
     wait_until,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from mbcap_watch import PersistResult
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.anyio
 
-ROWS = [("nodes", "aa11", 0, None)]
+HOUR = 3600.0
 
-# Another program that has the database open, with or without rows in its -wal.
-HOLDER = """
-    import sqlite3, sys
-    connection = sqlite3.connect(sys.argv[1], isolation_level=None, uri=True, timeout=5)
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
-    connection.execute("SELECT count(*) FROM nodes").fetchall()
-    if sys.argv[2] == "writes":
-        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
-    print("open", flush=True)
-    sys.stdin.readline()
-    connection.close()
-    print("closed", flush=True)
-"""
+
+def wal_of(database: Path) -> Path:
+    return Path(f"{database}-wal")
+
+
+def names_the_wal(text: str | None, database: Path) -> bool:
+    """Whether people learn which file is meant, and what to do."""
+    return text is not None and str(database) in text and "-wal" in text and "remove" in text
+
+
+def files(database: Path) -> dict[str, tuple[int, int, int, str] | None]:
+    """Return what tells whether the files were touched. For when this process has none open.
+
+    A `-shm` beside an empty `-wal` that nobody has open is nobody's: SQLite makes it anew.
+    """
+    found: dict[str, tuple[int, int, int, str] | None] = {}
+    for suffix in ("", "-wal", "-shm"):
+        path = Path(f"{database}{suffix}")
+        found[suffix] = None
+        if path.exists():
+            status = path.stat()
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[suffix] = (status.st_ino, status.st_size, status.st_mtime_ns, digest)
+            if suffix == "-shm" and not wal_of(database).stat().st_size:
+                found[suffix] = (status.st_ino, status.st_size, 0, "")
+    return found
+
+
+def leave_wal_behind(database: Path) -> None:
+    """Have the ingestor die with frames in its `-wal`."""
+    with running(neighbour("ingestor", database, "live")):
+        pass
+    assert wal_of(database).stat().st_size > 0
+
+
+def leave_empty_wal(database: Path) -> None:
+    """Have the server be the last to close, which cannot tidy up."""
+    ingestor = neighbour("ingestor", database, "live")
+    server = neighbour("server", database)
+    ingestor.end()
+    server.end()
+    assert wal_of(database).stat().st_size == 0
+
+
+# ------------------------------------------------------------------------------ reading
 
 
 @contextlib.contextmanager
-def held(database: Path, what: str = "writes", uri: str = "") -> Iterator[None]:
-    with other_process(HOLDER, uri or str(database), what) as process:
-        assert read_line(process) == "open"
+def absent(database: Path, _: Path) -> Iterator[None]:
+    assert not wal_of(database).exists()
+    yield
+
+
+@contextlib.contextmanager
+def empty(database: Path, _: Path) -> Iterator[None]:
+    leave_empty_wal(database)
+    yield
+
+
+@contextlib.contextmanager
+def live(database: Path, _: Path) -> Iterator[None]:
+    with running(neighbour("idler", database)):
         yield
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Path:
-    made = make_database(tmp_path / "m.db", ROWS)
-    put(document(("aa11", "confirmed")), snapshot_path(made))
-    return made
+@contextlib.contextmanager
+def left_behind(database: Path, _: Path) -> Iterator[None]:
+    leave_wal_behind(database)
+    yield
 
 
-def left_behind(database: Path) -> None:
-    """Have a program killed that has rows in its -wal."""
-    with held(database):
-        pass
-
-
-async def apply(database: Path, grace: float = 60.0) -> PersistResult:
-    """Return the first result; unlike `persist_once`, the bridge tells of it and waits on."""
-    async with watch(Settings(database, wal_grace=grace)) as results:
-        return await anext(results)
-
-
-def wal_of(database: Path) -> bytes | None:
-    path = database.with_name(database.name + "-wal")
-    return path.read_bytes() if path.exists() else None
-
-
-async def test_a_wal_in_use_is_its_own(database: Path) -> None:
-    with held(database):
-        assert require_own_wal(database, 60.0) is Wal.IN_USE
-        assert (await apply(database)).outcome == "applied"
-        assert wal_of(database)
-
-
-async def test_a_wal_that_this_process_uses_is_its_own(database: Path) -> None:
-    """The locks of a host's own connection count, and are still held after the question."""
-    with connect(database) as connection:
-        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
-        assert require_own_wal(database, 60.0) is Wal.IN_USE
-        assert (await apply(database)).outcome == "applied"
-        with other_process(ASK, str(database)) as process:
-            assert read_line(process) == "locked locked"
-
-
-ASK = """
-    import fcntl, os, struct, sys
-    def held(path, start, length):
-        with open(path, "rb") as file:
-            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-            kind = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
-            return "free" if kind == fcntl.F_UNLCK else "locked"
-    print(held(sys.argv[1], 1073741826, 510), held(sys.argv[1] + "-shm", 128, 1), flush=True)
-"""
-
-
-async def test_the_wal_of_a_file_that_was_replaced(database: Path, tmp_path: Path) -> None:
-    backup = make_database(tmp_path / "backup.db", [*ROWS, ("nodes", "backup", 0, None)])
-    image = backup.read_bytes()
-    with held(database):
+@contextlib.contextmanager
+def replaced(database: Path, backup: Path) -> Iterator[None]:
+    with running(neighbour("idler", database)):
         os.replace(backup, database)
-        before = wal_of(database)
-        for grace in (60.0, 0.0):
-            result = await apply(database, grace)
-            assert (result.outcome, result.cause) == ("foreign_wal", "wal_replaced")
-            preview, _ = await preview_once(Settings(database, busy_deadline=0))
-            assert preview.outcome == "foreign_wal"
-    assert (database.read_bytes(), wal_of(database)) == (image, before)
-    for side in ("-wal", "-shm"):
-        os.unlink(f"{database}{side}")
-    assert (await apply(database)).outcome == "applied"
-    assert {row[1] for row in read_rows(database)} == {"aa11", "backup"}
+        yield
 
 
-async def test_a_wal_that_was_left_behind_is_left_alone_for_a_while(database: Path) -> None:
-    left_behind(database)
-    before = (database.read_bytes(), wal_of(database))
-    result = await persist_once(Settings(database, busy_deadline=0, wal_grace="0.3s"))
-    assert result.outcome == "applied"  # it waits for the grace, though not for a lock
-    assert {row[1] for row in read_rows(database)} == {"aa11", "in the wal"}
-    assert before[1]
+def dry_run(database: Path, *options: str) -> str | None:
+    """Return the outcome; None if it waits."""
+    return compare(database, "--dry-run", *options)
 
 
-def test_readers_that_come_and_go_do_not_put_off_recovery(database: Path) -> None:
-    """Each leaves its mark in the -shm."""
-    left_behind(database)
-
-    def is_old_enough() -> bool:
-        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as server:
-            server.execute("SELECT count(*) FROM nodes").fetchall()
-        try:
-            return require_own_wal(database, 0.3) is Wal.LEFT_BEHIND
-        except ForeignWal:
-            return False
-
-    wait_until(is_old_enough)
+def compare(database: Path, *options: str) -> str | None:
+    process = apply(database, *options)
+    ended = process.ended_or_waits()
+    process.end(signal.SIGTERM)
+    if ended:
+        return str(process.results[-1]["outcome"])
+    assert names_the_wal(process.said, database)
+    return None
 
 
-@pytest.mark.parametrize("grace", [0.0, 60.0])
-def test_the_clock_was_set_back_since(
-    database: Path, grace: float, monkeypatch: pytest.MonkeyPatch
+def call(database: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mbcap_watch", *arguments, f"--database={database}"],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+
+
+def set_values(database: Path) -> None:
+    with connect(database) as connection:
+        connection.execute("UPDATE nodes SET multibyte_sup = 2, multibyte_evidence = 'first'")
+
+
+@pytest.mark.parametrize("read", [dry_run, compare])
+@pytest.mark.parametrize("state", [absent, empty, live, left_behind, replaced])
+def test_reading_writes_not_a_byte(
+    meshcore: Path,
+    backup: Path,
+    state: Callable[[Path, Path], contextlib.AbstractContextManager[None]],
+    read: Callable[[Path], str | None],
 ) -> None:
-    left_behind(database)
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now - 3600.0)
-    assert require_own_wal(database, grace) is Wal.LEFT_BEHIND
+    if read is compare:  # else it would write
+        set_values(meshcore)
+        set_values(backup)
+    with state(meshcore, backup):
+        before = files(meshcore)
+        outcome = read(meshcore)
+        assert files(meshcore) == before
+    told = "unchanged" if read is compare else "applied"
+    assert outcome == (None if state in (left_behind, replaced) else told)
 
 
-async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
-    database: Path, tmp_path: Path
+@pytest.mark.parametrize("read", [dry_run, compare])
+def test_reading_recovers_nothing_when_the_grace_is_over(
+    meshcore: Path, read: Callable[[Path, str], str | None]
 ) -> None:
-    """The files were old enough; what counts is when the backup came."""
-    left_behind(database)
-    backup = make_database(tmp_path / "backup.db", ROWS)
-    before = backup.read_bytes()
-    os.replace(backup, database)
-    os.utime(database, (1, 1))  # as cp -p and most backup programs do
-    result = await apply(database)
-    assert (result.outcome, result.cause) == ("foreign_wal", "wal_left_behind")
-    assert database.read_bytes() == before
+    set_values(meshcore)
+    leave_wal_behind(meshcore)
+    before = files(meshcore)
+    assert read(meshcore, "--wal-grace=0") == "unchanged"
+    after = files(meshcore)
+    assert (after[""], after["-wal"]) == (before[""], before["-wal"])
 
 
-@pytest.mark.parametrize("server", [False, True])
-async def test_the_wal_is_empty_after_a_write_if_it_was_before(
-    database: Path, server: bool
+@pytest.mark.parametrize("command", ["check", "status"])
+@pytest.mark.parametrize("state", [absent, empty, live, left_behind, replaced])
+def test_who_asks_writes_not_a_byte(
+    meshcore: Path,
+    backup: Path,
+    state: Callable[[Path, Path], contextlib.AbstractContextManager[None]],
+    command: str,
 ) -> None:
-    with (
-        held(database, "reads", f"file:{database}?mode=ro") if server else contextlib.nullcontext()
-    ):
-        assert (await apply(database)).outcome == "applied"
-        assert not wal_of(database)
-    assert ("nodes", "aa11", 2, "") in read_rows(database)
+    with state(meshcore, backup):
+        before = files(meshcore)
+        call(meshcore, command)
+        assert files(meshcore) == before
 
 
-async def test_an_empty_wal_of_a_server_stays_as_it_is(database: Path) -> None:
+async def test_a_bridge_with_nothing_to_write_writes_nothing(meshcore: Path) -> None:
+    set_values(meshcore)
+    leave_empty_wal(meshcore)
+    before = files(meshcore)
+    async with bridge(meshcore, resync="100ms") as results:
+        await results.count("unchanged", 3)
+    assert files(meshcore) == before
+
+
+# ------------------------------------------------------------------------------ as it was found
+
+
+@contextlib.contextmanager
+def reader(database: Path) -> Iterator[None]:
+    """Have another process keep the database open, read-only, and do nothing."""
+    script = """
+        import sqlite3, sys
+        connection = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True)
+        connection.execute("SELECT count(*) FROM packets").fetchall()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        values = connection.execute("SELECT DISTINCT multibyte_evidence FROM nodes").fetchall()
+        print(values, flush=True)
+    """
+    with other_process(script, str(database)) as process:
+        assert read_line(process) == "ready"
+        yield
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert read_line(process) == "[('first',)]", "it sees what was written"
+
+
+def test_a_wal_that_was_absent_is_absent_after_our_write(meshcore: Path) -> None:
+    assert compare(meshcore) == "applied"
+    assert not wal_of(meshcore).exists()
+
+
+def test_an_empty_wal_stays_as_it_is(meshcore: Path) -> None:
     """Removing it would lock out, for a moment, a read-only server that does not wait."""
-    with held(database, "reads", f"file:{database}?mode=ro"):
-        pass
-    files = sorted(os.listdir(database.parent))
-    assert wal_of(database) == b""
-    for _ in range(2):  # once with a row to write, once without
-        await apply(database)
-        assert sorted(os.listdir(database.parent)) == files
-        assert wal_of(database) == b""
+    leave_empty_wal(meshcore)
+    before = sorted(os.listdir(meshcore.parent))
+    for outcome in ("applied", "unchanged"):
+        assert compare(meshcore) == outcome
+        assert wal_of(meshcore).stat().st_size == 0
+    assert {*before, "apply.txt"} == set(os.listdir(meshcore.parent))
 
 
-async def test_a_reader_in_the_middle_of_its_rows(database: Path) -> None:
+def test_a_wal_that_was_empty_is_so_after_our_write_beside_a_reader(meshcore: Path) -> None:
+    with reader(meshcore):
+        assert wal_of(meshcore).stat().st_size == 0
+        assert compare(meshcore) == "applied"
+        assert wal_of(meshcore).stat().st_size == 0
+
+
+async def test_a_bridge_leaves_an_empty_wal_beside_a_reader_after_each_write(
+    meshcore: Path,
+) -> None:
+    with reader(meshcore):
+        async with bridge(meshcore) as results:
+            for number, evidence in enumerate(["second", "first"], 2):
+                put(snapshot(evidence), snapshot_path(meshcore))
+                await results.count("applied", number)
+                await until(lambda: wal_of(meshcore).stat().st_size == 0, "an empty -wal")
+
+
+async def test_a_reader_in_the_middle_of_its_rows(meshcore: Path) -> None:
     """It keeps the -wal from being emptied; the bridge does that once the reader is through."""
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as server:
+    with contextlib.closing(sqlite3.connect(f"file:{meshcore}?mode=ro", uri=True)) as server:
         half_read = server.execute("SELECT 1 FROM nodes UNION ALL SELECT 2 UNION ALL SELECT 3")
         half_read.fetchone()
-        async with watch(Settings(database)) as results:
-            assert (await anext(results)).outcome == "applied"
-            assert wal_of(database)
+        async with bridge(meshcore, sweep_interval="50ms") as results:
+            await results.next("applied")
+            assert wal_of(meshcore).stat().st_size > 0
             half_read.close()
-            with anyio.fail_after(DEADLINE):
-                while wal_of(database):
-                    await anyio.sleep(0.01)
+            await until(lambda: wal_of(meshcore).stat().st_size == 0, "an empty -wal")
 
 
-def test_a_file_that_is_replaced_between_the_question_and_the_opening(
-    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wal_in_use_stays_in_use(meshcore: Path) -> None:
+    """Beside a writer it is the writer's to empty."""
+    with running(neighbour("idler", meshcore)):
+        size = wal_of(meshcore).stat().st_size
+        assert compare(meshcore) == "applied"
+        assert wal_of(meshcore).stat().st_size > size
+
+
+# ------------------------------------------------------------------------------ left behind
+
+
+async def test_a_wal_left_behind_is_left_alone_for_its_grace(meshcore: Path) -> None:
+    """After that it is recovered as SQLite does: what its writer committed is not lost."""
+    leave_wal_behind(meshcore)
+    before = files(meshcore)
+    async with bridge(meshcore, sweep_interval="50ms", wal_grace=OFF) as results:
+        told = await results.next("foreign_wal")
+        assert told.cause == "wal_left_behind"
+        assert names_the_wal(told.error, meshcore)
+    assert files(meshcore) == before
+    settings = Settings(meshcore, wal_grace="300ms", busy_deadline=0)
+    told = await persist_once(settings)
+    assert told.outcome == "applied", "it waits for the grace, though not for a lock"
+    generation, packets = count_packets(meshcore)
+    assert generation == "live"
+    assert packets > 300
+
+
+def count_packets(database: Path) -> tuple[str, int]:
+    with connect(database) as connection:
+        rows = connection.execute("SELECT generation, count(*) FROM packets GROUP BY generation")
+        [row] = rows.fetchall()
+    return str(row[0]), int(row[1])
+
+
+@pytest.mark.parametrize("ours", ["apply", "bridge"])
+async def test_the_grace_does_not_count_from_when_the_wal_was_written(
+    meshcore: Path, backup: Path, ours: str
 ) -> None:
-    """Not even if the -wal is still to be emptied: it is not that of the new file."""
-    backup = make_database(tmp_path / "backup.db", [*ROWS, ("nodes", "backup", 0, None)])
-    before = backup.read_bytes()
+    """The ingestor may have died long ago; the backup, older still, was moved into place now.
 
-    def replaced(path: Path, grace: float) -> Wal:
-        found = require_own_wal(path, grace)
-        os.replace(backup, path)
-        return found
+    How long the grace is by default is much longer than this test takes.
+    """
+    leave_wal_behind(meshcore)
+    long_ago = time.time() - HOUR
+    for path in (wal_of(meshcore), Path(f"{meshcore}-shm"), meshcore):
+        os.utime(path, (long_ago, long_ago))
+    os.utime(backup, (long_ago - HOUR, long_ago - HOUR))
+    os.replace(backup, meshcore)
+    before = files(meshcore)
+    if ours == "apply":
+        assert compare(meshcore) is None
+    else:
+        async with bridge(meshcore, sweep_interval="50ms") as results:
+            await results.next("foreign_wal")
+    assert files(meshcore) == before
 
-    with held(database, "writes", f"file:{database}?mode=rw"):
-        monkeypatch.setattr(wal, "require_own_wal", replaced)
-        with pytest.raises(DatabaseFailed, match="replaced"):
-            Connection(database, 60.0, owes_checkpoint=True).close()
-    assert database.read_bytes() == before
+
+def test_apply_goes_on_as_soon_as_the_wal_is_removed(meshcore: Path, backup: Path) -> None:
+    leave_wal_behind(meshcore)
+    process = apply(meshcore)
+    assert not process.ended_or_waits()
+    os.replace(backup, meshcore)
+    remove_wal(meshcore)
+    wait_until(lambda: process.ended)
+    process.end()
+    assert process.results[-1]["outcome"] == "applied"
+    assert count_packets(meshcore) == ("backup", BACKUP_PACKETS["smaller"])
+
+
+async def test_it_goes_on_as_soon_as_the_ingestor_is_back(meshcore: Path) -> None:
+    leave_wal_behind(meshcore)
+    async with bridge(meshcore, sweep_interval="50ms") as results:
+        await results.next("foreign_wal")
+        with running(neighbour("ingestor", meshcore, "live")):
+            await results.next("applied")
+
+
+async def test_it_goes_on_as_soon_as_the_wal_is_removed(meshcore: Path, backup: Path) -> None:
+    leave_wal_behind(meshcore)
+    async with bridge(meshcore, sweep_interval="50ms") as results:
+        await results.next("foreign_wal")
+        os.replace(backup, meshcore)
+        remove_wal(meshcore)
+        await results.next("applied")
+    assert count_packets(meshcore) == ("backup", BACKUP_PACKETS["smaller"])
+
+
+async def test_the_wal_of_a_file_that_was_replaced_is_never_opened(
+    meshcore: Path, backup: Path
+) -> None:
+    """As long as its writer lives: there is no grace that ends."""
+    async with bridge(meshcore, sweep_interval="50ms", wal_grace=0) as results:
+        with running(neighbour("ingestor", meshcore, "live")) as ingestor:
+            os.replace(backup, meshcore)
+            before = files(meshcore)[""]
+            known = len(results.all)
+            told = await results.next("foreign_wal", after=known)
+            assert told.cause == "wal_replaced"
+            assert names_the_wal(told.error, meshcore)
+            put(snapshot("second"), snapshot_path(meshcore))
+            await results.next("foreign_wal", after=len(results.all))
+            assert files(meshcore)[""] == before
+            known = len(results.all)
+            ingestor.end()
+        await results.next("applied", after=known)
+    restored = judge(meshcore, BACKUP_PACKETS["smaller"], 0)
+    assert restored.whole
+    assert restored.values == {(2, "second")}
+
+
+def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:
+    leave_wal_behind(meshcore)
+    clocks = ("--sweep-interval=50ms", "--resync=100ms", "--wal-grace=5s")
+    with running(start_daemon(meshcore, *clocks)) as process:
+
+        def told() -> bool:
+            os.utime(wal_of(meshcore))  # the grace begins anew
+            return "foreign_wal" in process.said
+
+        wait_until(told, "the first look")
+        wait_until(lambda: "applied" in process.said, "the end of the grace")
+        assert process.end(signal.SIGTERM) == 0
+    [line] = [line for line in process.said.splitlines() if "foreign_wal" in line]
+    assert names_the_wal(line, meshcore)
+
+
+# ------------------------------------------------------------------------------ noticing
+
+
+async def test_a_backup_that_is_copied_over_the_file_is_noticed_at_the_sweep(
+    meshcore: Path, backup: Path
+) -> None:
+    """Without an event, without another inode, and without a resync."""
+    async with bridge(meshcore, mode="inotify", sweep_interval="50ms") as results:
+        await results.next("applied")
+        for number in range(2, 4):
+            shutil.copyfile(backup, meshcore)
+            await results.count("applied", number)
+            assert judge(meshcore, BACKUP_PACKETS["smaller"], 0).values == {(2, "first")}
+
+
+async def test_a_backup_that_is_moved_over_the_file_is_noticed_at_the_sweep(
+    meshcore: Path, backup: Path
+) -> None:
+    async with bridge(meshcore, mode="inotify", sweep_interval="50ms") as results:
+        await results.next("applied")
+        os.replace(backup, meshcore)
+        await results.count("applied", 2)
+    restored = judge(meshcore, BACKUP_PACKETS["smaller"], 0)
+    assert restored.whole
+    assert restored.values == {(2, "first")}
+
+
+async def test_what_is_restored_through_the_wal_is_noticed_at_the_sweep(meshcore: Path) -> None:
+    """As `sqlite3 meshcore.db ".restore backup.db"` does; the path may be a link to the file."""
+    link = meshcore.with_name("link") / "meshcore.db"
+    link.parent.mkdir()
+    link.symlink_to(meshcore)
+    with running(neighbour("idler", meshcore)):
+        async with bridge(
+            link, mode="inotify", sweep_interval="50ms", snapshot_dir=snapshot_path(meshcore).parent
+        ) as results:
+            await results.next("applied")
+            with connect(meshcore) as connection:
+                connection.execute("UPDATE nodes SET multibyte_sup = 0, multibyte_evidence = NULL")
+            await results.count("applied", 2)
+    assert judge(meshcore, 0, 0).values == {(2, "first")}
+
+
+async def test_a_copy_that_takes_long_comes_to_no_harm(meshcore: Path, backup: Path) -> None:
+    """Half of a file is met again and again; it is not written to until it is whole."""
+    async with bridge(meshcore, sweep_interval="50ms", resync="100ms") as results:
+        await results.next("applied")
+        data = backup.read_bytes()
+        with open(meshcore, "wb", buffering=0) as file:
+            for start in range(0, len(data), len(data) // 6):
+                file.write(data[start : start + len(data) // 6])
+                known = len(results.all)
+                await until(lambda n=known: len(results.all) >= n + 2, "a sync of it")  # type: ignore[misc]
+        known = len(results.all)
+        await until(
+            lambda: {"applied", "unchanged"} & set(results.outcomes[known + 1 :]), "a recovery"
+        )
+    restored = judge(meshcore, BACKUP_PACKETS["smaller"], 0)
+    assert restored.whole
+    assert restored.values == {(2, "first")}
+
+
+async def test_descriptors_are_not_kept(meshcore: Path) -> None:
+    with running(neighbour("idler", meshcore)):
+        before = open_descriptors()
+        await persist_once(Settings(meshcore))
+        assert open_descriptors() == before
+
+
+# ------------------------------------------------------------------------------ which SQLite
 
 
 @pytest.mark.parametrize(
@@ -259,7 +493,7 @@ def test_which_sqlite_has_the_wal_reset_bug(version: tuple[int, int, int], affec
     assert has_reset_bug(version) is affected
 
 
-def test_a_second_sqlite_in_the_process(database: Path) -> None:
+def test_a_second_sqlite_in_the_process(meshcore: Path) -> None:
     script = """
         import asyncio, logging, sys
         import apsw
@@ -270,86 +504,6 @@ def test_a_second_sqlite_in_the_process(database: Path) -> None:
         print("end")
     """
     pytest.importorskip("apsw")
-    with other_process(script, str(database)) as process:
+    with other_process(script, str(meshcore)) as process:
         assert "apsw is loaded beside" in read_line(process)
         assert read_line(process) == "end"
-
-
-def open_here(database: Path) -> list[str]:
-    """Return which files beside the database this process has open."""
-    return [
-        file.removeprefix(f"{database}")
-        for each in os.scandir("/proc/self/fd")
-        if (file := os.readlink(each.path) if os.path.islink(each.path) else "").startswith(
-            str(database)
-        )
-    ]
-
-
-async def test_a_descriptor_to_ask_with_is_kept_while_the_bridge_runs(
-    database: Path, tmp_path: Path
-) -> None:
-    """Closing one would drop the locks that a host's connection has got a moment before."""
-    backup = make_database(tmp_path / "backup.db", ROWS)
-    async with watch(Settings(database, resync="0.1s")) as results:
-        with held(database):
-            for _ in range(3):
-                await anext(results)
-        assert sorted(open_here(database)) == ["", "-shm"]
-        os.replace(backup, database)
-        for side in ("-wal", "-shm"):
-            os.unlink(f"{database}{side}")
-        while (await anext(results)).outcome != "applied":
-            pass
-        assert open_here(database) == []
-    assert open_here(database) == []
-
-
-async def test_the_descriptors_are_closed_at_the_end_of_the_bridge(database: Path) -> None:
-    with held(database):
-        await apply(database)
-        assert open_here(database) == []
-
-
-def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:
-    """It may be a mere place (O_PATH), and a connection may close it at any moment."""
-    ended = threading.Event()
-
-    def come_and_go() -> None:
-        while not ended.is_set():
-            with connect(database) as connection:
-                connection.execute("SELECT count(*) FROM nodes").fetchall()
-
-    place = os.open(database, os.O_PATH)
-    try:
-        with held(database):
-            host = threading.Thread(target=come_and_go)
-            host.start()
-            try:
-                found = {require_own_wal(database, 60.0) for _ in range(1000)}
-            finally:
-                ended.set()
-                host.join()
-    finally:
-        os.close(place)
-    assert found == {Wal.IN_USE}
-
-
-def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
-    left_behind(database)
-    os.unlink(f"{database}-shm")
-    os.mkfifo(f"{database}-shm")
-    with pytest.raises(ForeignWal):
-        require_own_wal(database, 60.0)
-
-
-async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_path: Path) -> None:
-    """The host has the database open, but has not read yet; its lock file is its own."""
-    shutil.copy(database, tmp_path / "spare")
-    with connect(database) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("INSERT INTO nodes (public_key) VALUES ('mine')")
-        require_own_wal(database, 60.0)
-        with other_process(ASK, str(database)) as process:
-            assert read_line(process) == "locked locked"
-        connection.execute("COMMIT")

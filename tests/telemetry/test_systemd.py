@@ -13,19 +13,18 @@ import subprocess
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
 
 from mbcap_watch import PersistResult, Settings, WatchState, run
 from mbcap_watch.limits import STUCK_SECONDS
-from mbcap_watch.store import plan, reconcile
 from mbcap_watch.telemetry.systemd import Notifier
-from support import QUIET, connect, document, put, until, wait_until
+from support import document, put, quiet, until, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 RESULT = PersistResult(outcome="applied", reason="start")
@@ -350,8 +349,7 @@ def test_a_manager_that_does_not_read_holds_nobody_up(path: Path, manager: Manag
 @pytest.mark.usefixtures("no_leaks")
 async def test_with_a_running_bridge(path: Path, manager: Manager, database: Path) -> None:
     put(document(("aa11", "confirmed")), database.parent / "mbcap-snapshot" / "snapshot.json")
-    values = {**QUIET, "database": database, "sweep_interval": "20ms"}
-    settings = Settings.from_mapping(values)
+    settings = quiet(database, sweep_interval="20ms")
     # 25 s is more than twice what this sweep needs, so it stays, and half of it is not over soon.
     told = Notifier({"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "25000000"}, settings)
     states: list[WatchState] = []
@@ -376,27 +374,10 @@ async def test_with_a_running_bridge(path: Path, manager: Manager, database: Pat
 @pytest.mark.anyio
 @pytest.mark.usefixtures("no_leaks")
 async def test_a_bridge_with_much_to_do_at_its_start(
-    path: Path, manager: Manager, database: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, manager: Manager, database: Path, slow_pages: Callable[[int], None]
 ) -> None:
-    """Every page takes as long as a slow machine takes for thousands of rows."""
-    monkeypatch.setattr("mbcap_watch.bridge.border.STUCK_SECONDS", 0.5)
-    monkeypatch.setattr(reconcile, "PAGE_ROWS", 1)
-    compare = plan.compare
-
-    def compare_slowly(*args: Any) -> plan.Comparison:
-        time.sleep(0.2)
-        return compare(*args)
-
-    monkeypatch.setattr(plan, "compare", compare_slowly)
-    keys = [f"k{number}" for number in range(10)]
-    with connect(database) as other:
-        for key in keys:
-            other.execute("INSERT INTO nodes (public_key) VALUES (?)", (key,))
-    put(
-        document(*((key, "confirmed") for key in keys)),
-        database.parent / "mbcap-snapshot" / "snapshot.json",
-    )
-    settings = Settings.from_mapping({**QUIET, "database": database})
+    slow_pages(16)
+    settings = quiet(database)
     told = Notifier({"NOTIFY_SOCKET": str(path)}, settings)
     lines: list[str] = []
 

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """What the filesystem does is the same on every loop; test_run and test_host try two."""
-    return "asyncio"
-
-
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 
 

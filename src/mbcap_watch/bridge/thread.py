@@ -133,16 +133,19 @@ class BridgeThread(DaemonThread[T]):
     """Runs `main` in an event loop and a daemon thread of its own.
 
     As a context, once started, it ends `main` when it is left, and waits for that for no longer
-    than `LEAVE_SECONDS`, whatever cancels the caller meanwhile. `main` sees one cancellation, and
-    ends between two of its steps.
+    than `patience` seconds, whatever cancels the caller meanwhile. `main` sees one cancellation,
+    and ends between two of its steps.
 
     Attributes:
         stopped: whether `main` was told to end.
 
     """
 
-    def __init__(self, main: Callable[[], Awaitable[T]]) -> None:
+    def __init__(
+        self, main: Callable[[], Awaitable[T]], *, patience: float = LEAVE_SECONDS
+    ) -> None:
         super().__init__(self._run_loop)
+        self._patience = patience
         self.stopped = False
         self._main = main
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -189,7 +192,7 @@ class BridgeThread(DaemonThread[T]):
         self.stop()
         if exc_type is GeneratorExit or not self.started:
             return  # a coroutine that is being closed may not wait
-        await wait_shielded(self.ended, LEAVE_SECONDS)
+        await wait_shielded(self.ended, self._patience)
         self.join()
 
     def _run_loop(self) -> T:

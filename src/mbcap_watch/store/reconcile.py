@@ -27,17 +27,6 @@ if TYPE_CHECKING:
     from mbcap_watch.store.schema import Table
     from mbcap_watch.store.steps import Steps
 
-# Rows per SELECT: bounds the memory. Larger pages are not faster (500 to 10,000 rows: 52 to 55 ms
-# per 100,000), but a small mesh should need one.
-PAGE_ROWS: Final = 5_000
-
-# Keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL.
-PAGE_KEYS: Final = 900
-
-# Reading a whole table costs about 0.5 µs a row, looking up keys 2.3 µs a key: below this many
-# rows per key the scan is cheaper.
-SCAN_ROWS_PER_KEY: Final = 4
-
 # A row can move or change between reading and writing it. It is compared again, but not for
 # ever: a trigger may be what keeps it as it is.
 MAX_PASSES: Final = 3
@@ -56,6 +45,26 @@ MAX_HALVED: Final = 1_000
 
 def _times() -> deque[float]:
     return deque(maxlen=MAX_TIMES)
+
+
+class Pages(NamedTuple):
+    """How the tables are read.
+
+    Attributes:
+        rows: rows per SELECT; bounds the memory. Larger pages are not faster (500 to 10,000 rows:
+            52 to 55 ms per 100,000), but a small mesh should need one.
+        keys: keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL.
+        rows_per_key: a larger table is not read as a whole. That costs about 0.5 µs a row, looking
+            up keys 2.3 µs a key.
+
+    """
+
+    rows: int = 5_000
+    keys: int = 900
+    rows_per_key: float = 4
+
+
+PAGES: Final = Pages()
 
 
 @dataclasses.dataclass
@@ -99,6 +108,7 @@ def reconcile(
     delta: dict[str, plan.Value] | None = None,
     batch_rows: int,
     downgrade: Downgrade,
+    pages: Pages = PAGES,
 ) -> Steps:
     """Make the rows what `values` says; count in `tally` what was done.
 
@@ -113,13 +123,14 @@ def reconcile(
             others are compared, which they then are as well.
         batch_rows: rows per transaction; `MAX_BATCH_ROWS` at most.
         downgrade: whether a stored value may be lowered.
+        pages: how the tables are read.
 
     Raises:
         SchemaMissing: no table can be served.
 
     """
     tally.wanted = len(values)
-    rules = _Rules(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade)
+    rules = _Rules(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade, pages)
     served = yield from _served_tables(database, tally)
     if delta:
         yield from _Pass(delta, rules).look_up_in(served)
@@ -165,6 +176,7 @@ class _Rules(NamedTuple):
     tally: Tally
     batch_rows: int
     downgrade: Downgrade
+    pages: Pages
 
 
 class _Pass:
@@ -180,7 +192,7 @@ class _Pass:
         self, values: Mapping[str, plan.Value], rules: _Rules, *, writes: bool = True
     ) -> None:
         self._values = values
-        self._tally, self._batch_rows, self._downgrade = rules
+        self._tally, self._batch_rows, self._downgrade, self._pages = rules
         self._writes = writes
         self._seen: set[str] = set()
         self.pending: dict[Table, list[plan.Change]] = {}
@@ -195,7 +207,7 @@ class _Pass:
         table is far larger, or has no rowid to read it by.
         """
         for table, size in sizes.items():
-            if size <= SCAN_ROWS_PER_KEY * len(self._values):
+            if size <= self._pages.rows_per_key * len(self._values):
                 yield from self._scan(table)
             else:
                 yield from self._look_up(table)
@@ -211,15 +223,15 @@ class _Pass:
         sql = SCAN.format(table=table.name, row=table.row)
         after, full = -math.inf, True  # every integer may be a rowid
         while full:
-            rows = yield Query(sql, (after, PAGE_ROWS), is_page=True)
+            rows = yield Query(sql, (after, self._pages.rows), is_page=True)
             yield from self._compare(table, self._values, rows)
-            full = len(rows) == PAGE_ROWS
+            full = len(rows) == self._pages.rows
             after = rows[-1][0] if full else after
 
     def _look_up(self, table: Table) -> Steps:
         items = iter(self._values.items())
         # A column that ignores case gives rows of other keys as well, also of another page's.
-        while page := dict(itertools.islice(items, PAGE_KEYS)):
+        while page := dict(itertools.islice(items, self._pages.keys)):
             keys = ", ".join("?" * len(page))
             sql = LOOKUP.format(table=table.name, row=table.row, keys=keys)
             rows = yield Query(sql, tuple(page), is_page=True)

@@ -1,0 +1,242 @@
+"""Asking whose the `-wal` is: the answers, and that nobody loses a lock by a question."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mbcap_watch import Settings, snapshot_path, watch
+from mbcap_watch.errors import DatabaseFailed, ForeignWal
+from mbcap_watch.store import wal
+from mbcap_watch.store.native import Connection
+from mbcap_watch.store.wal import Wal, require_own_wal
+from support import (
+    connect,
+    document,
+    make_database,
+    other_process,
+    put,
+    read_line,
+    wait_until,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mbcap_watch import PersistResult
+
+pytestmark = pytest.mark.anyio
+
+ROWS = [("nodes", "aa11", 0, None)]
+
+# Another program that has the database open, with or without rows in its -wal.
+HOLDER = """
+    import sqlite3, sys
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None, uri=True, timeout=5)
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    connection.execute("SELECT count(*) FROM nodes").fetchall()
+    if sys.argv[2] == "writes":
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+    print("open", flush=True)
+    sys.stdin.readline()
+    connection.close()
+    print("closed", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def held(database: Path, what: str = "writes", uri: str = "") -> Iterator[None]:
+    with other_process(HOLDER, uri or str(database), what) as process:
+        assert read_line(process) == "open"
+        yield
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    made = make_database(tmp_path / "m.db", ROWS)
+    put(document(("aa11", "confirmed")), snapshot_path(made))
+    return made
+
+
+def left_behind(database: Path) -> None:
+    """Have a program killed that has rows in its -wal."""
+    with held(database):
+        pass
+
+
+async def apply(database: Path, grace: float = 60.0) -> PersistResult:
+    """Return the first result; unlike `persist_once`, the bridge tells of it and waits on."""
+    async with watch(Settings(database, wal_grace=grace)) as results:
+        return await anext(results)
+
+
+def wal_of(database: Path) -> bytes | None:
+    path = database.with_name(database.name + "-wal")
+    return path.read_bytes() if path.exists() else None
+
+
+async def test_a_wal_that_this_process_uses_is_its_own(database: Path) -> None:
+    """The locks of a host's own connection count, and are still held after the question."""
+    with connect(database) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        assert require_own_wal(database, 60.0) is Wal.IN_USE
+        assert (await apply(database)).outcome == "applied"
+        with other_process(ASK, str(database)) as process:
+            assert read_line(process) == "locked locked"
+
+
+ASK = """
+    import fcntl, os, struct, sys
+    def held(path, start, length):
+        with open(path, "rb") as file:
+            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+            kind = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+            return "free" if kind == fcntl.F_UNLCK else "locked"
+    print(held(sys.argv[1], 1073741826, 510), held(sys.argv[1] + "-shm", 128, 1), flush=True)
+"""
+
+
+def test_readers_that_come_and_go_do_not_put_off_recovery(database: Path) -> None:
+    """Each leaves its mark in the -shm."""
+    left_behind(database)
+
+    def is_old_enough() -> bool:
+        with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as server:
+            server.execute("SELECT count(*) FROM nodes").fetchall()
+        try:
+            return require_own_wal(database, 0.3) is Wal.LEFT_BEHIND
+        except ForeignWal:
+            return False
+
+    wait_until(is_old_enough)
+
+
+@pytest.mark.parametrize("grace", [0.0, 60.0])
+def test_the_clock_was_set_back_since(
+    database: Path, grace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_behind(database)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600.0)
+    assert require_own_wal(database, grace) is Wal.LEFT_BEHIND
+
+
+async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
+    database: Path, tmp_path: Path
+) -> None:
+    """The files were old enough; what counts is when the backup came."""
+    left_behind(database)
+    backup = make_database(tmp_path / "backup.db", ROWS)
+    before = backup.read_bytes()
+    os.replace(backup, database)
+    os.utime(database, (1, 1))  # as cp -p and most backup programs do
+    result = await apply(database)
+    assert (result.outcome, result.cause) == ("foreign_wal", "wal_left_behind")
+    assert database.read_bytes() == before
+
+
+def test_a_file_that_is_replaced_between_the_question_and_the_opening(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if the -wal is still to be emptied: it is not that of the new file."""
+    backup = make_database(tmp_path / "backup.db", [*ROWS, ("nodes", "backup", 0, None)])
+    before = backup.read_bytes()
+
+    def replaced(path: Path, grace: float) -> Wal:
+        found = require_own_wal(path, grace)
+        os.replace(backup, path)
+        return found
+
+    with held(database, "writes", f"file:{database}?mode=rw"):
+        monkeypatch.setattr(wal, "require_own_wal", replaced)
+        with pytest.raises(DatabaseFailed, match="replaced"):
+            Connection(database, 60.0, owes_checkpoint=True).close()
+    assert database.read_bytes() == before
+
+
+def open_here(database: Path) -> list[str]:
+    """Return which files beside the database this process has open."""
+    return [
+        file.removeprefix(f"{database}")
+        for each in os.scandir("/proc/self/fd")
+        if (file := os.readlink(each.path) if os.path.islink(each.path) else "").startswith(
+            str(database)
+        )
+    ]
+
+
+async def test_a_descriptor_to_ask_with_is_kept_while_the_bridge_runs(
+    database: Path, tmp_path: Path
+) -> None:
+    """Closing one would drop the locks that a host's connection has got a moment before."""
+    backup = make_database(tmp_path / "backup.db", ROWS)
+    async with watch(Settings(database, resync="0.1s")) as results:
+        with held(database):
+            for _ in range(3):
+                await anext(results)
+        assert sorted(open_here(database)) == ["", "-shm"]
+        os.replace(backup, database)
+        for side in ("-wal", "-shm"):
+            os.unlink(f"{database}{side}")
+        while (await anext(results)).outcome != "applied":
+            pass
+        assert open_here(database) == []
+    assert open_here(database) == []
+
+
+async def test_the_descriptors_are_closed_at_the_end_of_the_bridge(database: Path) -> None:
+    with held(database):
+        await apply(database)
+        assert open_here(database) == []
+
+
+def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:
+    """It may be a mere place (O_PATH), and a connection may close it at any moment."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            with connect(database) as connection:
+                connection.execute("SELECT count(*) FROM nodes").fetchall()
+
+    place = os.open(database, os.O_PATH)
+    try:
+        with held(database):
+            host = threading.Thread(target=come_and_go)
+            host.start()
+            try:
+                found = {require_own_wal(database, 60.0) for _ in range(1000)}
+            finally:
+                ended.set()
+                host.join()
+    finally:
+        os.close(place)
+    assert found == {Wal.IN_USE}
+
+
+def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
+    left_behind(database)
+    os.unlink(f"{database}-shm")
+    os.mkfifo(f"{database}-shm")
+    with pytest.raises(ForeignWal):
+        require_own_wal(database, 60.0)
+
+
+async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_path: Path) -> None:
+    """The host has the database open, but has not read yet; its lock file is its own."""
+    shutil.copy(database, tmp_path / "spare")
+    with connect(database) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('mine')")
+        require_own_wal(database, 60.0)
+        with other_process(ASK, str(database)) as process:
+            assert read_line(process) == "locked locked"
+        connection.execute("COMMIT")
