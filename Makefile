@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 # Interpreters that pyenv keeps are not on the PATH; the tests run on each that there is.
 PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
+TOX := $(VENV)/bin/tox run $(if $(PYENV),--discover $(PYENV))
 
 .PHONY: demo test check campaign bench format clean
 
@@ -17,20 +18,19 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[bench]'
 	$(VENV)/bin/python -m benchmarks
 
+# All tests on the newest Python; on the others those that are not marked `slow` or `system`.
 test: $(VENV)/tox
-	$(VENV)/bin/tox run -e 3.11,3.12,3.13 $(if $(PYENV),--discover $(PYENV))
+	$(TOX) -e all,3.11,3.12
 
 check: $(VENV)/tox
-	$(VENV)/bin/tox run -e lint,types,imports
-	$(MAKE) test
+	$(TOX) -e lint,types,imports,all,3.11,3.12
 
 # What the tests do briefly, at length: about a quarter of an hour.
 campaign: $(VENV)/tox
 	HYPOTHESIS_PROFILE=campaign MBCAP_TEST_KILLS=10000 MBCAP_TEST_CORRUPTIONS=10000 \
-		$(VENV)/bin/tox run -e 3.11 \
-		$(if $(PYENV),--discover $(PYENV)) -- -q -o faulthandler_timeout=0 \
-		tests/bridge/test_mishaps.py tests/bridge/test_cancel.py tests/store/test_corruption.py tests/snapshot/test_codec.py \
-		tests/store/test_plan.py
+		$(TOX) -e all -- -q -o faulthandler_timeout=0 \
+		tests/bridge/test_mishaps.py tests/bridge/test_cancel.py tests/snapshot/test_codec.py \
+		tests/store/test_corruption.py tests/store/test_plan.py
 
 format: $(VENV)/tox
 	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix

@@ -155,6 +155,7 @@ def test_persist_once_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind) -> 
     assert {row[3] for row in read_rows(database)} == {versions[at % 2][0][2]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> None:
     """In the midst of reading, comparing and writing, which are not turns of this loop."""
@@ -234,6 +235,7 @@ def test_persist_once_is_cancelled_between_two_batches(tmp_path: Path, kind: Kin
         assert values(connection) == {(0, None), (2, "a")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["inotify", "poll"])
 def test_run_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind, mode: str) -> None:

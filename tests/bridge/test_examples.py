@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.system
+
 INGESTOR = TESTS.parent / "examples" / "ingestor.py"
 STRICT = (sys.executable, "-u", "-X", "dev", "-W", "error")
 MODES = pytest.mark.parametrize("mode", [(), ("--single-writer",)], ids=["run", "single-writer"])

@@ -440,6 +440,7 @@ WRONG: Settings = Settings(database=1, mode="sometimes")
 """
 
 
+@pytest.mark.slow
 def test_typical_host_code_type_checks(tmp_path: Path) -> None:
     """Against the installed package, as a host would; and what is wrong is found."""
     (tmp_path / "host.py").write_text(HOST)

@@ -20,6 +20,8 @@ from support import DEADLINE, document, make_database, put, read_rows, wait_unti
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.system
+
 ROOT = os.geteuid() == 0
 VALUE = ("nodes", "aa11", 2, "")
 

@@ -139,6 +139,7 @@ READER = """
 """
 
 
+@pytest.mark.system
 async def test_a_full_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk):
@@ -161,6 +162,7 @@ async def test_a_full_disk(tmp_path: Path) -> None:
                 await landed(database)
 
 
+@pytest.mark.system
 async def test_a_disk_too_full_for_the_index_of_the_wal(tmp_path: Path) -> None:
     """SQLite calls that an I/O error (SQLITE_IOERR_SHMSIZE)."""
     disk = tmp_path / "disk"
@@ -179,6 +181,7 @@ async def test_a_disk_too_full_for_the_index_of_the_wal(tmp_path: Path) -> None:
             await landed(database)
 
 
+@pytest.mark.system
 async def test_a_read_only_filesystem(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     with small_disk(disk):
@@ -193,6 +196,7 @@ async def test_a_read_only_filesystem(tmp_path: Path) -> None:
             await landed(database)
 
 
+@pytest.mark.system
 async def test_no_permission_on_the_wal(database: Path) -> None:
     without_rights: list[str] = []
     if ROOT:
@@ -338,6 +342,7 @@ async def test_large_evidence_makes_smaller_batches(tmp_path: Path) -> None:
     assert len(timings[0].holds) == 10  # 66 rows are over a quarter of a megabyte
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("spare", range(1, 8))
 def test_a_running_daemon_is_short_of_descriptors(tmp_path: Path, spare: int) -> None:
     """It waits, and goes on when there are some again."""

@@ -16,6 +16,8 @@ from mbcap_watch.cli import manual, output
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # it starts the program for every page
+
 COMMANDS = {
     "run": manual.RUN,
     "apply": manual.APPLY,

@@ -15,6 +15,8 @@ import pytest
 
 from support import DEADLINE, wait_until
 
+pytestmark = [pytest.mark.slow, pytest.mark.system]
+
 SCRIPT = Path(sys.executable).with_name("mbcap-watch")
 COMMANDS = {"module": [sys.executable, "-m", "mbcap_watch"], "script": [str(SCRIPT)]}
 

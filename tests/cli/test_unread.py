@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = [pytest.mark.slow, pytest.mark.system]
+
 APPLIED = ("nodes", "aa11", 2, "")
 
 CHATTY = ("run", "--json", "--log-level", "debug", "--debounce", "0s")

@@ -19,6 +19,8 @@ from support import TESTS, document, make_database, put, read_rows, wait_until
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.system
+
 ROOT = TESTS.parent
 KNOWN = frozenset(
     {

@@ -20,6 +20,8 @@ from support import TESTS
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.system
+
 CONFIG = TESTS.parent / "config"
 PLAIN, TEMPLATE = "mbcap-watch.service", "mbcap-watch@.service"
 UNITS = pytest.mark.parametrize("name", [PLAIN, TEMPLATE])

@@ -50,6 +50,7 @@ def look(directory: Path, data: bytes) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", documents.ALL)
 def test_a_document_costs_at_most_ten_times_its_size(name: str, tmp_path: Path) -> None:
     data = documents.ALL[name](SIZE)

@@ -142,6 +142,7 @@ DAMAGES: list[Callable[[Damage, random.Random], None]] = [
 DAMAGES_OF_WAL = [flip_bits, write_noise, zero_the_end, cut]
 
 
+@pytest.mark.slow
 async def test_no_damage_to_a_database_does_more_than_fail(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -160,6 +160,7 @@ async def test_a_key_of_another_type_is_no_key_of_a_snapshot(
     assert [row[0] for row in stored(database) if row[2] == "x"] == ["text"]
 
 
+@pytest.mark.slow
 async def test_keys_in_both_cases_are_each_their_own(tmp_path: Path) -> None:
     """The column takes them for equal, and more of them are looked up than fit into one query."""
     lower = [f"a{number:04}" for number in range(1200)]
@@ -364,6 +365,7 @@ def number(value: Any) -> float:
     return float(value or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["allow", "never"])
 @pytest.mark.parametrize(
     "sup, evidence",

@@ -147,7 +147,10 @@ def test_no_table_to_serve() -> None:
         steps.send([])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 500, 4096, 4097, MAX_BATCH_ROWS])
+LARGE = [pytest.param(n, marks=pytest.mark.slow) for n in (4096, 4097, MAX_BATCH_ROWS)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 500, *LARGE])
 @pytest.mark.parametrize("downgrade", ["allow", "never"])
 def test_a_batch_is_one_statement_of_any_size(database: Path, rows: int, downgrade: Any) -> None:
     changes = [Change(number, f"k{number}", (0, None), (2, "e")) for number in range(rows)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+pytestmark = [pytest.mark.anyio, pytest.mark.system, pytest.mark.usefixtures("no_leaks")]
 
 
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.nfs,
+    pytest.mark.system,
     pytest.mark.skipif("NFS_CLIENT_DIR" not in os.environ, reason="needs a real NFS mount"),
 ]
 

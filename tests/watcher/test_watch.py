@@ -190,6 +190,7 @@ async def test_polling_holds_nothing_open(database: Path) -> None:
         assert not any("snapshot" in path for path in open_descriptors().values())
 
 
+@pytest.mark.system
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path) -> None:
     put(entry("x"), snapshot_path(database))
@@ -282,6 +283,7 @@ async def test_a_link_takes_its_place_and_is_turned(database: Path) -> None:
         await armed(results, rearms=2)
 
 
+@pytest.mark.system
 @pytest.mark.skipif(not ROOT, reason="needs root to mount")
 async def test_mounted_over_and_unmounted(database: Path) -> None:
     directory = snapshot_path(database).parent
@@ -319,6 +321,7 @@ async def test_a_file_is_in_place_of_the_directory(database: Path) -> None:
 # ------------------------------------------------------------------------------ limits
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("spare", range(6))
 def test_no_descriptor_is_left_for_the_observer(tmp_path: Path, spare: int) -> None:
     """Each attempt fails cleanly; watchdog's constructor alone would leak one at every attempt."""
