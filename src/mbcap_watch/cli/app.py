@@ -72,7 +72,6 @@ def run(
     max_bytes: options.MaxBytes = None,
     downgrade: options.Downgrade = None,
     ack: options.Ack = None,
-    openmetrics_file: options.OpenMetricsFile = None,
     http: options.Http = None,
 ) -> None:
     """Watch and persist until SIGTERM or SIGINT (the daemon).

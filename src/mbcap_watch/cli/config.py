@@ -27,7 +27,6 @@ _CLI_DEFAULTS: Final = {
     "log_level": "info",
     "log_format": "text",
     "ack": False,
-    "openmetrics_file": "",
     "http": "",
 }
 CLI_ONLY: Final = tuple(_CLI_DEFAULTS)
@@ -56,7 +55,6 @@ class Config:
         log_level: one of `LOG_LEVELS`.
         log_format: one of `LOG_FORMATS`.
         ack: whether `run` answers the publisher with a `result.json`.
-        openmetrics_file: where `run` keeps its figures for node_exporter; None: nowhere.
         http: where `run` serves its figures: an address and a port; None: nowhere.
         origins: for every name, where its value came from.
 
@@ -66,7 +64,6 @@ class Config:
     log_level: str
     log_format: str
     ack: bool
-    openmetrics_file: Path | None
     http: Address | None
     origins: Mapping[str, str]
 
@@ -111,7 +108,6 @@ def load(
             log_level=_choice("log_level", ours["log_level"], LOG_LEVELS),
             log_format=_choice("log_format", ours["log_format"], LOG_FORMATS),
             ack=_flag("ack", ours["ack"]),
-            openmetrics_file=_prom_file("openmetrics_file", ours["openmetrics_file"]),
             http=_address("http", ours["http"]),
             origins=origins,
         )
@@ -136,15 +132,6 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(flag, bool):
         raise SettingsError(name, f"expected true or false, got {value!r}")
     return flag
-
-
-def _prom_file(name: str, value: Any) -> Path | None:
-    if value == "":
-        return None
-    # node_exporter reads no other files.
-    if not isinstance(value, (str, Path)) or Path(value).suffix != ".prom" or "\0" in str(value):
-        raise SettingsError(name, f"expected a file called NAME.prom, got {value!r}")
-    return Path(value).absolute()
 
 
 def _address(name: str, value: Any) -> Address | None:

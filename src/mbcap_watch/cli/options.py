@@ -110,15 +110,6 @@ Downgrade = Annotated[
     Text,
     _setting("allow|never", "Whether suspected may replace a stored confirmed. Default: allow."),
 ]
-OpenMetricsFile = Annotated[
-    Text,
-    _option(
-        "--openmetrics-file",
-        metavar="FILE.prom",
-        help="Keep the figures in this file, for node_exporter's textfile collector. Needs the"
-        " extra `metrics`.",
-    ),
-]
 Http = Annotated[
     Text,
     _option(

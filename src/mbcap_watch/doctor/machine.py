@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from mbcap_watch.cli.config import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
 from mbcap_watch.doctor.database import SIDES, place
 from mbcap_watch.doctor.findings import Finding, duration, ok, problem, warning
-from mbcap_watch.telemetry.discover import is_paused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +83,32 @@ def examine(database: Path) -> list[Finding]:
         judge_inotify("watches", census.watches, *_limit("watches")),
         *judge_clock(newest, time.time()),
     ]
+
+
+def daemons(database: Path) -> list[Daemon]:
+    """Return every `mbcap-watch run` of this machine, as far as /proc shows them. Blocks."""
+    file, found = place(Path(os.path.realpath(database))), []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has just ended
+            if is_daemon(arguments := _arguments(int(name))):
+                uid = os.stat(f"/proc/{name}").st_uid
+                each = _daemon(int(name), uid, arguments, file, database)
+                found.append(each._replace(paused=is_paused(each.pid)))
+    return found
+
+
+def is_paused(pid: int) -> bool:
+    """Whether a process is stopped or traced."""
+    return stat_of(pid)[0] in ("T", "t")
+
+
+def stat_of(pid: int) -> list[str]:
+    """Return what /proc/PID/stat says from the state on (proc_pid_stat(5)); "X" if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ["X"]
+    return text.rpartition(")")[2].split()
 
 
 def command_of(pid: int) -> str:

@@ -25,17 +25,18 @@ REMEDIES: Final = {
     " inside: docker exec CONTAINER mbcap-watch status",
     "other_settings": "if that is the one you mean, ask with its settings; if its path is wrong,"
     " correct --database (or DB_PATH) where it is started",
-    "stale": "its log says how it ended (journalctl -u mbcap-watch, docker logs); start it again. A"
-    " process or container that is paused, or cannot write its stats file, looks like this, too:"
-    " the log tells",
-    "gone": "it was killed, by the kernel perhaps (out of memory: journalctl -k), or crashed: see"
-    " its log (journalctl -u mbcap-watch, docker logs); then start it again"
-    " (systemctl start mbcap-watch)",
+    "gone": "its log says more (journalctl -u mbcap-watch, docker logs), journalctl -k whether the"
+    " kernel was out of memory; then start it again (systemctl start mbcap-watch)",
     "paused": "let it go on: kill -CONT {pid}",
     "stuck": "`{check}` says which filesystem does not answer: bring its server back, or unmount it"
     " (umount -f -l); of a local disk, see dmesg. It goes on by itself once that answers",
-    "first_look": "ask again in a moment",
-    "no_look": "restart it, and report its log; nothing is lost by a restart",
+    "blocked": "see what it waits for (cat /proc/{pid}/stack, as root; top for the processor); if"
+    " that lasts, restart it: nothing is lost by a restart",
+    "unasked": "its log says why it could make none; in a container, ask inside: docker exec"
+    " CONTAINER mbcap-watch status",
+    "not_understood": "if an upgrade was installed meanwhile, restart the running mbcap-watch",
+    "starting": "ask again in a moment; a first sync of many rows takes longer",
+    "no_sync": "restart it, and report its log; nothing is lost by a restart",
     "two_daemons": "stop all but one (systemctl status, docker ps): with one snapshot they do the"
     " same work twice, with two they undo each other's",
     "no_apply": "allow more than the resync by --max-age; else restart it, and report its log",
