@@ -23,7 +23,7 @@ from mbcap_watch.cli import config, run
 from mbcap_watch.cli import http as endpoint_module
 from mbcap_watch.cli.config import Address
 from mbcap_watch.cli.http import Endpoint
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, printable
 from mbcap_watch.results import PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.prometheus import registry_of
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
     from prometheus_client.metrics_core import Metric
+    from prometheus_client.samples import Sample
 
     from mbcap_watch.telemetry.stats import Stats
 
@@ -66,14 +67,18 @@ def exposed(stats: Stats, *codes: str) -> str:
 def values(families: Iterable[Metric]) -> dict[tuple[str, ...], float]:
     """Return by name and labels."""
     return {
-        (sample.name.removeprefix("mbcap_watch_"), *sample.labels.values()): sample.value
+        (sample.name.removeprefix("mbcap_watch_"), *_labels(sample)): sample.value
         for family in families
         for sample in family.samples
     }
 
 
+def _labels(sample: Sample) -> list[str]:
+    return [value for _, value in sorted(sample.labels.items())]
+
+
 EXPECTED = {
-    ("build_info", "1.2.3", DATABASE): 1,
+    ("build_info", printable(DATABASE), "1.2.3"): 1,
     ("mode", "poll"): 1,
     ("healthy",): 1,
     ("results_total", "applied"): 1,
@@ -214,9 +219,16 @@ async def test_a_bad_accept_is_answered(site: Site, accept: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [b"\r\n\r\n", b"GET\r\n\r\n", b"\x00\xff / HTTP/1.1\r\n\r\n", b"GET x HTTP/1.1\r\n\r\n",
-                 b"GET / HTTP/2\r\n\r\n", b"G" * 100_000 + b"\r\n\r\n"],
-)  # fmt: skip
+    "request_",
+    [
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"\x00\xff / HTTP/1.1\r\n\r\n",
+        b"GET x HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/2\r\n\r\n",
+        b"G" * 100_000 + b"\r\n\r\n",
+    ],
+)
 async def test_what_is_no_request_is_refused(site: Site, request_: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(endpoint_module, "_CLIENT_SECONDS", 30.0)

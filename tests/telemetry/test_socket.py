@@ -41,13 +41,12 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def root() -> Iterator[Path]:
     """A root directory of the test's, with the places in which a socket may be."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     for name in ("run/user", "dev/shm", "tmp"):
         (path / name).mkdir(parents=True)
-    monkeypatch.setattr("mbcap_watch.telemetry.socket.tempfile.gettempdir", lambda: "/tmp")
     yield path
     shutil.rmtree(path)
 

@@ -171,7 +171,8 @@ def _environ(head: bytes) -> dict[str, str] | None:
 def _call(application: Any, environ: dict[str, str]) -> bytes:
     """Run a WSGI application; return its response."""
     started: list[Any] = []
-    body = b"".join(application(environ, lambda *arguments: started.append(arguments)))
+    asked = environ | {"REQUEST_METHOD": "GET"}  # prometheus-client knows no HEAD
+    body = b"".join(application(asked, lambda *arguments: started.append(arguments)))
     line, headers = started[0][:2]
     return _bytes(line, headers, body, with_body=environ["REQUEST_METHOD"] != "HEAD")
 

@@ -20,7 +20,6 @@ import re
 import socket
 import stat
 import struct
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
@@ -52,6 +51,9 @@ _BUFFER_BYTES: Final = 1 << 18
 _BACKLOG: Final = 64
 _RETRY_SECONDS: Final = 1.0
 
+# Where a daemon makes a directory of its own if no environment names one.
+_PUBLIC: Final = ("dev/shm", "run", "tmp")
+
 # In a directory there is one socket for each process.
 _MOST_SOCKETS: Final = 100
 _NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9]{1,10})\.sock")
@@ -66,14 +68,14 @@ def _homes(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
         yield Path(runtime).resolve()
     if (user := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         yield Path(user, "mbcap-watch")
-    for place in ("dev/shm", "run", tempfile.gettempdir().lstrip("/")):
+    for place in _PUBLIC:
         yield root / place / f"mbcap-watch-{os.geteuid()}"
 
 
 def _places(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
     """Yield every directory that may hold the socket of a daemon, whoever has started it."""
     places = dict.fromkeys(_homes(environ, root))
-    for parent in ("run", "run/user/*", "dev/shm", tempfile.gettempdir().lstrip("/")):
+    for parent in ("run/user/*", *_PUBLIC):
         places |= dict.fromkeys(sorted(root.glob(f"{parent}/mbcap-watch*")))
     yield from places
 
