@@ -374,7 +374,7 @@ async def test_a_daemon_that_was_killed(installation: Path) -> None:
     with daemon("--database", installation) as pid:
         await service(installation, "running, healthy", "ok")
         os.kill(pid, signal.SIGKILL)
-    said = await service(installation, "is there no more", "problem")
+    said = await service(installation, "is gone", "problem")
     assert "start it again" in said
 
 

@@ -216,8 +216,8 @@ def test_where_no_socket_can_be_made_it_is_found_in_proc(database: Path) -> None
         assert (code, told["state"]) == (1, "starting")  # it is young: this may yet come
 
         wait_until(lambda: status(database, prefix=inside, **NOWHERE)[0] == 0)
-        for where in (inside, []):  # from outside its container, likewise
-            code, told = status(database, prefix=where, **NOWHERE)
+        for prefix in (inside, []):  # from outside its container, likewise
+            code, told = status(database, prefix=prefix, **NOWHERE)
             assert (code, told["state"], codes(told)) == (0, "running", ["unasked"])
             assert str(process.pid) in told["warnings"][0]["text"]
         done = subprocess.run(
@@ -323,7 +323,7 @@ def test_root_believes_the_owner_of_the_database(database: Path, tmp_path: Path)
 # ------------------------------------------------------------------------------ a campaign
 
 # Questions at random moments. 1,000 take some ten minutes.
-QUESTIONS = int(os.environ.get("MBCAP_WATCH_TEST_QUESTIONS", "30"))
+QUESTIONS = int(os.environ.get("STATUS_QUESTIONS", "30"))
 
 # A verdict was true at some moment within so many seconds before or after.
 SLACK = 2.0
@@ -348,13 +348,12 @@ class Site:
             )
 
     def send(self, signum: int) -> None:
-        if self.process is not None and signum:
+        if self.process is not None:
             self.process.send_signal(signum)
-        if self.process is not None and (
-            signum == signal.SIGKILL or self.process.poll() is not None
-        ):
-            self.process.wait()
-            self.process = None
+            if signum == signal.SIGKILL:
+                self.process.wait()
+            if self.process.poll() is not None:
+                self.process = None
 
     def kill(self) -> None:
         self.send(signal.SIGKILL)
@@ -413,7 +412,7 @@ def verdict(told: dict[str, Any]) -> set[str]:
     return {"healthy", "unserved", "unhealthy"} if state == "starting" else {state}
 
 
-@pytest.mark.parametrize("seed", [int(os.environ.get("MBCAP_WATCH_TEST_SEED", "1"))])
+@pytest.mark.parametrize("seed", [int(os.environ.get("STATUS_SEED", "1"))])
 def test_whenever_it_is_asked_status_tells_the_truth(database: Path, seed: int) -> None:
     chance = random.Random(seed)
     put(document(("aa11", "confirmed", "advert")), snapshot_path(database))

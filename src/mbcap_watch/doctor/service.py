@@ -16,7 +16,7 @@ from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import duration
 from mbcap_watch.doctor.health import Finding, Health, finding, judge
 from mbcap_watch.doctor.remedies import remedy
-from mbcap_watch.errors import printable
+from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.telemetry.socket import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
@@ -201,8 +201,7 @@ def _hidden(
     others: dict[int, tuple[int, str]] = {each.pid: (each.uid, "") for each in unasked}
     for peer in peers:
         if _is_for(peer, settings) and peer.fate != "gone":
-            said = f", and says: {judge(peer.stats).verdict}" if peer.stats else ""
-            others[peer.pid] = (peer.uid, said)
+            others[peer.pid] = (peer.uid, _quote(peer.stats) if peer.stats else "")
     for pid, (uid, said) in others.items():
         if uid not in trusted:
             text = f"process {pid} is of uid {uid}{said}; that is not taken for the truth by uid"
@@ -213,6 +212,12 @@ def _hidden(
             yield finding("not_understood", f"the answer of process {pid} is not understood")
 
 
+def _quote(stats: Stats) -> str:
+    health = judge(stats)
+    why = "".join(f": {each.text}" for each in health.problems[:1])
+    return printable(f", and says: {health.verdict}{why}", 2 * QUOTED)
+
+
 def _absent(peers: Sequence[Peer], same: Sequence[Peer], settings: Settings) -> Iterator[Finding]:
     gone = [peer for peer in same if peer.fate == "gone"]
     for peer in gone:
@@ -221,12 +226,15 @@ def _absent(peers: Sequence[Peer], same: Sequence[Peer], settings: Settings) -> 
         text = f"no mbcap-watch runs with --database {settings.database}"
         yield finding("not_running", f"{text} --snapshot-dir {settings.snapshot_dir}")
     for peer in peers:
-        if peer.stats is not None and peer not in same:
-            text = f"process {peer.pid} (uid {peer.uid}) runs with --database"
-            text += f" {peer.stats.database} --snapshot-dir {peer.stats.snapshot_dir}"
-            beside = peer.stats.database == printable(str(settings.database))
-            code = "other_snapshot_dir" if beside else "other_settings"
-            yield Finding(code, text, remedy("other_settings"))
+        if peer.stats is None or peer in same:
+            continue
+        text, how = f"process {peer.pid} (uid {peer.uid})", remedy("other_settings")
+        if peer.stats.database == printable(str(settings.database)):
+            text += " serves this database, but from another snapshot directory:"
+            yield Finding("other_snapshot_dir", f"{text} {peer.stats.snapshot_dir}", how)
+        else:
+            text += f" runs with --database {peer.stats.database}"
+            yield Finding("other_settings", f"{text} --snapshot-dir {peer.stats.snapshot_dir}", how)
 
 
 # ------------------------------------------------------------------------------ for `check`
