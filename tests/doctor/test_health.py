@@ -235,8 +235,8 @@ def test_waiting_for_the_first_snapshot_is_healthy_unless_an_age_is_demanded() -
 @pytest.mark.parametrize(
     "written_at, warnings",
     [
-        ("2027-01-15T07:01:00Z", []),
-        ("2027-01-15T06:59:00Z", ["old_snapshot"]),
+        ("2027-01-15T07:46:00Z", []),
+        ("2027-01-15T07:44:00Z", ["old_snapshot"]),
         ("2027-01-15T08:00:30Z", []),
         ("2027-01-15T09:00:00+01:00", []),
         ("2027-01-15T08:02:00Z", ["clocks"]),

@@ -23,11 +23,14 @@ from mbcap_watch.cli import config, run
 from mbcap_watch.cli import http as endpoint_module
 from mbcap_watch.cli.config import Address
 from mbcap_watch.cli.http import Endpoint
+from mbcap_watch.doctor.health import OLD_SNAPSHOT_SECONDS
+from mbcap_watch.doctor.remedies import REMEDIES
 from mbcap_watch.errors import SettingsError, printable
 from mbcap_watch.results import PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.prometheus import registry_of
-from support import until
+from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
+from support import TESTS, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -52,6 +55,7 @@ def stats(*, error: str | None = None) -> Stats:
             unmatched=1,
             matched_active=3,
             changed_active=3,
+            written_at="2026-07-18T08:47:37Z",
             error=error,
         )
     )
@@ -129,6 +133,50 @@ def test_promtool_finds_nothing_wrong() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# ------------------------------------------------------------------------------ pictures, alerts
+
+CONFIG = TESTS.parent / "config"
+
+
+def known() -> set[str]:
+    """Return the names of all metrics there are."""
+    families = parse(exposed(stats(), "busy"))
+    return {sample.name for family in families for sample in family.samples}
+
+
+@pytest.mark.parametrize("name", ["grafana-dashboard.json", "alerts.yml"])
+def test_the_pictures_and_alerts_are_made_of_metrics_that_exist(name: str) -> None:
+    text = (CONFIG / name).read_text()
+    used = set(re.findall(r"\b(?:mbcap_watch|process)_[a-z_]+", text))
+    assert len(used) > 4
+    assert used <= known()
+
+
+def test_the_dashboard_asks_one_data_source() -> None:
+    text = (CONFIG / "grafana-dashboard.json").read_text()
+    panels = json.loads(text)["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) > 8
+    assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
+    assert all(panel["targets"] for panel in panels)
+
+
+def test_each_alert_names_its_finding_and_has_its_threshold() -> None:
+    text = (CONFIG / "alerts.yml").read_text()
+    findings = re.findall(r"finding: (\w+)", text)
+    assert set(findings) <= REMEDIES.keys()
+    assert text.count("- alert: ") == len(findings) + 1 <= 6  # one takes it from the metric
+    assert f"timestamp_seconds > {OLD_SNAPSHOT_SECONDS:g}" in text
+    assert f"[15m]))) > {CONTENDED_SECONDS:g}" in text
+    assert f'le="{SLOW_HOLD_SECONDS:g}"' in text
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_finds_nothing_wrong_with_the_alerts() -> None:
+    command = ["promtool", "check", "rules", str(CONFIG / "alerts.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------ over HTTP

@@ -25,8 +25,8 @@ _SYNC_INTERVALS: Final = 3
 # Likewise for comparisons with the database.
 _RESYNCS: Final = 3
 
-# CoreScope's server publishes every few minutes.
-_OLD_SNAPSHOT_SECONDS: Final = 3600.0
+# CoreScope's server publishes at least every five minutes.
+OLD_SNAPSHOT_SECONDS: Final = 15 * 60.0
 
 # Clocks of two machines differ by less.
 _CLOCK_SECONDS: Final = 60.0
@@ -166,7 +166,7 @@ def _warn(stats: Stats) -> Iterator[Finding]:
 def _warn_of_age(stats: Stats) -> Iterator[Finding]:
     if stats.snapshot_time is not None:
         age = stats.sampled - stats.snapshot_time
-        if age > _OLD_SNAPSHOT_SECONDS:
+        if age > OLD_SNAPSHOT_SECONDS:
             text = f"the publisher is stale: it wrote the snapshot {ago(age)}"
             yield finding("old_snapshot", text)
         elif age < -_CLOCK_SECONDS:
