@@ -320,6 +320,22 @@ def test_root_believes_the_owner_of_the_database(database: Path, tmp_path: Path)
         assert (code, told["state"], codes(told)) == (1, "unknown", ["not_permitted"])
 
 
+@as_root
+def test_another_user_is_told_to_ask_as_root(database: Path) -> None:
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    if subprocess.run([*runs, *COMMAND, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("the interpreter is out of the other user's reach")
+    with daemon(database) as process:
+        wait_until(lambda: is_running(database))
+        code, told = status(database, prefix=runs)
+        assert (code, told["state"], codes(told)) == (1, "unknown", ["not_permitted"])
+        assert (
+            f"process {process.pid} is of uid 0; uid {NOBODY} may not ask it"
+            in (told["problems"][0]["text"])
+        )
+        assert "as root (sudo)" in told["problems"][0]["remedy"]
+
+
 # ------------------------------------------------------------------------------ a campaign
 
 # Questions at random moments. 1,000 take some ten minutes.

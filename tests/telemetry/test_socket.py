@@ -134,7 +134,10 @@ def test_the_path_may_be_longer_than_that_of_a_socket(tmp_path: Path) -> None:
 def test_other_settings_have_another_name(root: Path) -> None:
     with offered(ELSEWHERE, {}, partial(sample, ELSEWHERE), root):
         [peer] = asked(root)
-    assert (peer.fate, peer.named) == ("answered", False)
+        assert (peer.fate, peer.named) == ("answered", False)  # it may be a twin
+        another = Settings(Path("/other/meshcore.db"))
+        assert ask(another, {}, root) == []
+        assert [each.fate for each in ask(another, {}, root, everyone=True)] == ["answered"]
 
 
 def test_the_largest_answer_arrives_whole(root: Path) -> None:

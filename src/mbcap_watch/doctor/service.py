@@ -50,16 +50,19 @@ def look(
         max_age: see `judge`.
 
     """
-    tries, nobody = _TRIES, list[machine.Daemon]()
+    tries, everyone, nobody = _TRIES, False, list[machine.Daemon]()
     while True:
-        peers = [peer for peer in ask(settings, environ) if peer.fate != "odd" or peer.named]
+        peers = ask(settings, environ, everyone=everyone)
         trusted = _trusted(settings, peers)
         same = [peer for peer in peers if _is_for(peer, settings) and peer.uid in trusted]
         if answered := [peer for peer in same if peer.stats is not None]:
             return _judge_answer(answered, peers, trusted, settings, max_age)
         if silent := [peer for peer in same if peer.fate == "silent"]:
             return None, _judge_silent(silent[0])
-        known = {peer.pid for peer in peers if peer.fate != "gone"}
+        if not everyone:
+            everyone = True
+            continue
+        known = {peer.pid for peer in peers if peer.stats is not None}
         unasked = [
             each
             for each in _within(lambda: machine.daemons(settings.database), nobody)
@@ -69,9 +72,10 @@ def look(
         if not unasked or not tries:
             break
         time.sleep(_AGAIN_SECONDS)
+    if os.geteuid():
+        trusted = {os.geteuid()}  # root's socket may be there, and closed to this user
     hidden = tuple(_hidden(peers, unasked, trusted, settings))
-    mine = [each for each in unasked if each.uid in trusted]
-    if mine:
+    if mine := [each for each in unasked if each.uid in trusted]:
         return None, _judge_unasked(mine[0])
     if hidden:
         return None, Health("unknown", hidden)
@@ -198,16 +202,20 @@ def _hidden(
     """Tell of daemons with these settings that are another user's, and not believed."""
     command = f"mbcap-watch status --database {shlex.quote(str(settings.database))}"
     command += f" --snapshot-dir {shlex.quote(str(settings.snapshot_dir))}"
+    me = os.geteuid()
     others: dict[int, tuple[int, str]] = {each.pid: (each.uid, "") for each in unasked}
     for peer in peers:
         if _is_for(peer, settings) and peer.fate != "gone":
             others[peer.pid] = (peer.uid, _quote(peer.stats) if peer.stats else "")
     for pid, (uid, said) in others.items():
         if uid not in trusted:
-            text = f"process {pid} is of uid {uid}{said}; that is not taken for the truth by uid"
-            root = "" if os.geteuid() == 0 else "as root (sudo), or "
+            text = f"process {pid} is of uid {uid}"
+            text += (
+                f"{said}; uid {me} does not rely on that" if said else f"; uid {me} may not ask it"
+            )
+            root = "" if me == 0 else "as root (sudo), or "
             how = f"ask {root}as that user: sudo -u '#{uid}' {command}"
-            yield Finding("not_permitted", f"{text} {os.geteuid()}", how)
+            yield Finding("not_permitted", text, how)
         elif any(peer.pid == pid and peer.fate == "odd" for peer in peers):
             yield finding("not_understood", f"the answer of process {pid} is not understood")
 

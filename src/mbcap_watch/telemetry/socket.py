@@ -81,9 +81,12 @@ def _places(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
 
 
 def _digest(settings: Settings) -> str:
-    """Return what the names of all sockets for these settings begin with."""
-    paths = os.fsencode(settings.database) + b"\0" + os.fsencode(settings.snapshot_dir)
-    return hashlib.blake2b(paths, digest_size=8).hexdigest()
+    """Return what the names of all sockets for these settings begin with.
+
+    Its first half is for the database, the other one for the snapshot directory.
+    """
+    paths = settings.database, settings.snapshot_dir
+    return "".join(hashlib.blake2b(os.fsencode(each), digest_size=4).hexdigest() for each in paths)
 
 
 def _within(directory: int, name: str) -> str:
@@ -275,16 +278,24 @@ class Peer(NamedTuple):
     stats: Stats | None = None
 
 
-def ask(settings: Settings, environ: Mapping[str, str], root: Path = ROOT) -> list[Peer]:
-    """Ask every daemon of this machine at once; takes `SILENT_SECONDS` at most.
+def ask(
+    settings: Settings,
+    environ: Mapping[str, str],
+    root: Path = ROOT,
+    *,
+    everyone: bool = False,
+) -> list[Peer]:
+    """Ask the daemons of this machine, all at once; takes `SILENT_SECONDS` at most.
 
     Args:
         settings: of the daemon that is looked for.
         environ: the environment, for `RUNTIME_DIRECTORY` and `XDG_RUNTIME_DIR`.
         root: for tests.
+        everyone: whether to ask those with another database, too.
 
     """
     deadline, digest = time.monotonic() + SILENT_SECONDS, _digest(settings)
+    start = "" if everyone else digest[: len(digest) // 2]
     with contextlib.ExitStack() as stack:
         asked = []
         for place in _places(environ, root):
@@ -292,8 +303,10 @@ def ask(settings: Settings, environ: Mapping[str, str], root: Path = ROOT) -> li
             with contextlib.suppress(OSError):
                 directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, directory)
-                names = sorted(filter(_NAME.fullmatch, os.listdir(directory)))[:_MOST_SOCKETS]
-                for name in names:
+                names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
+                for name in sorted(name for name in names if name.startswith(start))[
+                    :_MOST_SOCKETS
+                ]:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     stack.callback(connection.close)
                     with contextlib.suppress(FileNotFoundError):  # it has just ended
