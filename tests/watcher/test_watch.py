@@ -22,7 +22,7 @@ import pytest
 from mbcap_watch import Settings, snapshot_path
 from mbcap_watch.bridge import border, loading, sync, thread
 from mbcap_watch.results import WatchState
-from mbcap_watch.telemetry import discover
+from mbcap_watch.telemetry.socket import ask
 from mbcap_watch.watcher import inotify
 from mbcap_watch.watcher.inotify import InotifyWatch
 from support import (
@@ -528,8 +528,8 @@ def daemon(
 
 def told(database: Path) -> WatchState:
     """Return what the daemon tells `status` of its watch."""
-    found = discover.find(Settings(database), os.environ).found
-    return found[0].stats.watch if found else WatchState()
+    answers = [peer.stats for peer in ask(Settings(database), os.environ) if peer.named]
+    return answers[0].watch if answers and answers[0] else WatchState()
 
 
 def count(log: Path, text: str) -> int:
