@@ -1,4 +1,4 @@
-"""What a look led to, and how the watch is: frozen data for hooks, logs and `--json`."""
+"""What a sync led to, and how the watch is: frozen data for hooks, logs and `--json`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Outcome = Literal[
 ]
 
 Reason = Literal["start", "rename", "poll", "sweep", "resync", "retry", "request", "once"]
-"""What made the bridge look.
+"""What made the bridge sync.
 
 `start` of the service, a `rename` seen by inotify, a `poll` or a `sweep` that found the file
 changed, a periodic `resync` with the database, a `retry` after something failed, a `request` to the
@@ -33,11 +33,11 @@ running bridge, or a caller that asked for it `once`.
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PersistResult:
-    """What one look led to.
+    """What one sync led to.
 
     Attributes:
         outcome: `applied` (rows were written), `unchanged` (nothing differed), or why not.
-        reason: what made the bridge look.
+        reason: what made the bridge sync.
         entries: entries in the snapshot.
         skipped_unknown: entries with the status `unknown`, which is never written.
         skipped_unrecognized: entries not written for another reason (no known status, no key, a
@@ -99,7 +99,7 @@ class PersistResult:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """How long a look that compared the database took others' and our time. All in seconds.
+    """How long a sync that compared the database took others' and our time. All in seconds.
 
     Attributes:
         lag: from the rename to the last committed row; None if no new snapshot was written, or
@@ -126,9 +126,9 @@ class WatchState:
         rearms: how often a watch had to be armed anew.
         last_problem: what was wrong with the last watch that was lost; None if none was.
         sweep_hits: changes of the file that the watch did not tell of, found by the sweep.
-        read_errors: looks to which the operating system refused the file.
+        read_errors: syncs to which the operating system refused the file.
         last_sync: when a sync last ended; None before the first.
-        last_progress: when a look that takes more than a few seconds, or a call that was stuck,
+        last_progress: when a sync that takes more than a few seconds, or a call that was stuck,
             was last seen to get on; None if that was never so.
         stuck_since: since when a call to the filesystem has not come back, as on a mount whose
             server is gone; None if all is well.

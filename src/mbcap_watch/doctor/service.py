@@ -17,14 +17,14 @@ from mbcap_watch.doctor.findings import duration
 from mbcap_watch.doctor.health import Finding, Health, finding, judge
 from mbcap_watch.doctor.remedies import remedy
 from mbcap_watch.errors import QUOTED, printable
-from mbcap_watch.telemetry.socket import SILENT_SECONDS, ask
+from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Settings
-    from mbcap_watch.telemetry.socket import Peer
+    from mbcap_watch.telemetry.ask import Peer
     from mbcap_watch.telemetry.stats import Stats
 
 T = TypeVar("T")
@@ -116,14 +116,8 @@ def _is_for(peer: Peer, settings: Settings) -> bool:
     """Whether a socket is of a daemon with these settings: by its own word, else by its name."""
     if peer.stats is None:
         return peer.named
-    return _paths(peer.stats) == (
-        printable(str(settings.database)),
-        printable(str(settings.snapshot_dir)),
-    )
-
-
-def _paths(stats: Stats) -> tuple[str, str]:
-    return stats.database, stats.snapshot_dir
+    paths = printable(str(settings.database)), printable(str(settings.snapshot_dir))
+    return paths == (peer.stats.database, peer.stats.snapshot_dir)
 
 
 # ------------------------------------------------------------------------------ judging
@@ -209,10 +203,8 @@ def _hidden(
             others[peer.pid] = (peer.uid, _quote(peer.stats) if peer.stats else "")
     for pid, (uid, said) in others.items():
         if uid not in trusted:
-            text = f"process {pid} is of uid {uid}"
-            text += (
-                f"{said}; uid {me} does not rely on that" if said else f"; uid {me} may not ask it"
-            )
+            why = "does not rely on that" if said else "may not ask it"
+            text = f"process {pid} is of uid {uid}{said}; uid {me} {why}"
             root = "" if me == 0 else "as root (sudo), or "
             how = f"ask {root}as that user: sudo -u '#{uid}' {command}"
             yield Finding("not_permitted", text, how)
@@ -249,13 +241,7 @@ def _absent(peers: Sequence[Peer], same: Sequence[Peer], settings: Settings) -> 
 
 # What an examination of the files cannot see.
 _UNSEEN: Final = {
-    "blocked",
-    "gone",
-    "limit",
-    "no_apply",
-    "no_sync",
-    "not_permitted",
-    "rows_refused",
+    *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "rows_refused"),
 }
 
 # What it names in lines of their own.
@@ -273,20 +259,14 @@ def examine(
         explained: whether a problem was found that may be why it is not well.
 
     """
-    return list(_examine(settings, environ, explained=explained))
-
-
-def _examine(
-    settings: Settings, environ: Mapping[str, str], *, explained: bool
-) -> Iterator[check.Finding]:
     _, health = look(settings, environ)
+    found = [check.ok("service", health.verdict)] if health.healthy else []
     for each in health.problems:
         if each.code == "not_running":
-            yield check.ok("service", "no mbcap-watch runs with these settings")
+            found.append(check.ok("service", "no mbcap-watch runs with these settings"))
         elif each.code == "other_snapshot_dir":
-            yield check.warning("service", each.text, each.remedy)
+            found.append(check.warning("service", each.text, each.remedy))
         # As another user, or a moment later, all may look well from here.
         elif each.code in _UNSEEN or not (explained or each.code in _SEEN):
-            yield check.problem("service", f"{health.state}: {each.text}", each.remedy)
-    if health.healthy:
-        yield check.ok("service", health.verdict)
+            found.append(check.problem("service", f"{health.state}: {each.text}", each.remedy))
+    return found
