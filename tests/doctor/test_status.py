@@ -277,7 +277,7 @@ def place() -> Iterator[Path]:
 @as_root
 def test_what_another_user_plants_is_told_and_never_believed(database: Path, place: Path) -> None:
     settings = Settings(database)
-    name = f"{control_socket._digest(settings)}-1.sock"
+    name = f"{control_socket.digest_of(settings)}-1.sock"
     lie = Metrics(settings, version="1", pid=1)
     lie.on_state(msgspec.convert({"last_sync": time.time()}, type(lie.snapshot(0.0).watch)))
     with planted(place / name, msgspec.json.encode(lie.snapshot(time.time()))) as pid:
@@ -295,7 +295,7 @@ def test_what_another_user_plants_is_told_and_never_believed(database: Path, pla
 def test_one_that_another_user_leaves_silent_or_dead_is_not_ours(
     database: Path, place: Path
 ) -> None:
-    name = f"{control_socket._digest(Settings(database))}-1.sock"
+    name = f"{control_socket.digest_of(Settings(database))}-1.sock"
     with planted(place / name, b""):
         assert status(database)[1]["state"] == "unknown"
     assert codes(status(database)[1]) == ["not_running"]

@@ -13,7 +13,7 @@ import pytest
 from mbcap_watch import Settings, WatchState
 from mbcap_watch.cli import output, signals
 from mbcap_watch.settings import DEFAULT_MAX_BYTES
-from mbcap_watch.telemetry.socket import _places
+from mbcap_watch.telemetry.ask import places
 from mbcap_watch.telemetry.systemd import Notifier
 from support import TESTS
 
@@ -141,7 +141,7 @@ def test_the_default_sweep_leaves_the_watchdog_as_it_is(
 def test_status_finds_the_control_socket_of_the_service(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "run" / only(name, "RuntimeDirectory").replace("%i", "north")
     directory.mkdir(parents=True)
-    assert directory in _places({}, tmp_path)
+    assert directory in places({}, tmp_path)
 
 
 @UNITS

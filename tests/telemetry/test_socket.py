@@ -23,8 +23,9 @@ import pytest
 
 from mbcap_watch import PersistResult, Settings, run
 from mbcap_watch.telemetry import socket as control_socket
+from mbcap_watch.telemetry.ask import SILENT_SECONDS, Peer, ask
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.socket import ControlSocket, Peer, ask
+from mbcap_watch.telemetry.socket import ControlSocket
 from mbcap_watch.telemetry.stats import HISTORY
 from support import QUIET, offered, open_descriptors, other_process, put, read_line, until
 
@@ -322,14 +323,14 @@ def listen(root: Path, name: str, *, backlog: int = 5) -> socket.socket:
     return server
 
 
-NAME = f"{control_socket._digest(SETTINGS)}-7.sock"
+NAME = f"{control_socket.digest_of(SETTINGS)}-7.sock"
 
 
 def test_one_that_does_not_answer_is_silent_and_delays_no_other(root: Path) -> None:
     with listen(root, NAME), offered(SETTINGS, {}, sample, root):
         started = time.monotonic()
         assert {each.fate for each in asked(root)} == {"silent", "answered"}
-        assert time.monotonic() - started >= control_socket.SILENT_SECONDS
+        assert time.monotonic() - started >= SILENT_SECONDS
 
 
 def test_one_whose_queue_is_full_is_silent(root: Path) -> None:

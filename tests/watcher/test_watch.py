@@ -22,7 +22,7 @@ import pytest
 from mbcap_watch import Settings, snapshot_path
 from mbcap_watch.bridge import border, loading, sync, thread
 from mbcap_watch.results import WatchState
-from mbcap_watch.telemetry.socket import ask
+from mbcap_watch.telemetry.ask import ask
 from mbcap_watch.watcher import inotify
 from mbcap_watch.watcher.inotify import InotifyWatch
 from support import (

@@ -24,7 +24,6 @@ from mbcap_watch.telemetry.prometheus import registry_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
     from typing import Self
 
     from mbcap_watch.cli.config import Address
@@ -59,12 +58,7 @@ class Endpoint:
         self._task = asyncio.create_task(self._serve())
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         for task in (self._task, *self._clients):
             task.cancel()
 

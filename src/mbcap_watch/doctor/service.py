@@ -14,14 +14,14 @@ from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ago, duration, ok
 from mbcap_watch.doctor.health import Health, judge
 from mbcap_watch.errors import QUOTED, printable
-from mbcap_watch.telemetry.socket import SILENT_SECONDS, ask
+from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Settings
-    from mbcap_watch.telemetry.socket import Peer
+    from mbcap_watch.telemetry.ask import Peer
     from mbcap_watch.telemetry.stats import Stats
 
 T = TypeVar("T")
@@ -114,14 +114,8 @@ def _is_for(peer: Peer, settings: Settings) -> bool:
     """Whether a socket is of a daemon with these settings: by its own word, else by its name."""
     if peer.stats is None:
         return peer.named
-    return _paths(peer.stats) == (
-        printable(str(settings.database)),
-        printable(str(settings.snapshot_dir)),
-    )
-
-
-def _paths(stats: Stats) -> tuple[str, str]:
-    return stats.database, stats.snapshot_dir
+    paths = printable(str(settings.database)), printable(str(settings.snapshot_dir))
+    return paths == (peer.stats.database, peer.stats.snapshot_dir)
 
 
 # ------------------------------------------------------------------------------ judging
@@ -258,20 +252,13 @@ def examine(settings: Settings, environ: Mapping[str, str], *, explained: bool) 
         explained: whether a problem was found that may be why it is not well.
 
     """
-    return list(_examine(settings, environ, explained=explained))
-
-
-def _examine(
-    settings: Settings, environ: Mapping[str, str], *, explained: bool
-) -> Iterator[Finding]:
     _, health = look(settings, environ)
+    found = [ok("service", health.verdict)] if health.healthy else []
     for each in health.problems:
         text = f"{health.state}: {each.text}"
         if each.code in _HARMLESS:
-            yield ok("service", text)
+            found.append(ok("service", text))
         # As another user, or a moment later, all may look well from here.
         elif each.code in _UNSEEN or not explained:
-            yield msgspec.structs.replace(each, subject="service", text=text)
-    if health.healthy:
-        yield ok("service", health.verdict)
-    yield from (each for each in health.warnings if each.code == "other_snapshot_dir")
+            found.append(msgspec.structs.replace(each, subject="service", text=text))
+    return found + [each for each in health.warnings if each.code == "other_snapshot_dir"]

@@ -135,7 +135,7 @@ def configure(level: str, style: str, handler: logging.Handler | None = None) ->
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
-    Lines on applied snapshots are the record, and are never held back; all others are when they
+    Lines on applied snapshots are the record, and are never suppressed; all others are when they
     repeat (`throttle`).
 
     Args:
@@ -211,7 +211,7 @@ def summary(result: PersistResult) -> str:
 
 
 class StateLog:
-    """A hook for the way of watching: one line per change of state, none per look.
+    """A hook for the way of watching: one line per change of state, none per sync.
 
     Args:
         clock: seconds that never go back.

@@ -1,11 +1,11 @@
-"""The control socket: a daemon answers with its stats, `status` and the others ask.
+"""The control socket: a daemon answers with its stats whoever connects.
 
 To connect is to ask. The answer is one JSON object, made at that moment; then the connection is
 closed. Nothing is read from a client, and what the kernel does not take at once is not sent, so no
 client holds up the daemon: not a slow one, not a silent one, not many.
 
 The kernel tells each side who the other one is (SO_PEERCRED, unix(7)). The daemon answers its own
-user and root; `ask` says whose each socket is.
+user and root; clients (`ask`) see whose each socket is.
 """
 
 from __future__ import annotations
@@ -20,31 +20,25 @@ import re
 import socket
 import stat
 import struct
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
 from mbcap_watch.errors import printable
-from mbcap_watch.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from types import TracebackType
     from typing import Self
 
     from mbcap_watch.settings import Settings
+    from mbcap_watch.telemetry.stats import Stats
 
 logger = logging.getLogger("mbcap_watch")
 
 ROOT: Final = Path("/")  # tests have one of their own
 
-# A daemon that does not answer within so many seconds is paused, or its loop is blocked.
-SILENT_SECONDS: Final = 2.0
-
-# An answer takes 40 KB, and 100 KB at most. The kernel's buffer has room for 200 KB, as a rule.
-_MAX_BYTES: Final = 1 << 20
+# An answer takes 40 KB, and 100 KB at most.
 _BUFFER_BYTES: Final = 1 << 18
 
 # Connections that wait while the daemon is busy, and what it pauses for without a descriptor.
@@ -52,15 +46,13 @@ _BACKLOG: Final = 64
 _RETRY_SECONDS: Final = 1.0
 
 # Where a daemon makes a directory of its own if no environment names one.
-_PUBLIC: Final = ("dev/shm", "run", "tmp")
+PUBLIC: Final = ("dev/shm", "run", "tmp")
 
-# In a directory there is one socket for each process.
-_MOST_SOCKETS: Final = 100
-_NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9]{1,10})\.sock")
+NAME: Final = re.compile(r"([0-9a-f]{16})-([0-9]{1,10})\.sock")
 _OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-def _homes(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
+def homes(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
     """Yield the directories in which a daemon may put its socket, the best first."""
     # systemd.exec(5): several are separated by colons. With DynamicUser= it is a link.
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
@@ -68,19 +60,11 @@ def _homes(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
         yield Path(runtime).resolve()
     if (user := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         yield Path(user, "mbcap-watch")
-    for place in _PUBLIC:
+    for place in PUBLIC:
         yield root / place / f"mbcap-watch-{os.geteuid()}"
 
 
-def _places(environ: Mapping[str, str], root: Path) -> Iterator[Path]:
-    """Yield every directory that may hold the socket of a daemon, whoever has started it."""
-    places = dict.fromkeys(_homes(environ, root))
-    for parent in ("run/user/*", *_PUBLIC):
-        places |= dict.fromkeys(sorted(root.glob(f"{parent}/mbcap-watch*")))
-    yield from places
-
-
-def _digest(settings: Settings) -> str:
+def digest_of(settings: Settings) -> str:
     """Return what the names of all sockets for these settings begin with.
 
     Its first half is for the database, the other one for the snapshot directory.
@@ -89,22 +73,24 @@ def _digest(settings: Settings) -> str:
     return "".join(hashlib.blake2b(os.fsencode(each), digest_size=4).hexdigest() for each in paths)
 
 
-def _within(directory: int, name: str) -> str:
+def path_within(directory: int, name: str) -> str:
     """Return a path of a file in an open directory; a socket's may have 107 bytes at most."""
     return f"/proc/self/fd/{directory}/{name}"
 
 
-class _Credentials(NamedTuple):
+class Credentials(NamedTuple):
+    """Who a process is."""
+
     pid: int
     uid: int
     gid: int
 
 
-def _peer(connection: socket.socket) -> _Credentials:
+def peer_of(connection: socket.socket) -> Credentials:
     """Return who is at the other end, by the kernel's word; pid 0 if it is not to be seen here."""
     layout = struct.Struct("3i")
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, layout.size)
-    return _Credentials(*layout.unpack(found))
+    return Credentials(*layout.unpack(found))
 
 
 # ------------------------------------------------------------------------------ the daemon
@@ -137,7 +123,7 @@ class ControlSocket:
         root: Path = ROOT,
     ) -> None:
         self._environ, self._sample, self._root = environ, sample, root
-        self._digest = _digest(settings)
+        self._digest = digest_of(settings)
         self._name = f"{self._digest}-{os.getpid()}.sock"
         self._directory: int | None = None
         self._listener: socket.socket | None = None
@@ -148,12 +134,7 @@ class ControlSocket:
         self.keep()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def keep(self) -> None:
@@ -164,7 +145,7 @@ class ControlSocket:
                 return
         self._close()
         problems = []
-        for home in dict.fromkeys(_homes(self._environ, self._root)):
+        for home in dict.fromkeys(homes(self._environ, self._root)):
             try:
                 self._open(home)
             except OSError as exc:
@@ -190,7 +171,7 @@ class ControlSocket:
         temporary = f".{self._name}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)
-        listener.bind(_within(directory, temporary))
+        listener.bind(path_within(directory, temporary))
         os.chmod(temporary, 0o600, dir_fd=directory)
         listener.listen(_BACKLOG)
         os.replace(temporary, self._name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -199,11 +180,11 @@ class ControlSocket:
     def _remove_leftovers(self, directory: int) -> None:
         """Remove the sockets that killed daemons left behind."""
         for name in os.listdir(directory):
-            if _NAME.fullmatch(name):
+            if NAME.fullmatch(name):
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                     probe.settimeout(0)
                     try:
-                        probe.connect(_within(directory, name))
+                        probe.connect(path_within(directory, name))
                     except ConnectionRefusedError:
                         os.unlink(name, dir_fd=directory)
                     except OSError:
@@ -220,7 +201,7 @@ class ControlSocket:
             return
         with client, contextlib.suppress(OSError):  # a client that has gone is no news
             client.settimeout(0)
-            if _peer(client).uid in (0, os.geteuid()):
+            if peer_of(client).uid in (0, os.geteuid()):
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
                 client.send(msgspec.json.encode(self._sample()))
 
@@ -251,109 +232,3 @@ class ControlSocket:
             )
         elif problem is None and before is not None:
             logger.info("the control socket is there: status and top can ask this process")
-
-
-# ------------------------------------------------------------------------------ the clients
-
-
-class Peer(NamedTuple):
-    """A socket, and what came of asking.
-
-    Attributes:
-        path: where it is.
-        pid: of the process that listens; if nothing does any more, of the one that did.
-        uid: whose process it is.
-        named: whether its name is that of the settings that were asked for.
-        fate: `answered`, `silent` (for `SILENT_SECONDS`), `gone` (nothing listens), `denied` (it
-            is not for this user), or `odd` (the answer is not understood).
-        stats: what it answered.
-
-    """
-
-    path: Path
-    pid: int
-    uid: int
-    named: bool
-    fate: Literal["answered", "silent", "gone", "denied", "odd"]
-    stats: Stats | None = None
-
-
-def ask(
-    settings: Settings,
-    environ: Mapping[str, str],
-    root: Path = ROOT,
-    *,
-    everyone: bool = False,
-) -> list[Peer]:
-    """Ask the daemons of this machine, all at once; takes `SILENT_SECONDS` at most.
-
-    Args:
-        settings: of the daemon that is looked for.
-        environ: the environment, for `RUNTIME_DIRECTORY` and `XDG_RUNTIME_DIR`.
-        root: for tests.
-        everyone: whether to ask those with another database, too.
-
-    """
-    deadline, digest = time.monotonic() + SILENT_SECONDS, _digest(settings)
-    start = "" if everyone else digest[: len(digest) // 2]
-    with contextlib.ExitStack() as stack:
-        asked = []
-        for place in _places(environ, root):
-            # One that cannot be opened is not this user's: /proc tells of its process.
-            with contextlib.suppress(OSError):
-                directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                stack.callback(os.close, directory)
-                names = [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
-                for name in sorted(name for name in names if name.startswith(start))[
-                    :_MOST_SOCKETS
-                ]:
-                    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                    stack.callback(connection.close)
-                    with contextlib.suppress(FileNotFoundError):  # it has just ended
-                        asked.append((_connect(connection, place, directory, name), connection))
-        peers = [_receive(peer, connection, deadline) for peer, connection in asked]
-    return [peer._replace(named=peer.path.name.startswith(digest)) for peer in peers if peer]
-
-
-def _connect(connection: socket.socket, place: Path, directory: int, name: str) -> Peer:
-    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    pid = int(name.removesuffix(".sock").partition("-")[2])
-    peer = Peer(place / name, pid, status.st_uid, named=False, fate="odd")
-    if not stat.S_ISSOCK(status.st_mode):
-        return peer
-    connection.settimeout(0)
-    try:
-        connection.connect(_within(directory, name))
-    except ConnectionRefusedError:
-        return peer._replace(fate="gone")
-    except PermissionError:
-        return peer._replace(fate="denied")
-    except BlockingIOError:  # too many wait already
-        return peer._replace(fate="silent")
-    who = _peer(connection)
-    return peer._replace(fate="answered", pid=who.pid or pid, uid=who.uid)
-
-
-def _receive(peer: Peer, connection: socket.socket, deadline: float) -> Peer | None:
-    """Return `peer` with its answer; None if it has just ended."""
-    if peer.fate != "answered":
-        return peer
-    data = bytearray()
-    try:
-        while len(data) <= _MAX_BYTES:
-            # After the deadline, what has come is still taken.
-            connection.settimeout(max(deadline - time.monotonic(), 0.0))
-            if not (part := connection.recv(1 << 16)):
-                break
-            data += part
-    except (TimeoutError, BlockingIOError):
-        return peer._replace(fate="silent")
-    except OSError:
-        return None
-    if not data:
-        return None
-    try:
-        stats = msgspec.json.decode(data, type=Stats)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return peer._replace(fate="odd")
-    return peer._replace(stats=msgspec.structs.replace(stats, pid=peer.pid, uid=peer.uid))
