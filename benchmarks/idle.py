@@ -17,7 +17,7 @@ from benchmarks.lab import Site
 from benchmarks.processes import ours, running
 from benchmarks.report import Report, Row, at_most
 
-_GOALS: Final = {"inotify": 0.02, "poll": 0.1}
+_GOALS: Final = {"inotify": 0.015, "poll": 0.1}
 _SETTLE_SECONDS: Final = 3.0
 
 

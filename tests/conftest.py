@@ -58,7 +58,7 @@ def libuv_has_its_descriptors() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Daemons that tests kill leave their stats files there, and not in that of the machine."""
+    """Daemons that tests kill leave their control sockets there, and not in that of the machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUNTIME_DIRECTORY", str(tmp_path_factory.mktemp("runtime")))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,11 +21,13 @@ import anyio
 
 from mbcap_watch import Settings, run
 from mbcap_watch.store import wal
+from mbcap_watch.telemetry.socket import ROOT, ControlSocket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
     from mbcap_watch import PersistResult, WatchState
+    from mbcap_watch.telemetry.stats import Stats
 
 TESTS = Path(__file__).parent
 DEADLINE = 60.0  # generous: the machines are slow and shared
@@ -220,6 +223,37 @@ class Results:
     async def count(self, outcome: str, number: int) -> None:
         """Wait until `outcome` was reported `number` times."""
         await until(lambda: self.outcomes.count(outcome) >= number, f"{number} times {outcome}")
+
+
+@contextlib.contextmanager
+def offered(
+    settings: Settings, environ: dict[str, str], sample: Callable[[], Stats], root: Path = ROOT
+) -> Iterator[ControlSocket]:
+    """Offer stats on a control socket, from a loop in a thread, without a bridge."""
+    control = ControlSocket(settings, environ, sample, root)
+
+    async def serve() -> None:
+        with control:
+            status.set()
+            await anyio.sleep_forever()
+
+    status = threading.Event()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(serve())
+
+    def turn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+        loop.close()
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    try:
+        assert status.wait(DEADLINE)
+        yield control
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
 
 
 OFF = "24h"

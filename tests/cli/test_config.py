@@ -28,7 +28,6 @@ VALUES: dict[str, list[tuple[str, object]]] = {
     "downgrade": [("never", "never"), ("allow", "allow"), ("never", "never")],
     "log_level": [("debug", "debug"), ("warning", "warning"), ("error", "error")],
     "log_format": [("json", "json"), ("text", "text"), ("json", "json")],
-    "openmetrics_file": [(f"/{name}.prom", Path(f"/{name}.prom")) for name in ("a", "b", "c")],
     "http": [
         ("localhost:0", ("localhost", 0)),
         ("[::1]:9464", ("::1", 9464)),

@@ -27,8 +27,7 @@ from mbcap_watch.cli import top
 from mbcap_watch.doctor import health
 from mbcap_watch.results import PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.statsfile import StatsFile
-from support import DEADLINE
+from support import DEADLINE, offered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +53,7 @@ def make_stats(settings: Settings, results: int = 12, error: str | None = None) 
 
 
 def drawn(stats: Stats | None, width: int, height: int) -> list[str]:
-    found = health.Health("not running") if stats is None else health.judge(stats, 0.0)
+    found = health.Health("not running") if stats is None else health.judge(stats)
     text = io.StringIO()
     Console(file=text, width=width).print(top.frame(stats, found, width, height))
     return text.getvalue().splitlines()
@@ -88,10 +87,10 @@ def test_what_is_wrong_is_named_with_the_remedy() -> None:
 
 
 def test_a_line_of_lags() -> None:
-    recent = make_stats(Settings("m.db"), results=8).recent
-    assert top.sparkline(recent, 40) == "▁▃▅▆▆▇██  2.0 ms to 16.0 ms"
-    assert top.sparkline(recent, 2) == "▁█  14.0 ms to 16.0 ms"
-    assert top.sparkline(recent[:1], 40) == "▁  2.0 ms to 2.0 ms"
+    history = make_stats(Settings("m.db"), results=8).history
+    assert top.sparkline(history, 40) == "▁▃▅▆▆▇██  2.0 ms to 16.0 ms"
+    assert top.sparkline(history, 2) == "▁█  14.0 ms to 16.0 ms"
+    assert top.sparkline(history[:1], 40) == "▁  2.0 ms to 2.0 ms"
     assert top.sparkline((), 40) == "none yet"
 
 
@@ -99,16 +98,21 @@ def test_a_line_of_lags() -> None:
 
 
 class Bridge:
-    """The stats file of a bridge, without the bridge."""
+    """The control socket of a bridge, without the bridge."""
 
     def __init__(self, directory: Path) -> None:
         self.settings = Settings(directory / "meshcore.db")
+        self.settings.database.touch()
         self.options = ["--database", str(self.settings.database)]
         self.environ = {**os.environ, "RUNTIME_DIRECTORY": str(directory), "TERM": "xterm"}
-        self.file = StatsFile(self.settings, self.environ)
+        self._running = contextlib.ExitStack()
 
-    def beat(self) -> None:
-        self.file.write(make_stats(self.settings))
+    def start(self) -> None:
+        stats = make_stats(self.settings)
+        self._running.enter_context(offered(self.settings, self.environ, lambda: stats))
+
+    def stop(self) -> None:
+        self._running.close()
 
     def ask(self, command: str, *options: str, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
@@ -124,7 +128,7 @@ class Bridge:
 def bridge(tmp_path: Path) -> Iterator[Bridge]:
     bridge = Bridge(tmp_path)
     yield bridge
-    bridge.file.remove()
+    bridge.stop()
 
 
 class Terminal:
@@ -180,9 +184,9 @@ def terminal(bridge: Bridge) -> Iterator[Terminal]:
 def test_it_follows_a_bridge_that_comes_and_goes(terminal: Terminal, bridge: Bridge) -> None:
     terminal.wait_for(SHOWN)
     terminal.wait_for(b"not running")
-    bridge.beat()
+    bridge.start()
     terminal.wait_for(rb"running.*inotify.*applied +rename +11 +24.0 ms")
-    bridge.file.remove()
+    bridge.stop()
     terminal.wait_for(b"not running")
     terminal.type(b"x\x1a\x1b[A")  # neither other keys nor Ctrl-Z matter
     terminal.type(b"q")
@@ -190,7 +194,7 @@ def test_it_follows_a_bridge_that_comes_and_goes(terminal: Terminal, bridge: Bri
 
 
 def test_it_adapts_to_its_window(terminal: Terminal, bridge: Bridge) -> None:
-    bridge.beat()
+    bridge.start()
     terminal.wait_for(b"process.*q quits")
     terminal.resize(40, 12)
     terminal.wait_for(b"\x1b\\[H")
@@ -228,7 +232,7 @@ def test_it_ends_with_its_terminal(terminal: Terminal) -> None:
 
 
 def test_without_a_terminal_it_prints_once(bridge: Bridge) -> None:
-    bridge.beat()
+    bridge.start()
     done = bridge.ask("top")
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"running" in done.stdout
@@ -237,7 +241,7 @@ def test_without_a_terminal_it_prints_once(bridge: Bridge) -> None:
 
 
 def test_plot_draws_to_standard_output_and_to_a_file(bridge: Bridge, tmp_path: Path) -> None:
-    bridge.beat()
+    bridge.start()
     printed = bridge.ask("plot").stdout
     done = bridge.ask("plot", "-o", str(tmp_path / "out.svg"))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -249,7 +253,7 @@ def test_plot_has_nothing_to_draw_or_nowhere_to(bridge: Bridge, tmp_path: Path) 
     done = bridge.ask("plot")
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"no mbcap-watch runs" in done.stderr
-    bridge.beat()
+    bridge.start()
     done = bridge.ask("plot", "-o", str(tmp_path / "missing" / "out.svg"))
     assert done.returncode == 1
     assert b"cannot be written" in done.stderr

@@ -22,6 +22,7 @@ DOCTOR = Path(mbcap_watch.__file__).parent / "doctor"
 
 # What every finding knows, and what its remedy knows besides.
 PATHS = {"database", "directory", "snapshot_dir", "snapshot_parent", "config"}
+COMMANDS = {"check", "status"}
 
 INTRODUCTION = """\
 # Troubleshooting
@@ -56,8 +57,8 @@ def shown(text: str) -> str:
     """Return a text with names for the paths, and … for other details."""
 
     def replace(match: re.Match[str]) -> str:
-        if match[1] == "check":
-            return "mbcap-watch check"
+        if match[1] in COMMANDS:
+            return f"mbcap-watch {match[1]}"
         return match[1].upper() if match[1] in PATHS else "…"
 
     return re.sub(r"{(\w+)}", replace, text).replace("|", r"\|")
@@ -100,7 +101,7 @@ def test_the_code_knows_every_detail_of_what_it_reports() -> None:
         kind = catalogue()[str(report.code)]
         sentence = set() if report.has_text else braces(kind.sentence)
         remedy = set() if "remedy" in report.details else braces(kind.remedy)
-        missing = (sentence | remedy) - PATHS - {"check"} - report.details
+        missing = (sentence | remedy) - PATHS - COMMANDS - report.details
         assert not missing or report.more, (report.where, missing)
 
 

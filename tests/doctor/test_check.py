@@ -399,7 +399,7 @@ async def test_a_daemon_that_was_killed(installation: Path) -> None:
     with daemon("--database", installation) as pid:
         await service(installation, "running, healthy", "ok")
         os.kill(pid, signal.SIGKILL)
-    said = await service(installation, "is gone; its last sign of life", "problem")
+    said = await service(installation, "is gone", "problem")
     assert "start it again" in said
 
 
@@ -431,7 +431,9 @@ async def test_what_only_the_daemon_knows(installation: Path) -> None:
         assert "bb" not in said
         # With other settings there is none, but there is one that may be meant.
         elsewhere = installation.parent / "elsewhere"
-        said = await service(installation, ") runs with", "warning", snapshot_dir=elsewhere)
+        said = await service(
+            installation, "another snapshot directory", "warning", snapshot_dir=elsewhere
+        )
         assert str(snapshot_of(installation).parent) in said
 
 

@@ -6,29 +6,24 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import msgspec
 import pytest
 from rich.console import Console
 
 from mbcap_watch import Settings
 from mbcap_watch.doctor.findings import catalogue, duration
-from mbcap_watch.doctor.health import Health, judge, judge_search
+from mbcap_watch.doctor.health import Health, State, judge
 from mbcap_watch.doctor.status import as_json, render
 from mbcap_watch.errors import Cause
 from mbcap_watch.results import Outcome, PersistResult, Timings, WatchState
-from mbcap_watch.telemetry.discover import Found, Search
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.runtime import Unfit
-from mbcap_watch.telemetry.statsfile import Record
 
 if TYPE_CHECKING:
     from mbcap_watch.telemetry.stats import Stats
 
 NOW = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 SETTINGS = Settings(Path("/data/meshcore.db"))
-ELSEWHERE = Settings(Path("/data/meshcore.db"), Path("/nfs/mbcap-snapshot"))
 INOTIFY = WatchState(mode="inotify", why="the filesystem delivers it", armed_since=1.0)
 
 
@@ -57,16 +52,7 @@ class Bridge:
         return self.metrics.snapshot(NOW)
 
     def health(self, max_age: float | None = None) -> Health:
-        return judge(self.stats, 0.0, max_age)
-
-    def found(self, *, age: float = 0.0) -> Found:
-        class Aged(Record, frozen=True):
-            @property
-            def age(self) -> float:
-                return age
-
-        record = Aged(**msgspec.structs.asdict(self.stats), monotonic=0.0)
-        return Found(Path("/run/x.json"), 1000, record)
+        return judge(self.stats, max_age)
 
 
 def codes(health: Health) -> tuple[list[str], list[str]]:
@@ -81,85 +67,15 @@ def well(settings: Settings = SETTINGS, pid: int = 42) -> Bridge:
     return Bridge(settings, pid).result("applied", written_at="2027-01-15T07:59:00Z")
 
 
-@pytest.mark.parametrize(
-    "fate, words",
-    [("gone", "is gone; its last sign of life was 1 min ago"), ("paused", "kill -CONT 42")],
-)
-def test_what_became_of_the_process(fate: Literal["gone", "paused"], words: str) -> None:
-    health = judge_search(search(well().found(age=60)._replace(fate=fate)), SETTINGS)
-    assert (health.state, codes(health)[0]) == ("stale", [fate])
-    assert words in text(health)
-    # While it gives signs of life, it is not asked what the process table says.
-    assert judge_search(search(well().found()._replace(fate=fate)), SETTINGS).healthy
-
-
-def search(*found: Found, others: tuple[Found, ...] = (), hidden: tuple[Unfit, ...] = ()) -> Search:
-    return Search(found, others, hidden, (Unfit(Path("/run/y"), "is odd", "look at it"),))
-
-
 def test_all_is_well() -> None:
     health = well().health()
     assert (health.healthy, health.state) == (True, "running")
     assert codes(health) == ([], [])
 
 
-def test_nothing_runs() -> None:
-    health = judge_search(search(), SETTINGS)
-    assert (health.healthy, health.state) == (False, "not running")
-    assert codes(health) == (["not_running"], ["obstacle"])
-    assert "--database /data/meshcore.db" in text(health)
-    assert "/run/y: is odd; look at it" in text(health)
-
-
-def test_a_wrong_path_is_named() -> None:
-    other = well(Settings(Path("/app/data/meshcore.db")), pid=7)
-    health = judge_search(search(others=(other.found(),)), SETTINGS)
-    assert codes(health) == (["not_running"], ["other_settings", "obstacle"])
-    assert "process 7 (user 1000) runs with --database /app/data/meshcore.db" in text(health)
-    # One that has ended is no hint.
-    assert "process 7" not in text(judge_search(search(others=(other.found(age=60),)), SETTINGS))
-
-
-def test_what_another_user_keeps_is_not_said_to_be_missing() -> None:
-    unfit = Unfit(Path("/run/x.json"), "belongs to uid 7", "ask as root, or as uid 7")
-    health = judge_search(search(hidden=(unfit,)), SETTINGS)
-    assert (health.state, codes(health)[0]) == ("unknown", ["not_permitted"])
-
-
-@pytest.mark.parametrize(
-    "age, state, said",
-    [
-        (0, "running", ""),
-        (5, "running", ""),
-        (5.1, "stale", "5 s ago"),
-        (7500, "stale", "2 h 5 min ago"),
-        (-1, "stale", "before the machine was started"),
-    ],
-)
-def test_a_sample_is_stale_after_five_seconds(age: float, state: str, said: str) -> None:
-    health = judge(well().stats, age)
-    assert (health.state, health.healthy) == (state, state == "running")
-    assert said in text(health)
-
-
-@pytest.mark.parametrize("same_snapshot", [True, False])
-def test_two_daemons_are_named(same_snapshot: bool) -> None:
-    bridge, twin = well().later(100), well(SETTINGS if same_snapshot else ELSEWHERE, pid=43)
-
-    def health(age: float, other_age: float) -> Health:
-        first, second = bridge.found(age=age), twin.found(age=other_age)
-        both = search(first, second) if same_snapshot else search(first, others=(second,))
-        return judge_search(both, SETTINGS)
-
-    assert codes(health(1, 2))[0] == ["two_daemons"]
-    assert "process 42 and 43 (user 1000, /" in text(health(1, 2))
-    assert health(1, 6).healthy
-    assert health(7, 8).state == "stale"
-
-
-def test_one_killed_just_before_this_one_was_started_is_no_second_daemon() -> None:
-    both = search(well().later(1).found(), well(pid=43).found(age=2))
-    assert judge_search(both, SETTINGS).healthy
+def test_healthy_is_said_of_what_runs_alone() -> None:
+    for state in get_args(State):
+        assert ("healthy" in Health(state).verdict) == (state == "running")
 
 
 def test_long_work_is_not_stuck() -> None:
@@ -322,6 +238,8 @@ def test_before_the_first_sync_it_is_starting() -> None:
         "starting",
         (["starting"], []),
     )
+    assert not health.healthy
+    assert "started 3 s ago" in text(health)
     assert well().health().verdict == "running, healthy"
 
 
@@ -449,7 +367,7 @@ def test_json_has_everything() -> None:
     assert made["ages"]["last_apply"] == 3
     assert made["stats"]["sampledAt"] == "2027-01-15T08:00:00Z"
     assert made["stats"]["mbcap_persist"]["contention_total"] == 0
-    assert as_json(None, judge_search(search(), SETTINGS))["stats"] is None
+    assert as_json(None, Health("not running"))["stats"] is None
 
 
 @pytest.mark.parametrize(

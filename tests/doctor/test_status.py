@@ -2,60 +2,462 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
-from mbcap_watch import snapshot_path
-from support import DEADLINE, document, put, wait_until
+from mbcap_watch import Settings, snapshot_path
+from mbcap_watch.telemetry import socket as control_socket
+from mbcap_watch.telemetry.metrics import Metrics
+from support import (  # fmt: skip
+    DEADLINE,
+    document,
+    make_database,
+    offered,
+    other_process,
+    put,
+    read_line,
+    read_rows,
+    wait_until,
+)
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
 COMMAND = [sys.executable, "-m", "mbcap_watch"]
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 
 
-def status(database: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+def status(
+    database: Path, *arguments: str, prefix: Sequence[str] = (), **variables: str
+) -> tuple[int, dict[str, Any]]:
     done = subprocess.run(
-        [*COMMAND, "status", "--json", "--database", str(database), *arguments],
+        [*prefix, *COMMAND, "status", "--json", "--database", str(database), *arguments],
         stdout=subprocess.PIPE,
         check=False,
+        env=os.environ | variables,
     )
     return done.returncode, json.loads(done.stdout)
 
 
-def test_from_the_start_to_the_end(database: Path, tmp_path: Path) -> None:
+def codes(told: dict[str, Any]) -> list[str]:
+    return [each["code"] for each in told["problems"] + told["warnings"]]
+
+
+@contextlib.contextmanager
+def daemon(
+    database: Path, *arguments: str, prefix: Sequence[str] = (), **variables: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon; its log is `log` beside the database."""
+    with (
+        open(database.with_name("log"), "ab") as log,
+        subprocess.Popen(
+            [*prefix, *COMMAND, "run", "--database", str(database), *arguments],
+            stderr=log,
+            env=os.environ | variables,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def is_running(database: Path, *arguments: str, **variables: str) -> bool:
+    return bool(status(database, *arguments, **variables)[1]["state"] == "running")
+
+
+def test_from_the_start_to_the_end(database: Path) -> None:
     assert status(database)[0] == 1
     put(document(("aa11", "confirmed")), snapshot_path(database))
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    figures = tmp_path / "figures.prom"
-    extras = ["--http", address, "--openmetrics-file", str(figures)]
-    with subprocess.Popen([*COMMAND, "run", "--database", str(database), *extras]) as process:
-        try:
-            wait_until(lambda: status(database)[1]["ages"].get("last_sync") is not None)
-            code, told = status(database, "--max-age", "15m")
-            assert (code, told["state"], told["problems"]) == (0, "running", [])
-            assert told["stats"]["pid"] == process.pid
-            assert told["stats"]["outcomes"]["applied"] == 1
-            assert told["stats"]["mbcap_persist"]["count"] == 1
-            assert status(database, "--max-age", "100ms")[0] == 1
-            with urllib.request.urlopen(f"http://{address}/healthz") as answer:
-                assert json.load(answer)["stats"]["pid"] == process.pid
-            wait_until(figures.exists)
-            process.terminate()
-            assert process.wait(DEADLINE) == 0
-        finally:
-            process.kill()
+    with daemon(database, "--http", address) as process:
+        wait_until(lambda: is_running(database))
+        code, told = status(database, "--max-age", "15m")
+        assert (code, told["problems"]) == (0, [])
+        assert (told["stats"]["pid"], told["stats"]["uid"]) == (process.pid, os.geteuid())
+        assert told["stats"]["outcomes"]["applied"] == 1
+        assert told["stats"]["mbcap_persist"]["count"] == 1
+        assert status(database, "--max-age", "100ms")[0] == 1
+        with urllib.request.urlopen(f"http://{address}/healthz") as answer:
+            assert json.load(answer)["stats"]["pid"] == process.pid
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
     code, told = status(database)
     assert (code, told["state"], told["stats"]) == (1, "not running", None)
-    assert not figures.exists()
+    assert codes(told) == ["not_running"]
+
+
+def test_killed_and_started_again(database: Path) -> None:
+    with daemon(database) as process:
+        wait_until(lambda: is_running(database))
+        process.kill()
+        process.wait()
+        code, told = status(database)
+        assert (code, told["state"], codes(told)) == (1, "not running", ["gone"])
+        assert f"process {process.pid} is gone" in told["problems"][0]["text"]
+    with daemon(database) as process:
+        wait_until(lambda: is_running(database))
+        assert status(database)[1]["stats"]["pid"] == process.pid
+        process.terminate()
+        process.wait(DEADLINE)
+    assert codes(status(database)[1]) == ["not_running"]  # nothing is left of the killed one
+
+
+def test_paused_and_let_go_on(database: Path) -> None:
+    with daemon(database) as process:
+        wait_until(lambda: is_running(database))
+        process.send_signal(signal.SIGSTOP)
+        code, told = status(database)
+        assert (code, told["state"], codes(told)) == (1, "paused", ["paused"])
+        assert f"kill -CONT {process.pid}" in told["problems"][0]["remedy"]
+        process.send_signal(signal.SIGCONT)
+        assert status(database)[1]["state"] == "running"
+
+
+def test_before_its_first_sync_it_is_starting(database: Path) -> None:
+    """Another connection keeps the first sync waiting for the lock: exit 1 until it has ended."""
+    settings = Settings(database)
+    metrics = Metrics(settings, version="1", pid=1)
+    environ = {"RUNTIME_DIRECTORY": os.environ["RUNTIME_DIRECTORY"]}
+    with offered(settings, environ, lambda: metrics.snapshot(time.time())):
+        code, told = status(database)
+    assert (code, told["state"], codes(told)) == (1, "starting", ["starting"])
+
+
+def test_the_database_goes_and_comes_back(database: Path) -> None:
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    with daemon(database, "--sweep-interval", "200ms") as process:
+        wait_until(lambda: status(database)[0] == 0)
+        aside = database.with_name("aside.db")
+        database.rename(aside)
+        code, told = status(database)  # at once, and not with the next sync
+        assert (code, told["state"], codes(told)[0]) == (1, "running", "database_missing")
+        aside.rename(database)
+        wait_until(lambda: status(database)[0] == 0)
+        assert process.poll() is None
+
+
+def test_two_daemons(database: Path) -> None:
+    with daemon(database) as first, daemon(database) as second:
+
+        def told() -> dict[str, Any]:
+            return status(database)[1]
+
+        wait_until(lambda: "two_daemons" in codes(told()))
+        text = told()["problems"][0]["text"]
+        assert str(first.pid) in text
+        assert str(second.pid) in text
+
+
+def test_other_settings_are_named(database: Path, tmp_path: Path) -> None:
+    with daemon(database, "--snapshot-dir", str(tmp_path / "other")) as process:
+        wait_until(lambda: is_running(database, "--snapshot-dir", str(tmp_path / "other")))
+        code, told = status(database)
+        assert (code, told["state"]) == (1, "not running")
+        assert codes(told) == ["not_running", "other_snapshot_dir"]
+        assert str(process.pid) in told["warnings"][0]["text"]
+        elsewhere = make_database(tmp_path / "elsewhere.db")
+        told = status(elsewhere)[1]  # of daemons of other tests, too
+        assert set(codes(told)) == {"not_running", "other_settings"}
+        assert any(f"process {process.pid} " in each["text"] for each in told["warnings"])
+
+
+# ------------------------------------------------------------------------------ no socket
+
+
+def unshared(script: str) -> list[str]:
+    """Return what runs a command where `script` has changed the mounts."""
+    unshare = ["unshare", "--mount"]
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("needs root and unshare(1), to change mounts")
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let mounts be changed")
+    return [*unshare, "sh", "-ec", f'{script}; exec "$@"', "sh"]
+
+
+NOWHERE = {"RUNTIME_DIRECTORY": "", "XDG_RUNTIME_DIR": ""}
+
+
+def test_dev_shm_that_is_read_only_is_no_obstacle(database: Path) -> None:
+    prefix = unshared("mount -t tmpfs -o ro none /dev/shm; mount -t tmpfs none /run")
+    with daemon(database, prefix=prefix, **NOWHERE) as process:
+        inside = ["nsenter", "--mount", f"--target={process.pid}"]
+        wait_until(lambda: b"waiting for a snapshot" in database.with_name("log").read_bytes())
+        code, told = status(database, prefix=inside, **NOWHERE)
+        assert (code, told["state"], told["stats"]["pid"]) == (0, "running", process.pid)
+
+
+def test_where_no_socket_can_be_made_it_is_found_in_proc(database: Path) -> None:
+    where = database.parent
+    prefix = unshared(
+        "mount -t tmpfs -o ro none /dev/shm; mount -t tmpfs -o ro none /run;"
+        f"mount --bind {where} {where}; mount --rbind /tmp /tmp; mount -o remount,bind,ro /tmp"
+    )
+    with daemon(database, prefix=prefix, **NOWHERE) as process:
+        inside = ["nsenter", "--mount", f"--target={process.pid}"]
+        log = database.with_name("log")
+        wait_until(lambda: b"no control socket can be made" in log.read_bytes())
+        assert b"/dev/shm/mbcap-watch-" in log.read_bytes()
+        code, told = status(database, prefix=inside, **NOWHERE)
+        assert (code, told["state"]) == (1, "starting")  # it is young: this may yet come
+
+        wait_until(lambda: status(database, prefix=inside, **NOWHERE)[0] == 0)
+        for prefix in (inside, []):  # from outside its container, likewise
+            code, told = status(database, prefix=prefix, **NOWHERE)
+            assert (code, told["state"], codes(told)) == (0, "running", ["unasked"])
+            assert str(process.pid) in told["warnings"][0]["text"]
+        done = subprocess.run(
+            [*COMMAND, "status", "--database", str(database)],
+            env=os.environ | NOWHERE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.startswith("running, but cannot be asked: process ")
+        assert "healthy" not in done.stdout
+
+        process.send_signal(signal.SIGSTOP)
+        code, told = status(database, prefix=inside, **NOWHERE)
+        assert (code, told["state"]) == (1, "paused")
+
+
+# ------------------------------------------------------------------------------ another user
+
+
+@contextlib.contextmanager
+def planted(path: Path, answer: bytes) -> Iterator[int]:
+    """Have another user offer a socket that says what root would like to hear."""
+    path.parent.mkdir(exist_ok=True)
+    path.parent.chmod(0o777)
+    script = f"""
+        import os, socket, sys
+        os.setgid({NOBODY}), os.setuid({NOBODY})
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(sys.argv[1])
+        os.chmod(sys.argv[1], 0o666)
+        server.listen()
+        print("planted", flush=True)
+        held = []
+        while True:
+            client = server.accept()[0]
+            client.sendall(sys.argv[2].encode())
+            client.close() if sys.argv[2] else held.append(client)
+    """
+    with other_process(script, f"{path}", answer.decode()) as process:
+        assert read_line(process) == "planted"
+        yield process.pid
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory in which anybody can put a socket that root finds."""
+    path = Path(f"/dev/shm/mbcap-watch-{NOBODY}")
+    if path.exists():
+        pytest.skip(f"there is {path}")
+    yield path
+    shutil.rmtree(path)
+
+
+@as_root
+def test_what_another_user_plants_is_told_and_never_believed(database: Path, place: Path) -> None:
+    settings = Settings(database)
+    name = f"{control_socket.digest_of(settings)}-1.sock"
+    lie = Metrics(settings, version="1", pid=1)
+    lie.on_state(msgspec.convert({"last_sync": time.time()}, type(lie.snapshot(0.0).watch)))
+    with planted(place / name, msgspec.json.encode(lie.snapshot(time.time()))) as pid:
+        code, told = status(database)
+        assert (code, told["state"], told["stats"]) == (1, "unknown", None)
+        text = told["problems"][0]["text"]
+        assert f"process {pid} is of user {NOBODY}, and says: running, healthy" in text
+        assert f"sudo -u '#{NOBODY}'" in told["problems"][0]["remedy"]
+        with daemon(database) as process:  # and hides no other
+            wait_until(lambda: status(database)[0] == 0)
+            assert status(database)[1]["stats"]["pid"] == process.pid
+
+
+@as_root
+def test_one_that_another_user_leaves_silent_or_dead_is_not_ours(
+    database: Path, place: Path
+) -> None:
+    name = f"{control_socket.digest_of(Settings(database))}-1.sock"
+    with planted(place / name, b""):
+        assert status(database)[1]["state"] == "unknown"
+    assert codes(status(database)[1]) == ["not_running"]
+
+
+@as_root
+def test_root_believes_the_owner_of_the_database(database: Path, tmp_path: Path) -> None:
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    if subprocess.run([*runs, *COMMAND, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("the interpreter is out of the other user's reach")
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    for path in (runtime, database, snapshot_path(database).parent, database.parent):
+        os.chown(path, NOBODY, NOBODY)
+    for parent in database.parents[:-2]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    variables = {"RUNTIME_DIRECTORY": str(runtime)}
+    with daemon(database, prefix=runs, **variables):
+        wait_until(lambda: is_running(database, **variables))
+        code, told = status(database, **variables)
+        assert (code, told["stats"]["uid"]) == (0, NOBODY)
+        os.chown(database, 0, 0)
+        code, told = status(database, **variables)
+        assert (code, told["state"], codes(told)) == (1, "unknown", ["not_trusted"])
+
+
+@as_root
+def test_another_user_is_told_to_ask_as_root(database: Path) -> None:
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    if subprocess.run([*runs, *COMMAND, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("the interpreter is out of the other user's reach")
+    with daemon(database) as process:
+        wait_until(lambda: is_running(database))
+        code, told = status(database, prefix=runs)
+        assert (code, told["state"], codes(told)) == (1, "unknown", ["not_asked"])
+        text = told["problems"][0]["text"]
+        assert text == f"process {process.pid} is of user 0, and does not answer user {NOBODY}"
+        assert "as root (sudo)" in told["problems"][0]["remedy"]
+
+
+# ------------------------------------------------------------------------------ a campaign
+
+# Questions at random moments. 1,000 take some ten minutes.
+QUESTIONS = int(os.environ.get("STATUS_QUESTIONS", "30"))
+
+# A verdict was true at some moment within so many seconds before or after.
+SLACK = 2.0
+
+
+class Site:
+    """A daemon to which things happen, and what is so: from /proc, and from the database."""
+
+    def __init__(self, database: Path) -> None:
+        self.database, self.aside = database, database.with_name("aside.db")
+        self.process: subprocess.Popen[bytes] | None = None
+        self._seen: list[tuple[float, str]] = []
+
+    # What happens.
+
+    def start(self) -> None:
+        self.send(0)
+        if self.process is None:
+            command = [*COMMAND, "run", "--database", str(self.database)]
+            self.process = subprocess.Popen(
+                [*command, "--sweep-interval", "500ms"], stderr=subprocess.DEVNULL
+            )
+
+    def send(self, signum: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(signum)
+            if signum == signal.SIGKILL:
+                self.process.wait()
+            if self.process.poll() is not None:
+                self.process = None
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    def end(self) -> None:
+        self.send(signal.SIGTERM)
+
+    def pause(self) -> None:
+        self.send(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.send(signal.SIGCONT)
+
+    def lose(self) -> None:
+        if self.database.exists():
+            self.database.rename(self.aside)
+
+    def bring_back(self) -> None:
+        if self.aside.exists():
+            self.aside.rename(self.database)
+
+    # What is so.
+
+    def watch(self, until: float, question: subprocess.Popen[bytes] | None = None) -> None:
+        """Note what is so until a moment, or until a question is answered."""
+        while True:
+            self._seen.append((time.monotonic(), self._now()))
+            if question.poll() is not None if question else time.monotonic() >= until:
+                return
+            time.sleep(0.02)
+
+    def _now(self) -> str:
+        try:
+            pid = self.process.pid if self.process else 0
+            letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            letter = "X"
+        if letter in "XZ":
+            return "not running"
+        if letter in "Tt":
+            return "paused"
+        if not self.database.exists():
+            return "unhealthy"
+        served = ("nodes", "aa11", 2, "advert") in read_rows(self.database)
+        return "healthy" if served else "unserved"
+
+    def around(self, start: float, end: float) -> set[str]:
+        return {what for at, what in self._seen if start - SLACK <= at <= end + SLACK}
+
+
+def verdict(told: dict[str, Any]) -> set[str]:
+    """Return what may be true if this was told."""
+    state = told["state"]
+    if state == "running":
+        return {"healthy"} if told["healthy"] else {"unhealthy", "unserved"}
+    return {"healthy", "unserved", "unhealthy"} if state == "starting" else {state}
+
+
+@pytest.mark.parametrize("seed", [int(os.environ.get("STATUS_SEED", "1"))])
+def test_whenever_it_is_asked_status_tells_the_truth(database: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    put(document(("aa11", "confirmed", "advert")), snapshot_path(database))
+    site = Site(database)
+    events = [site.start, site.start, site.go_on, site.go_on, site.lose, site.bring_back]
+    events += [site.bring_back, site.kill, site.end, site.pause]
+    try:
+        for number in range(QUESTIONS):
+            event = chance.choice(events)
+            event()
+            site.watch(time.monotonic() + chance.choice([0.0, 0.1, 0.5, 1.5]))
+            asked = time.monotonic()
+            with subprocess.Popen(
+                [*COMMAND, "status", "--json", "--database", str(database)], stdout=subprocess.PIPE
+            ) as question:
+                site.watch(asked, question)
+                assert question.stdout is not None
+                told = json.loads(question.stdout.read())
+            answered = time.monotonic()
+            if not verdict(told) & site.around(asked, answered):
+                site.watch(answered + SLACK)  # it must become true
+            seen = site.around(asked, answered)
+            assert verdict(told) & seen, (seed, number, event, told["state"], codes(told), seen)
+            assert (question.returncode == 0) == told["healthy"]
+    finally:
+        site.kill()
+
+
+# ------------------------------------------------------------------------------ for people
 
 
 def test_for_people(database: Path) -> None:
@@ -63,7 +465,7 @@ def test_for_people(database: Path) -> None:
         [*COMMAND, "status", "--database", str(database)], capture_output=True, check=False
     )
     assert done.returncode == 1
-    assert done.stdout.decode().startswith("not running\n")
+    assert done.stdout.decode().splitlines()[0] == "not running"
 
 
 def test_an_age_that_is_none(database: Path) -> None:

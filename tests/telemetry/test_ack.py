@@ -18,7 +18,7 @@ import pytest
 
 from mbcap_watch import PersistResult, Settings, run
 from mbcap_watch.snapshot import timestamp
-from mbcap_watch.telemetry import atomic
+from mbcap_watch.telemetry import ack
 from mbcap_watch.telemetry.ack import Ack
 from support import (
     QUIET,
@@ -158,7 +158,7 @@ def test_a_link_is_replaced_and_never_followed(
 def test_a_link_at_the_temporary_name_is_not_followed(
     answers: Ack, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mbcap_watch.telemetry.atomic.secrets.token_hex", lambda _: "guessed")
+    monkeypatch.setattr("mbcap_watch.telemetry.ack.secrets.token_hex", lambda _: "guessed")
     victim = tmp_path / "victim"
     (directory / "result.json.guessed.tmp").symlink_to(victim)
     answers.on_result(result())
@@ -236,14 +236,14 @@ def test_without_a_thread_it_is_logged(
 
 def test_a_write_that_hangs_holds_nobody_up(answers: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, begun = threading.Event(), threading.Event()
-    replace = atomic.replace
+    replace = ack._replace
 
     def slow(directory: int, name: str, data: bytes, mode: int) -> None:
         begun.set()
         hangs.wait(60)
         replace(directory, name, data, mode)
 
-    monkeypatch.setattr(atomic, "replace", slow)
+    monkeypatch.setattr(ack, "_replace", slow)
     started = time.monotonic()
     answers.on_result(result("busy", error="0"))
     assert begun.wait(10)
@@ -261,13 +261,13 @@ def test_a_write_that_hangs_holds_nobody_up(answers: Ack, monkeypatch: pytest.Mo
 
 
 def test_the_end_waits_for_the_last_answer(answers: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = atomic.replace
+    replace = ack._replace
 
     def slow(directory: int, name: str, data: bytes, mode: int) -> None:
         time.sleep(0.2)
         replace(directory, name, data, mode)
 
-    monkeypatch.setattr(atomic, "replace", slow)
+    monkeypatch.setattr(ack, "_replace", slow)
     with answers:
         answers.on_result(result())
     assert json.loads(answers.path.read_bytes())["writtenAt"] == T1

@@ -13,7 +13,7 @@ import pytest
 from mbcap_watch import Settings, run
 from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.stats import RECENT, WINDOW, Recent, Stats, seconds_of
+from mbcap_watch.telemetry.stats import HISTORY, WINDOW, HistoryEntry, Stats, seconds_of
 from support import QUIET, document, put, until
 
 NOW = 1_800_000_000.0
@@ -43,7 +43,7 @@ def test_a_bridge_that_has_done_nothing() -> None:
     assert (stats.version, stats.pid, stats.sampled) == ("1.2.3", 42, NOW)
     assert (stats.database, stats.snapshot_dir) == ("/data/meshcore.db", "/data/mbcap-snapshot")
     assert stats.started_at == NOW
-    assert (stats.last_apply, stats.last_result, stats.trouble) == (None, None, None)
+    assert (stats.last_apply, stats.last_result, stats.last_error) == (None, None, None)
     assert (stats.lag_ms.count, stats.lag_ms.max, stats.mbcap_persist.wait_ms_p50) == (
         0,
         None,
@@ -115,16 +115,16 @@ def test_the_lock_as_corescope_shows_it() -> None:
 def test_the_latest_results_are_kept_with_their_timings() -> None:
     clock = Clock()
     metrics = make(clock)
-    for number in range(RECENT + 1):
+    for number in range(HISTORY + 1):
         clock.now += 1
         metrics.on_result(result("applied", changed_active=2, changed_inactive=1))
         metrics.on_timings(Timings(lag=number / 1000, holds=(0.001, 0.003, 0.002)))
-    recent = metrics.snapshot(NOW).recent
-    assert len(recent) == RECENT
-    assert recent[-1] == Recent(
-        at=NOW, reason="rename", outcome="applied", changed=3, lag_ms=RECENT, hold_ms=3.0
+    history = metrics.snapshot(NOW).history
+    assert len(history) == HISTORY
+    assert history[-1] == HistoryEntry(
+        at=NOW, reason="rename", outcome="applied", changed=3, lag_ms=HISTORY, hold_ms=3.0
     )
-    assert recent[0].at == NOW - RECENT + 1
+    assert history[0].at == NOW - HISTORY + 1
 
 
 def test_results_alike_that_changed_nothing_take_one_place() -> None:
@@ -144,8 +144,8 @@ def test_results_alike_that_changed_nothing_take_one_place() -> None:
         tell("unchanged", "resync")
     for _ in range(2):
         tell("applied", "resync", changed=1)
-    recent = metrics.snapshot(NOW).recent
-    assert [(each.outcome, each.reason, each.times, NOW - each.at) for each in recent] == [
+    history = metrics.snapshot(NOW).history
+    assert [(each.outcome, each.reason, each.times, NOW - each.at) for each in history] == [
         ("malformed", "rename", 1, 35),
         ("malformed", "retry", 3, 20),
         ("unchanged", "resync", 2, 10),
@@ -157,9 +157,8 @@ def test_results_alike_that_changed_nothing_take_one_place() -> None:
 def test_times_of_results_follow_a_clock_that_is_set() -> None:
     metrics = make()
     metrics.on_result(result("applied"))
-    first = metrics.snapshot(5.0).recent
-    assert metrics.snapshot(5.01).recent is first  # an idle daemon makes nothing anew
-    assert metrics.snapshot(NOW).recent[0].at == NOW
+    assert metrics.snapshot(5.0).history[0].at == 5.0
+    assert metrics.snapshot(NOW).history[0].at == NOW
 
 
 def test_ages_survive_a_clock_that_is_set() -> None:
@@ -189,19 +188,19 @@ def test_trouble_begins_lasts_and_ends() -> None:
     metrics.on_result(result("busy", "/db: locked"))
     clock.now += 5
     metrics.on_result(result("busy", "/db: still locked"))
-    trouble = metrics.snapshot(NOW).trouble
-    assert trouble is not None
-    assert (trouble.outcome, trouble.error, trouble.persists) == ("busy", "/db: still locked", True)
-    assert (trouble.since, trouble.at) == (NOW - 5, NOW)
+    error = metrics.snapshot(NOW).last_error
+    assert error is not None
+    assert (error.outcome, error.error, error.persists) == ("busy", "/db: still locked", True)
+    assert (error.since, error.at) == (NOW - 5, NOW)
     clock.now += 1
     metrics.on_result(result("unchanged"))
-    trouble = metrics.snapshot(NOW).trouble
-    assert trouble is not None
-    assert (trouble.persists, trouble.error) == (False, "/db: still locked")
+    error = metrics.snapshot(NOW).last_error
+    assert error is not None
+    assert (error.persists, error.error) == (False, "/db: still locked")
     metrics.on_result(result("busy", "/db: locked again"))
-    trouble = metrics.snapshot(NOW).trouble
-    assert trouble is not None
-    assert trouble.since == NOW
+    error = metrics.snapshot(NOW).last_error
+    assert error is not None
+    assert error.since == NOW
 
 
 def test_a_snapshot_that_may_not_be_read_is_told_from_a_database_that_fails() -> None:
@@ -209,9 +208,9 @@ def test_a_snapshot_that_may_not_be_read_is_told_from_a_database_that_fails() ->
     for read_errors, unreadable in ((0, False), (1, True), (2, True), (2, False)):
         metrics.on_result(result("failed", "no"))
         metrics.on_state(WatchState(read_errors=read_errors))
-        trouble = metrics.snapshot(NOW).trouble
-        assert trouble is not None
-        assert trouble.unreadable is unreadable, read_errors
+        error = metrics.snapshot(NOW).last_error
+        assert error is not None
+        assert error.unreadable is unreadable, read_errors
 
 
 def test_the_snapshot_that_was_read_last_is_remembered() -> None:
@@ -254,7 +253,7 @@ def test_memory_is_bounded() -> None:
             metrics.on_state(WatchState(why=text, last_problem=text))
             metrics.on_timings(Timings(lag=0.1, waits=(0.1,) * 100, holds=(0.1,) * 100))
 
-    work(RECENT + WINDOW)
+    work(HISTORY + WINDOW)
     tracemalloc.start()
     work(500)
     grown, _ = tracemalloc.get_traced_memory()
@@ -300,9 +299,9 @@ async def test_the_hooks_of_a_real_bridge(database: Path) -> None:
         group.cancel_scope.cancel()
     stats = metrics.snapshot(NOW)
     assert stats.watch.last_sync is not None
-    assert stats.trouble is not None
-    assert (stats.trouble.outcome, stats.trouble.persists) == ("malformed", True)
+    assert stats.last_error is not None
+    assert (stats.last_error.outcome, stats.last_error.persists) == ("malformed", True)
     assert stats.snapshot_written_at == "2026-07-18T08:47:37Z"
     assert (stats.changed_active, stats.changed_inactive, stats.mbcap_persist.count) == (1, 0, 1)
     assert stats.lag_ms.count == 1
-    assert [each.outcome for each in stats.recent if each.lag_ms is not None] == ["applied"]
+    assert [each.outcome for each in stats.history if each.lag_ms is not None] == ["applied"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mbcap_watch.results import PersistResult, WatchState
 from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter
-from mbcap_watch.telemetry.throttle import MOST, REMINDER, WINDOW, Repeats
+from mbcap_watch.telemetry.throttle import MOST, REMINDER, WINDOW, Throttle
 
 if TYPE_CHECKING:
     import pytest
@@ -73,7 +73,7 @@ def test_texts_that_change_each_time_are_one_kind(caplog: pytest.LogCaptureFixtu
     assert lines == [f"malformed: /x: truncated at {n}" for n in range(MOST)]
 
 
-def test_trouble_of_another_kind_is_not_held_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_trouble_of_another_kind_is_not_suppressed(caplog: pytest.LogCaptureFixture) -> None:
     lines = results(caplog, [*[(t / 10, torn(t)) for t in range(1000)], (101.0, BUSY)])
     assert lines[-1] == "busy: /db: locked"
 
@@ -98,7 +98,7 @@ def test_the_count_is_there_for_machines(caplog: pytest.LogCaptureFixture) -> No
     results(caplog, [*[(t / 10, torn(t)) for t in range(20)], (400.0, torn(19))])
     (record,) = [r for r in caplog.records if " more in " in r.getMessage()]
     fields = json.loads(_JsonFormatter().format(record))
-    assert fields.items() >= {"kind": "malformed", "held_back": 15, "seconds": 300.0}.items()
+    assert fields.items() >= {"kind": "malformed", "suppressed": 15, "seconds": 300.0}.items()
 
 
 def test_the_end_leaves_no_count_unsaid(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,8 +144,8 @@ def test_a_mount_that_stays_silent_is_said_every_hour(caplog: pytest.LogCaptureF
 
 
 def test_a_reminder_starts_anew_with_each_state() -> None:
-    repeats = Repeats(calm=None, remind_after=10.0)
-    assert repeats.is_news("a", "kind", 0.0)
-    assert repeats.is_news("b", "kind", 9.0)
-    assert not repeats.is_news("b", "kind", 18.0)
-    assert repeats.is_news("b", "kind", 19.0)
+    throttle = Throttle(calm=None, remind_after=10.0)
+    assert throttle.is_news("a", "kind", 0.0)
+    assert throttle.is_news("b", "kind", 9.0)
+    assert not throttle.is_news("b", "kind", 18.0)
+    assert throttle.is_news("b", "kind", 19.0)

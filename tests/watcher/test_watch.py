@@ -5,7 +5,6 @@ The mechanism under test is alone: the other clocks are switched off for a day.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch import snapshot_path
+from mbcap_watch import Settings, snapshot_path
 from mbcap_watch.bridge import border, loading, sync
+from mbcap_watch.results import WatchState
+from mbcap_watch.telemetry.ask import ask
 from mbcap_watch.watcher import inotify
 from mbcap_watch.watcher.inotify import InotifyWatch
-from processes import MBCAP_WATCH, daemon
+from processes import daemon
 from support import (
     DEADLINE,
     Results,
@@ -500,13 +501,10 @@ async def test_a_file_that_grows_while_it_is_read_is_bounded(database: Path) -> 
 CLOCKS = ("--sweep-interval=100ms", "--poll-interval=50ms")
 
 
-def told(database: Path) -> dict[str, Any]:
-    """Return what `status` shows of the watch."""
-    command = [*MBCAP_WATCH, "status", "--json", f"--database={database}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    stats = json.loads(done.stdout)["stats"]
-    watch: dict[str, Any] = stats["watch"] if stats else {}  # it is not told yet
-    return watch
+def told(database: Path) -> WatchState:
+    """Return what the daemon tells `status` of its watch."""
+    answers = [peer.stats for peer in ask(Settings(database), os.environ) if peer.named]
+    return answers[0].watch if answers and answers[0] else WatchState()
 
 
 def wait_for_line(process: Process, text: str) -> None:
@@ -556,7 +554,7 @@ def test_permission_lost_and_regained(database: Path) -> None:
         if ROOT:
             put(entry("two"), snapshot_path(database))
         then = time.time()
-        wait_until(lambda: (told(database).get("last_sync") or 0.0) > then, "a look after that")
+        wait_until(lambda: (told(database).last_sync or 0.0) > then, "a look after that")
         lines = process.said.splitlines()
         assert len([line for line in lines if "Permission denied" in line]) <= 2, lines
 
@@ -599,7 +597,7 @@ def test_the_kernels_limit_is_reached_and_then_lifted(database: Path, kind: str,
         wait_for_rows(database, "polled again")
         wait_until(lambda: len(open_descriptors(process.popen.pid)) <= before, "no more of them")
         assert process.said.count(f"inotify {word} limit") == 1, process.said
-        wait_until(lambda: told(database).get("degraded"), "what status is told")
+        wait_until(lambda: told(database).degraded, "what status is told")
 
         inside = ["nsenter", "-t", str(process.popen.pid), "-U", "sh", "-c", f"echo 100 > {limit}"]
         subprocess.run(inside, check=True)
@@ -612,7 +610,7 @@ def test_the_kernels_limit_is_reached_and_then_lifted(database: Path, kind: str,
         put(entry("seen"), snapshot_path(database))
         wait_for_rows(database, "seen")
         assert process.said.count("watching by") == 2
-        wait_until(lambda: told(database).get("degraded") is False, "what status is told")
+        wait_until(lambda: told(database).armed_since is not None, "what status is told")
 
 
 # ------------------------------------------------------------------------------ a hung mount

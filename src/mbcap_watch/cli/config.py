@@ -30,7 +30,6 @@ _CLI_DEFAULTS: Final = {
     "log_level": "info",
     "log_format": "text",
     "ack": False,
-    "openmetrics_file": "",
     "http": "",
 }
 CLI_ONLY: Final = tuple(_CLI_DEFAULTS)
@@ -59,8 +58,7 @@ class Config:
         log_level: one of `LOG_LEVELS`.
         log_format: one of `LOG_FORMATS`.
         ack: whether `run` answers the publisher with a `result.json`.
-        openmetrics_file: where `run` keeps its figures for node_exporter; None: nowhere.
-        http: the address and port where `run` serves its figures; None: nowhere.
+        http: where `run` serves its figures: an address and a port; None: nowhere.
         origins: for every name, where its value came from.
         file: the TOML file that was read; None if there is none.
 
@@ -70,7 +68,6 @@ class Config:
     log_level: str
     log_format: str
     ack: bool
-    openmetrics_file: Path | None
     http: Address | None
     origins: Mapping[str, str]
     file: Path | None = None
@@ -117,7 +114,6 @@ def load(
             log_level=choice("log_level", ours["log_level"], LOG_LEVELS),
             log_format=choice("log_format", ours["log_format"], LOG_FORMATS),
             ack=_flag("ack", ours["ack"]),
-            openmetrics_file=_prom_file("openmetrics_file", ours["openmetrics_file"]),
             http=_address("http", ours["http"]),
             origins=origins,
             file=file,
@@ -137,15 +133,6 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(flag, bool):
         raise SettingsError(name, f"expected true or false, got {value!r}")
     return flag
-
-
-def _prom_file(name: str, value: Any) -> Path | None:
-    if value == "":
-        return None
-    # node_exporter reads no other files.
-    if not isinstance(value, (str, Path)) or Path(value).suffix != ".prom" or "\0" in str(value):
-        raise SettingsError(name, f"expected a file called NAME.prom, got {value!r}")
-    return Path(value).absolute()
 
 
 def _address(name: str, value: Any) -> Address | None:

@@ -1,152 +1,185 @@
-"""`/metrics` and `/healthz` over HTTP, only when asked for; what they tell is the latest sample.
+"""`/metrics` and `/healthz` over HTTP, only when asked for; each answer is made at that moment.
 
-Each request has a thread, so that a client that is slow or silent holds up no other; there are
-never more than a few, and none keeps the process from ending.
+A small server in the daemon's own loop around WSGI applications: that of prometheus-client, and one
+for the verdict. Each connection is for one request. Slow ones hold up no other: when there are too
+many, the oldest is closed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ipaddress
 import json
-import socket
-import socketserver
-import sys
-import threading
-import time
+import logging
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import make_wsgi_app
 
 from mbcap_watch.doctor import status
 from mbcap_watch.doctor.health import judge
-from mbcap_watch.errors import SettingsError
-from mbcap_watch.limits import no_thread
+from mbcap_watch.errors import printable
 from mbcap_watch.telemetry.prometheus import registry_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Self
+
+    from mbcap_watch.cli.config import Address
     from mbcap_watch.telemetry.stats import Stats
 
-# A request comes within milliseconds. For longer than this (seconds) no client is waited for.
+logger = logging.getLogger("mbcap_watch")
+
+# A request comes within milliseconds, and an answer is taken as quickly.
 _CLIENT_SECONDS: Final = 5.0
-_MOST_CLIENTS: Final = 8
+_MOST_CLIENTS: Final = 32
+_HEAD_BYTES: Final = 8192
+
+# Between two tries to listen.
+_RETRY_SECONDS: Final = 5.0
 
 
 class Endpoint:
-    """A `heartbeat.Keeper` that serves.
+    """A context within which an asyncio loop serves; until it can listen, it tries again.
 
     Args:
-        host: to listen at: a name, an IPv4 or an IPv6 address.
-        port: likewise; 0 takes a free one, which `path` then names.
-
-    Raises:
-        SettingsError: it cannot be listened at; names `http`.
+        address: to listen at.
+        sample: makes the stats; called in the loop.
 
     """
 
-    blocks: Final = False
-    every: Final = 0.0
+    def __init__(self, address: Address, sample: Callable[[], Stats]) -> None:
+        self._address, self._sample = address, sample
+        self._metrics: Any = make_wsgi_app(registry_of(sample, _verdict))
+        self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
 
-    def __init__(self, host: str, port: int) -> None:
-        try:
-            family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            self._server = _Server(family, address)
-        except OSError as exc:  # gaierror is one
-            problem = f"cannot listen at {host} port {port}: {exc.strerror or exc}"
-            raise SettingsError("http", problem) from exc
-        shown = f"[{host}]" if ":" in host else host
-        self.path = f"http://{shown}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="mbcap-watch http", daemon=True
-        )
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._serve())
+        return self
 
-    def write(self, stats: Stats) -> None:
-        """Serve `stats` from now on.
+    async def __aexit__(self, *_: object) -> None:
+        for task in (self._task, *self._clients):
+            task.cancel()
 
-        Raises:
-            OSError: there is no thread for it.
-
-        """
-        self._server.latest = stats, time.monotonic()
-        if self._thread.ident is None:
+    async def _serve(self) -> None:
+        host, port = self._address
+        server, problem = None, None
+        while server is None:
             try:
-                self._thread.start()
-            except RuntimeError as exc:
-                raise no_thread() from exc
-
-    def remove(self) -> None:
-        """Serve no more."""
-        if self._thread.ident is not None:
-            self._server.shutdown()
-        self._server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, family: int, address: Any) -> None:
-        self.address_family = family
-        self.latest: tuple[Stats, float] | None = None
-        self._free = threading.BoundedSemaphore(_MOST_CLIENTS)
-        super().__init__(address, _Handler)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's asks the DNS for our name, too
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+                server = await asyncio.start_server(self._client, host, port, limit=_HEAD_BYTES)
+            except OSError as exc:  # gaierror is one
+                if problem != (problem := exc.strerror or str(exc)):
+                    text = "http: cannot listen at %s: %s; the bridge works on, and this is retried"
+                    logger.warning(text, self._address, printable(problem))
+                await asyncio.sleep(_RETRY_SECONDS)
+        shown = type(self._address)(host, server.sockets[0].getsockname()[1])
+        logger.info("http: listening at http://%s", shown)
         try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # the limit on threads is reached
-            self._free.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
+            await asyncio.get_running_loop().create_future()  # until it is cancelled
         finally:
-            self._free.release()
+            server.close()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # a client that went away is no news
-            super().handle_error(request, client_address)
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients[task] = None
+        if len(self._clients) > _MOST_CLIENTS:
+            next(iter(self._clients)).cancel()
+        writer.transport.set_write_buffer_limits(0)  # `drain` waits until the kernel has it all
+        try:
+            with contextlib.suppress(OSError, EOFError):  # it has gone, or is slow (TimeoutError)
+                async with asyncio.timeout(_CLIENT_SECONDS):
+                    try:
+                        head = await reader.readuntil(b"\r\n\r\n")
+                    except asyncio.LimitOverrunError:
+                        head = b""
+                    writer.write(self._answer(head))
+                    await writer.drain()
+                writer.close()
+        finally:
+            del self._clients[task]
+            if not writer.is_closing():
+                writer.transport.abort()
 
+    def _answer(self, head: bytes) -> bytes:
+        """Return the answer to a request."""
+        environ = _environ(head)
+        if environ is None:
+            return _response(HTTPStatus.BAD_REQUEST)
+        if not self._is_host(environ.get("HTTP_HOST", "localhost")):
+            return _response(HTTPStatus.MISDIRECTED_REQUEST)
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, (("Allow", "GET, HEAD"),))
+        application = {"/metrics": self._metrics, "/healthz": self._healthz}
+        if environ["PATH_INFO"] not in application:
+            return _response(HTTPStatus.NOT_FOUND)
+        run = application[environ["PATH_INFO"]]
+        try:
+            return _call(run, environ)
+        except Exception:  # noqa: BLE001 - prometheus-client stumbles over some headers
+            environ = environ | {
+                "HTTP_ACCEPT": "*/*",
+                "HTTP_ACCEPT_ENCODING": "",
+                "QUERY_STRING": "",
+            }
+            return _call(run, environ)
 
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = _CLIENT_SECONDS
-    server_version = "mbcap-watch"
-    sys_version = ""
+    def _is_host(self, host: str) -> bool:
+        """Whether a `Host` is ours: a name that somebody else's DNS points here is not."""
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if name.lower() in ("localhost", self._address.host.lower()):
+            return True
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(name.strip("[]")))
+        return False
 
-    def do_GET(self) -> None:
-        latest = self.server.latest
-        path = self.path.partition("?")[0]
-        if latest is None or path not in ("/metrics", "/healthz"):
-            self.send_error(HTTPStatus.NOT_FOUND)
-            return
-        stats, moment = latest
-        if path == "/metrics":
-            encode, kind = choose_encoder(self.headers.get("Accept", ""))
-            self._answer(HTTPStatus.OK, kind, encode(registry_of(stats)))
-            return
-        health = judge(stats, time.monotonic() - moment)
+    def _healthz(self, _: dict[str, str], start: Callable[..., object]) -> Iterable[bytes]:
+        stats = self._sample()
+        health = judge(stats)
         code = HTTPStatus.OK if health.healthy else HTTPStatus.SERVICE_UNAVAILABLE
-        body = json.dumps(status.as_json(stats, health)).encode()
-        self._answer(code, "application/json", body)
+        start(f"{code.value} {code.phrase}", [("Content-Type", "application/json")])
+        return [json.dumps(status.as_json(stats, health)).encode()]
 
-    do_HEAD = do_GET  # noqa: N815 - http.server names it
 
-    def _answer(self, code: HTTPStatus, kind: str, body: bytes) -> None:
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+def _verdict(stats: Stats) -> tuple[bool, list[str]]:
+    health = judge(stats)
+    return health.healthy, [each.code for each in health.problems]
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """The log is for changes of state."""
+
+def _environ(head: bytes) -> dict[str, str] | None:
+    """Return what WSGI wants to know of a request; None if it is none."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    method, _, rest = first.partition(" ")
+    target, _, version = rest.partition(" ")
+    if not method.isalpha() or not target.startswith("/") or not version.startswith("HTTP/1."):
+        return None
+    path, _, query = target.partition("?")
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+    for line in lines:
+        name, _, value = line.partition(":")
+        environ["HTTP_" + name.strip().upper().replace("-", "_")] = value.strip()
+    return environ
+
+
+def _call(application: Any, environ: dict[str, str]) -> bytes:
+    """Run a WSGI application; return its response."""
+    started: list[Any] = []
+    asked = environ | {"REQUEST_METHOD": "GET"}  # prometheus-client knows no HEAD
+    body = b"".join(application(asked, lambda *arguments: started.append(arguments)))
+    line, headers = started[0][:2]
+    return _bytes(line, headers, body, with_body=environ["REQUEST_METHOD"] != "HEAD")
+
+
+def _response(code: HTTPStatus, headers: Iterable[tuple[str, str]] = ()) -> bytes:
+    body = f"{code.value} {code.phrase}\n".encode()
+    headers = [("Content-Type", "text/plain"), *headers]
+    return _bytes(f"{code.value} {code.phrase}", headers, body)
+
+
+def _bytes(
+    line: str, headers: Iterable[tuple[str, str]], body: bytes, *, with_body: bool = True
+) -> bytes:
+    headers = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
+    head = "\r\n".join([f"HTTP/1.1 {line}", *(f"{name}: {value}" for name, value in headers)])
+    return head.encode("latin-1") + b"\r\n\r\n" + (body if with_body else b"")

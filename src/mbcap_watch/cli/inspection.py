@@ -12,10 +12,8 @@ import msgspec
 import typer
 
 from mbcap_watch.cli import config, manual, options, output
-from mbcap_watch.doctor import health, status
-from mbcap_watch.settings import Settings, duration
-from mbcap_watch.telemetry import discover
-from mbcap_watch.telemetry.stats import Stats
+from mbcap_watch.doctor import service, status
+from mbcap_watch.settings import duration
 
 
 def register(app: typer.Typer) -> None:
@@ -62,7 +60,7 @@ def show_status(context: typer.Context, **_: Any) -> None:
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
     max_age = context.params["max_age"]
     most = None if max_age is None else duration("--max-age", max_age, 0.1)
-    stats, found = _look(settings, most)
+    stats, found = service.look(settings, os.environ, most)
     if context.params["json"]:
         output.print_json(status.as_json(stats, found))
     else:
@@ -108,7 +106,7 @@ def show_top(context: typer.Context, **_: Any) -> None:
     from mbcap_watch.cli import top  # noqa: PLC0415 - rich, as above
 
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    top.show(lambda: _look(settings))
+    top.show(lambda: service.look(settings, os.environ))
 
 
 @options.takes(options.PATHS, options.OUT)
@@ -117,9 +115,9 @@ def show_plot(context: typer.Context, **_: Any) -> None:
     from mbcap_watch.cli import plot  # noqa: PLC0415 - its html is 0.3 MB that `run` can do without
 
     settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    stats, found = _look(settings)
+    stats, found = service.look(settings, os.environ)
     if stats is None:
-        output.fail(found.problems[0].text, 1)
+        output.fail((found.problems or found.warnings)[0].text, 1)
     drawing, out = plot.svg(stats), context.params["out"]
     if out is None:
         for line in drawing.splitlines():
@@ -129,10 +127,3 @@ def show_plot(context: typer.Context, **_: Any) -> None:
         Path(out).write_text(drawing, encoding="utf-8")
     except OSError as exc:
         output.fail(f"{out}: cannot be written: {exc.strerror}", 1)
-
-
-def _look(settings: Settings, max_age: float | None = None) -> tuple[Stats | None, health.Health]:
-    """Return what the bridge with these settings tells of itself, and the verdict."""
-    search = discover.find(settings, os.environ)
-    stats = search.found[0].stats if search.found else None
-    return stats, health.judge_search(search, settings, max_age)

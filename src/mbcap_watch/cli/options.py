@@ -110,11 +110,6 @@ DAEMON: Final[Options] = {
             show_default=False,
         ),
     ],
-    "openmetrics_file": _option(
-        "FILE.prom",
-        "Keep the figures in this file, for node_exporter's textfile collector. Needs the extra"
-        " `metrics`.",
-    ),
     "http": _option(
         "ADDRESS:PORT",
         "Serve /metrics and /healthz here, as 127.0.0.1:9464. No port is opened without it. Needs"

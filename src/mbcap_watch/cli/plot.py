@@ -1,4 +1,4 @@
-"""`plot`: lag and lock holds of the recent results, as an SVG. Pure.
+"""`plot`: lag and lock holds of the latest results, as an SVG. Pure.
 
 Readable on light and on dark: it has a background of its own, and follows the viewer's preference.
 """
@@ -16,7 +16,7 @@ from mbcap_watch.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mbcap_watch.telemetry.stats import Recent, Stats
+    from mbcap_watch.telemetry.stats import HistoryEntry, Stats
 
 _NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'
 _WIDTH, _HEIGHT = 800, 400
@@ -69,12 +69,14 @@ class _Scale(NamedTuple):
 
 
 def svg(stats: Stats) -> str:
-    """Return an SVG document of the results in `stats.recent` that wrote.
+    """Return an SVG document of the results in `stats.history` that wrote.
 
     The time runs to the right, in UTC; milliseconds are on a logarithmic scale, since lags of a
     healthy bridge and of one that waited for a lock differ a thousandfold.
     """
-    results = [each for each in stats.recent if each.lag_ms is not None or each.hold_ms is not None]
+    results = [
+        each for each in stats.history if each.lag_ms is not None or each.hold_ms is not None
+    ]
     name = escape(printable(PurePath(stats.database).name, _LONGEST_NAME))
     parts = [
         f'<svg {_NAMESPACE} viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">',
@@ -90,7 +92,7 @@ def svg(stats: Stats) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _drawing(results: Sequence[Recent]) -> Iterator[str]:
+def _drawing(results: Sequence[HistoryEntry]) -> Iterator[str]:
     first, last = results[0].at, results[-1].at
     across = _Scale(first, max(last, first + _LEAST_SPAN), _LEFT, _RIGHT)
     values = [

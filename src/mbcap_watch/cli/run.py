@@ -1,12 +1,12 @@
-"""The daemon: the bridge, with all who are told how it goes, until a signal ends it."""
+"""The daemon: the bridge, and whatever reports on it, until a signal ends it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 import time
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -18,16 +18,17 @@ from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry import logs
 from mbcap_watch.telemetry.ack import Ack
-from mbcap_watch.telemetry.heartbeat import Heartbeat
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.statsfile import StatsFile
+from mbcap_watch.telemetry.socket import ControlSocket
 from mbcap_watch.telemetry.systemd import Notifier
 from mbcap_watch.telemetry.writer import LineWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mbcap_watch.cli.signals import Stop
     from mbcap_watch.results import PersistResult, WatchState
-    from mbcap_watch.telemetry.heartbeat import Keeper
+    from mbcap_watch.telemetry.stats import Stats
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -44,7 +45,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         as_json: whether each result is printed.
 
     Raises:
-        SettingsError: there is no port to listen at, or no library for what was asked for.
+        SettingsError: there is no library for what was asked for.
         OutputError: a result cannot be printed.
 
     """
@@ -56,11 +57,17 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     answers = Ack(settings) if loaded.ack else None
     log, state_log = logs.ResultLog(), logs.StateLog()
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
-    heartbeat = Heartbeat(keepers_of(loaded), lambda: metrics.snapshot(time.time()))
+
+    def sample() -> Stats:
+        return metrics.snapshot(time.time())
+
+    control = ControlSocket(settings, os.environ, sample)
+    endpoint = endpoint_of(loaded, sample)
 
     def on_state(state: WatchState) -> None:
         state_log(state)
         metrics.on_state(state)
+        control.keep()
         notifier.on_state(state)  # last: nothing that hangs may be taken for progress
 
     def on_result(result: PersistResult) -> None:
@@ -80,14 +87,15 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     )
 
     async def main() -> None:
-        with anyio.CancelScope() as scope, heartbeat, answers or contextlib.nullcontext():
+        with anyio.CancelScope() as scope, control, answers or nullcontext():
             stop.cancel_on_signal(scope)
-            await run(
-                settings,
-                on_result=on_result,
-                on_state=on_state,
-                on_timings=metrics.on_timings,
-            )
+            async with endpoint:
+                await run(
+                    settings,
+                    on_result=on_result,
+                    on_state=on_state,
+                    on_timings=metrics.on_timings,
+                )
 
     anyio.run(main)
     log.end()
@@ -133,23 +141,15 @@ class _Printer:
         self._stop.cancel()
 
 
-def keepers_of(loaded: config.Config) -> list[Keeper]:
-    """Return who keeps what the bridge tells of itself; prometheus-client only if it is needed."""
-    keepers: list[Keeper] = [StatsFile(loaded.settings, os.environ)]
-    wanted = next((name for name in ("openmetrics_file", "http") if getattr(loaded, name)), None)
-    if wanted is None:
-        return keepers
+def endpoint_of(
+    loaded: config.Config, sample: Callable[[], Stats]
+) -> AbstractAsyncContextManager[object]:
+    """Return what serves the stats over HTTP, if that is asked for."""
+    if loaded.http is None:
+        return nullcontext()
     try:
-        from mbcap_watch.cli import http  # noqa: PLC0415 - they take 10 MB
-        from mbcap_watch.telemetry import prometheus  # noqa: PLC0415 - they take 10 MB
-
-        if loaded.openmetrics_file:
-            keepers.append(prometheus.PrometheusFile(loaded.openmetrics_file))
-        if loaded.http:
-            keepers.append(http.Endpoint(*loaded.http))
+        from mbcap_watch.cli.http import Endpoint  # noqa: PLC0415 - it takes 10 MB
     except ModuleNotFoundError as exc:
         problem = f"needs {exc.name}: pip install 'mbcap-watch[metrics]'"
-        raise config.in_users_words(SettingsError(wanted, problem), loaded.origins) from exc
-    except SettingsError as exc:
-        raise config.in_users_words(exc, loaded.origins) from exc
-    return keepers
+        raise config.in_users_words(SettingsError("http", problem), loaded.origins) from exc
+    return Endpoint(loaded.http, sample)

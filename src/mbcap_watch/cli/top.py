@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from mbcap_watch.doctor.health import Health
-    from mbcap_watch.telemetry.stats import Recent, Stats
+    from mbcap_watch.telemetry.stats import HistoryEntry, Stats
 
 Load: TypeAlias = "Callable[[], tuple[Stats | None, Health]]"
 
-# Between two looks at the stats file, which is replaced every few seconds.
+# Between two questions.
 _EVERY: Final = 1.0
 
 # The figures that are left in a window too small for all, and the results that it is to show.
@@ -60,7 +60,7 @@ def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group
     lines = [_verdict(health)]
     lines += list(_findings(health, width))[: max(2, height // 2)]
     if stats is not None:
-        figures = [*status.rows(stats), ("recent lags", sparkline(stats.recent, width // 2))]
+        figures = [*status.rows(stats), ("recent lags", sparkline(stats.history, width // 2))]
         if len(lines) + len(figures) + _LEAST_RESULTS > height:
             figures = [each for each in figures if each[0] in (*_ESSENTIAL, "recent lags")]
         lines += [
@@ -68,17 +68,17 @@ def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group
             for name, value in figures
         ]
         room = height - len(lines) - 1
-        if room > 0 and stats.recent:
+        if room > 0 and stats.history:
             lines.append(Text(_HEADING, style="bold"))
-            lines += [_result(each) for each in stats.recent[-room:]]
+            lines += [_result(each) for each in stats.history[-room:]]
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     return Group(*lines[:height])
 
 
 def _verdict(health: Health) -> Text:
-    style, word = ("green", "healthy") if health.healthy else ("red", "unhealthy")
-    return Text("mbcap-watch: ").append(f"{health.state}, {word}", style=f"bold {style}")
+    style = "green" if health.healthy else "red"
+    return Text("mbcap-watch: ").append(printable(health.verdict), style=f"bold {style}")
 
 
 def _findings(health: Health, width: int) -> Iterator[Text]:
@@ -97,7 +97,7 @@ _HEADING: Final = (
 )
 
 
-def _result(result: Recent) -> Text:
+def _result(result: HistoryEntry) -> Text:
     when = format(datetime.fromtimestamp(result.at, UTC), "%m-%d %H:%M:%S")
     text = Text(f"{when}  ")
     text.append(f"{result.outcome:<16}", style=_STYLES.get(result.outcome, "red"))
@@ -112,12 +112,12 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:,.1f} ms"
 
 
-def sparkline(recent: Sequence[Recent], width: int) -> str:
+def sparkline(history: Sequence[HistoryEntry], width: int) -> str:
     """Return the latest lags as bars, at most `width`, and what the lowest and highest stand for.
 
     On a logarithmic scale: one lag of a second may not make all others look alike.
     """
-    lags = [max(each.lag_ms, 0.01) for each in recent if each.lag_ms is not None][-max(width, 1) :]
+    lags = [max(each.lag_ms, 0.01) for each in history if each.lag_ms is not None][-max(width, 1) :]
     if not lags:
         return "none yet"
     low, high = math.log(min(lags)), math.log(max(lags))

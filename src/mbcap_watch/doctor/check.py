@@ -34,7 +34,7 @@ DATA_SECONDS: Final = 15.0
 # What the examinations need at once: a database with its -wal and -shm, a watch, directories.
 _DESCRIPTORS: Final = 24
 
-# Where the stats files are, for the line about a filesystem that does not answer.
+# Where the control sockets may be, for the line about a filesystem that does not answer.
 RUNTIME: Final = Path("/dev/shm")  # noqa: S108 - only a name
 
 
@@ -74,7 +74,7 @@ async def examine(
     def ask_service(_: Installation) -> list[Finding]:
         return service.examine(settings, environ, explained=explained)
 
-    findings += await ask(FILE_SECONDS, RUNTIME, ask_service)
+    findings += await ask(DATA_SECONDS, RUNTIME, ask_service)
     return list(_once(findings))
 
 

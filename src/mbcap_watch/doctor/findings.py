@@ -99,7 +99,7 @@ class Installation(NamedTuple):
         paths["snapshot_parent"] = os.path.dirname(self.snapshot_dir)
         names = paths | details
         commands = {name: quote(path) for name, path in paths.items()}
-        commands["check"] = self._command("check")
+        commands |= {name: self._command(name) for name in ("check", "status")}
         return Finding(
             code,
             kind.severity,

@@ -1,4 +1,4 @@
-"""`judge`: whether a bridge is well, and why not. Pure; it decides by data, never by a text."""
+"""`judge`: whether a daemon is well, and why not. Pure; it decides by data, never by a text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import msgspec
 from mbcap_watch.doctor.findings import Finding, Installation, ago, counted, duration
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
-from mbcap_watch.telemetry.statsfile import STALE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from mbcap_watch.results import Outcome
-    from mbcap_watch.settings import Settings
-    from mbcap_watch.telemetry.discover import Found, Search
     from mbcap_watch.telemetry.stats import Stats
 
 # A sync ends within milliseconds, one that changes a million rows on a small machine within
@@ -43,14 +40,14 @@ _WITH_SNAPSHOT: Final[tuple[Outcome, ...]] = (
     "busy",
 )
 
-State = Literal["starting", "running", "stuck", "stale", "not running", "unknown"]
+State = Literal["starting", "running", "stuck", "paused", "not running", "unknown"]
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The verdict on a bridge.
+    """The verdict on a daemon.
 
     Attributes:
-        state: of the process, as far as it is known.
+        state: of the process, as far as it is known; `starting` before its first sync.
         problems: each of them makes it unhealthy.
         warnings: worth knowing; no reason to restart anything.
 
@@ -59,6 +56,13 @@ class Health(msgspec.Struct, frozen=True):
     state: State
     problems: tuple[Finding, ...] = ()
     warnings: tuple[Finding, ...] = ()
+
+    @classmethod
+    def of(cls, state: State, findings: Iterable[Finding]) -> Health:
+        """Return the verdict that these findings make."""
+        each = tuple(findings)
+        problems = tuple(one for one in each if one.severity == "problem")
+        return cls(state, problems, tuple(one for one in each if one.severity != "problem"))
 
     @property
     def healthy(self) -> bool:
@@ -70,23 +74,21 @@ class Health(msgspec.Struct, frozen=True):
         """The state for people; of a process that runs, also whether it is healthy."""
         if self.state != "running":
             return self.state
+        if unasked := [each.text for each in self.warnings if each.code == "unasked"]:
+            return f"running, but cannot be asked: {unasked[0]}"
         return "running, healthy" if self.healthy else "running, unhealthy"
 
 
-def judge(stats: Stats, age: float, max_age: float | None = None) -> Health:
-    """Judge a bridge by its stats.
+def judge(stats: Stats, max_age: float | None = None) -> Health:
+    """Judge a daemon by its stats.
 
     Args:
-        stats: the latest.
-        age: of the stats, in seconds; negative if they are from before the machine was started.
+        stats: made just now.
         max_age: seconds since the database was last compared that are too many; None: see
             `_RESYNCS`.
 
     """
     installation = Installation(stats.database, stats.snapshot_dir)
-    if not 0 <= age <= STALE_SECONDS:
-        when = "before the machine was started" if age < 0 else ago(age)
-        return Health("stale", (installation.finding("stale", pid=stats.pid, when=when),))
     stuck = tuple(_stuck(stats, installation))
     findings = [*stuck, *_trouble(stats, installation)]
     if not findings:
@@ -98,8 +100,7 @@ def judge(stats: Stats, age: float, max_age: float | None = None) -> Health:
         state = "starting"
         when = ago(stats.sampled - stats.started_at)
         findings.insert(0, installation.finding("starting", pid=stats.pid, when=when))
-    problems = tuple(each for each in findings if each.severity == "problem")
-    return Health(state, problems, tuple(each for each in findings if each not in problems))
+    return Health.of(state, findings)
 
 
 def _stuck(stats: Stats, installation: Installation) -> Iterator[Finding]:
@@ -116,26 +117,26 @@ def _stuck(stats: Stats, installation: Installation) -> Iterator[Finding]:
 
 def _trouble(stats: Stats, installation: Installation) -> Iterator[Finding]:
     """Name what keeps the database from being as the snapshot says."""
-    trouble, result = stats.trouble, stats.last_result
+    error, result = stats.last_error, stats.last_result
     if result is not None and result.cause == "no_database":
         yield installation.finding("no_database")
-    if trouble is None or not trouble.persists:
+    if error is None or not error.persists:
         return
-    code: str = trouble.outcome
+    code: str = error.outcome
     refused = result is not None and result.failed_rows > 0
     if refused and code in ("applied", "unchanged", "failed"):
         code = "rows_refused"
-    elif trouble.unreadable and trouble.cause != "limit":
+    elif error.unreadable and error.cause != "limit":
         code = "snapshot_unreadable"
     elif code == "no_snapshot":
         itself = os.path.basename(stats.snapshot_dir) == SNAPSHOT_NAME
         code = "snapshot_dir_is_file" if itself else "snapshot_misplaced"
-    elif trouble.cause is not None:
-        code = trouble.cause
+    elif error.cause is not None:
+        code = error.cause
     elif code in ("applied", "unchanged"):
-        yield installation.finding("table_waits", waiting=trouble.error)
+        yield installation.finding("table_waits", waiting=error.error)
         return
-    text = f"for {duration(stats.sampled - trouble.since)}: {trouble.error}"
+    text = f"for {duration(stats.sampled - error.since)}: {error.error}"
     yield installation.finding(code, text)
 
 
@@ -234,62 +235,3 @@ def _about_lock(stats: Stats, installation: Installation) -> Iterator[Finding]:
 def _waits_for_snapshot(stats: Stats) -> bool:
     result = stats.last_result
     return result is not None and result.outcome == "no_snapshot" and result.error is None
-
-
-# ------------------------------------------------------------------------------ the stats files
-
-
-def judge_search(search: Search, settings: Settings, max_age: float | None = None) -> Health:
-    """Judge the bridge with these settings by all the stats files there are.
-
-    Args:
-        search: the result of `discover.find`.
-        settings: of the bridge.
-        max_age: see `judge`.
-
-    """
-    installation = Installation.of(settings)
-    others = [each for each in search.others if each.stats.fresh]
-    if search.found:
-        best, *more = search.found
-        health = judge(best.stats, best.stats.age, max_age)
-        same = [each for each in others if each.stats.database == best.stats.database]
-        if health.state == "stale" and best.fate is not None:
-            when = ago(best.stats.age)
-            problem = installation.finding(best.fate, pid=best.stats.pid, when=when)
-            return msgspec.structs.replace(health, problems=(problem,))
-        twins = tuple(_twins(installation, best, more + same)) if best.stats.fresh else ()
-        return msgspec.structs.replace(health, problems=twins + health.problems)
-    if search.hidden:
-        problems = [
-            installation.finding("not_permitted", each.what, remedy=each.remedy, subject="service")
-            for each in search.hidden
-        ]
-        return Health("unknown", tuple(problems))
-    hints = [
-        installation.finding(
-            "other_settings",
-            pid=each.stats.pid,
-            uid=each.uid,
-            its_database=each.stats.database,
-            its_snapshot_dir=each.stats.snapshot_dir,
-        )
-        for each in others
-    ]
-    hints += [
-        installation.finding("obstacle", each.what, remedy=each.remedy) for each in search.obstacles
-    ]
-    return Health("not running", (installation.finding("not_running"),), tuple(hints))
-
-
-def _twins(installation: Installation, best: Found, candidates: list[Found]) -> Iterator[Finding]:
-    # One that was killed just before this one was started is none.
-    start = best.stats.age + best.stats.sampled - best.stats.started_at
-    names = [
-        f"{each.stats.pid} (user {each.uid}, {each.stats.snapshot_dir})"
-        for each in candidates
-        if each.stats.fresh and each.stats.age < start
-    ]
-    if names:
-        who = f"process {best.stats.pid} and {', '.join(names)}"
-        yield installation.finding("two_daemons", who=who)

@@ -17,7 +17,6 @@ from mbcap_watch.doctor.health import CLOCK_SECONDS
 from mbcap_watch.doctor.places import Place, place
 from mbcap_watch.settings import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
 from mbcap_watch.store.errors import SIDES
-from mbcap_watch.telemetry.discover import is_paused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +87,29 @@ def examine(installation: Installation) -> list[Finding]:
     ]
 
 
+def daemons(database: Path) -> list[Daemon]:
+    """Return every `mbcap-watch run` of this machine, as far as /proc shows them. Blocks."""
+    file, found = place(Path(os.path.realpath(database))), list[Daemon]()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has just ended
+            found += _daemons(int(name), file, database)
+    return found
+
+
+def is_paused(pid: int) -> bool:
+    """Whether a process is stopped or traced."""
+    return stat_of(pid)[0] in ("T", "t")
+
+
+def stat_of(pid: int) -> list[str]:
+    """Return what /proc/PID/stat says from the state on (proc_pid_stat(5)); "X" if it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ["X"]
+    return text.rpartition(")")[2].split()
+
+
 def described(pid: int) -> str:
     """Return a process for people: its number and the start of its command line."""
     command = "?"
@@ -102,10 +124,8 @@ def _arguments(pid: int) -> list[str]:
 
 
 def _count(census: Census, pid: int, file: Place, database: Path) -> None:
-    arguments, uid = _arguments(pid), os.stat(f"/proc/{pid}").st_uid
-    if is_daemon(arguments):
-        each = _daemon(pid, uid, arguments, file, database)
-        census.daemons.append(each._replace(paused=is_paused(pid)))
+    census.daemons += _daemons(pid, file, database)
+    uid = os.stat(f"/proc/{pid}").st_uid
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # it was closed just now
             link = os.readlink(f"/proc/{pid}/fd/{number}")
@@ -130,6 +150,13 @@ def is_daemon(arguments: list[str]) -> bool:
     """Whether a command line is that of `mbcap-watch run`."""
     names = [os.path.basename(argument).replace("_", "-") for argument in arguments[:4]]
     return ("mbcap-watch", "run") in itertools.pairwise(names)
+
+
+def _daemons(pid: int, file: Place, database: Path) -> Iterator[Daemon]:
+    """Yield the daemon that a process is, if it is one."""
+    if is_daemon(arguments := _arguments(pid)):
+        uid = os.stat(f"/proc/{pid}").st_uid
+        yield _daemon(pid, uid, arguments, file, database)._replace(paused=is_paused(pid))
 
 
 def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -> Daemon:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from mbcap_watch.doctor.health import Health
-    from mbcap_watch.telemetry.stats import Spread, Stats
+    from mbcap_watch.telemetry.stats import Stats, Summary
 
 
 def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
-    """Return everything as JSON can hold it; ages are seconds, of the time of the sample."""
+    """Return everything as JSON can hold it; ages are in seconds."""
     return {
         "healthy": health.healthy,
         "state": health.state,
@@ -44,19 +44,18 @@ def _moments(stats: Stats) -> dict[str, float | None]:
         "last_apply": stats.last_apply,
         "last_result": stats.last_result_at,
         "snapshot": stats.snapshot_time,
-        "trouble": stats.trouble.at if stats.trouble else None,
+        "last_error": stats.last_error.at if stats.last_error else None,
     }
 
 
 def render(stats: Stats | None, health: Health, console: Console) -> None:
     """Print it for people."""
     from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
-    from rich.text import Text  # noqa: PLC0415 - as above
 
     fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
     cross, arrow = ("✗", "→") if fancy else ("x", "->")
     style = "green" if health.healthy else "red"
-    console.print(Text(health.verdict, style=f"bold {style}"))
+    console.print(plain(health.verdict, console), style=f"bold {style}", soft_wrap=True)
     for mark, style, findings in (
         (cross, "red", health.problems),
         ("!", "yellow", health.warnings),
@@ -76,13 +75,14 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
 
 def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     """Yield the figures, each with its name."""
-    watch, lock, trouble, now = stats.watch, stats.mbcap_persist, stats.trouble, stats.sampled
+    watch, lock, error, now = stats.watch, stats.mbcap_persist, stats.last_error, stats.sampled
 
     def since(moment: float | None) -> str:
         return "never" if moment is None else ago(now - moment)
 
     up = duration(now - stats.started_at)
-    yield "process", f"{stats.pid}, mbcap-watch {stats.version}, up {up}"
+    whose = "" if stats.uid is None else f" (user {stats.uid})"
+    yield "process", f"{stats.pid}{whose}, mbcap-watch {stats.version}, up {up}"
     yield "database", stats.database
     yield "snapshot", f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
     when = since(stats.snapshot_time) if stats.snapshot_time else "not set by the publisher"
@@ -96,26 +96,26 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     yield "because of", _counts(stats.reasons)
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
     yield "rows changed", f"{changed}, {stats.failed_rows} refused"
-    yield "lag", _spread(stats.lag_ms)
+    yield "lag", _summary(stats.lag_ms)
     yield "mbcap_persist", f"count {lock.count}, contention_total {lock.contention_total}"
-    yield "lock waits", _spread(lock.waits)
-    yield "lock holds", f"{_spread(lock.holds)}; slow {lock.slow_hold_total}"
+    yield "lock waits", _summary(lock.waits)
+    yield "lock holds", f"{_summary(lock.holds)}; slow {lock.slow_hold_total}"
     lost = f"; last lost: {watch.last_problem}" if watch.last_problem else ""
     hits = f"sweep hits {watch.sweep_hits}, read errors {watch.read_errors}"
     yield "watch", f"re-arms {watch.rearms}, {hits}{lost}"
-    if trouble is not None:
-        over = "persists" if trouble.persists else "over"
-        yield "last error", f"{trouble.outcome} ({since(trouble.at)}, {over}): {trouble.error}"
+    if error is not None:
+        over = "persists" if error.persists else "over"
+        yield "last error", f"{error.outcome} ({since(error.at)}, {over}): {error.error}"
 
 
 def _counts(counts: dict[Any, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
 
 
-def _spread(spread: Spread) -> str:
-    if spread.max is None:
+def _summary(summary: Summary) -> str:
+    if summary.max is None:
         return "none yet"
-    named = (("p50", spread.p50), ("p95", spread.p95), ("p99", spread.p99), ("max", spread.max))
+    named = ((name, getattr(summary, name)) for name in ("p50", "p95", "p99", "max"))
     return ", ".join(f"{name} {value:.1f}" for name, value in named if value is not None) + " ms"
 
 

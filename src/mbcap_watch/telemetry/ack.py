@@ -5,25 +5,26 @@
      "persisted": true,                                every row is in the database
      "outcome": "applied", "error": null, …}           the other fields of `PersistResult`
 
-Its rename is no reason to look: `inotify` goes by name, polling reads the snapshot alone. It is
+Its rename causes no sync: `inotify` goes by name, polling reads the snapshot alone. It is
 not flushed to disk, which would wear out SD cards and hold up others; the file is news, and is
 written anew at the next start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import secrets
 import threading
+import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.errors import printable
 from mbcap_watch.snapshot import links, timestamp
-from mbcap_watch.telemetry import atomic
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from mbcap_watch.results import PersistResult
@@ -33,6 +34,9 @@ logger = logging.getLogger("mbcap_watch")
 
 RESULT_NAME: Final = "result.json"
 _MODE: Final = 0o644  # the publisher reads it
+
+# A temporary file is there for milliseconds, on a disk that hangs for as long as that lasts.
+_LEFTOVER_SECONDS: Final = 3600.0
 
 # For how long an end waits for the last answer to be written.
 _END_SECONDS: Final = 1.0
@@ -69,14 +73,8 @@ class Ack:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        thread = self._thread
-        if thread is not None:
+    def __exit__(self, *_: object) -> None:
+        if (thread := self._thread) is not None:
             thread.join(_END_SECONDS)
 
     def on_result(self, result: PersistResult) -> None:
@@ -111,9 +109,9 @@ class Ack:
                     self._thread = None
                     return
                 (news, data), self._next = self._next, None
+            problem = None
             try:
                 self._write(data)
-                problem = None
             except OSError as exc:
                 # Without a directory there is no snapshot, and nobody to answer to.
                 nobody = isinstance(exc, FileNotFoundError) and news.state == "no_snapshot"
@@ -127,9 +125,9 @@ class Ack:
         # By descriptor: the directory cannot be exchanged between the two steps.
         with links.opened(os.fspath(self.path.parent)) as directory:
             if not self._tidied:
-                atomic.remove_leftovers(directory, RESULT_NAME)
+                _remove_leftovers(directory, RESULT_NAME)
                 self._tidied = True
-            atomic.replace(directory, RESULT_NAME, data, _MODE)
+            _replace(directory, RESULT_NAME, data, _MODE)
 
     def _note(self, problem: str | None) -> None:
         """Log what is new about `problem`."""
@@ -156,3 +154,45 @@ def encode(result: PersistResult) -> bytes:
         **fields,
     }
     return json.dumps(answer, ensure_ascii=True).encode("ascii") + b"\n"
+
+
+def _replace(directory: int, name: str, data: bytes, mode: int) -> None:
+    """Put `data` in place of `name` in the open `directory`, whatever the umask.
+
+    A link at that name is replaced, never followed: rename(2) does not, and O_EXCL refuses one at
+    the temporary name (open(2)).
+
+    Raises:
+        OSError: what was there before is still there.
+
+    """
+    temporary = f"{name}.{secrets.token_hex(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, mode, dir_fd=directory)
+    try:
+        with open(descriptor, "wb") as file:  # closing it tells what an NFS server refused
+            if os.fstat(descriptor).st_mode & 0o777 != mode:
+                os.fchmod(descriptor, mode)
+            file.write(data)
+        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _remove_leftovers(directory: int, name: str) -> None:
+    """Remove temporary files that a killed process left an hour ago or more."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return  # a directory may be for writing only; this is for tidiness alone
+    for each in names:
+        if not (each.startswith(f"{name}.") and each.endswith(".tmp")):
+            continue
+        try:
+            status = os.stat(each, dir_fd=directory, follow_symlinks=False)
+            if time.time() - status.st_mtime > _LEFTOVER_SECONDS:
+                os.unlink(each, dir_fd=directory)
+        except OSError:
+            continue  # just renamed or removed by its owner, or not ours to remove

@@ -14,7 +14,7 @@ import msgspec
 
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
-from mbcap_watch.telemetry.throttle import REMINDER, WINDOW, Repeats
+from mbcap_watch.telemetry.throttle import REMINDER, WINDOW, Throttle
 from mbcap_watch.telemetry.writer import LineWriter
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def configure(level: str, style: str, handler: logging.Handler | None = None) ->
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
-    Lines on applied snapshots are the record, and are never held back; all others are when they
+    Lines on applied snapshots are the record, and are never suppressed; all others are when they
     repeat (`throttle`).
 
     Args:
@@ -145,12 +145,12 @@ class ResultLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._trouble = Repeats(calm=None, remind_after=REMINDER)
+        self._trouble = Throttle(calm=None, remind_after=REMINDER)
 
     def __call__(self, result: PersistResult) -> None:
         """Log `result` if it is news."""
         now = self._clock()
-        _count_held_back(self._trouble, now)
+        _log_suppressed(self._trouble, now)
         data = {"data": result.to_dict()}
         trouble = _trouble(result)
         news = self._trouble.is_news(trouble, trouble[0] if trouble else "recovered", now)
@@ -171,13 +171,13 @@ class ResultLog:
 
     def end(self) -> None:
         """Say what is left to say of lines that were not logged."""
-        _count_held_back(self._trouble, math.inf)
+        _log_suppressed(self._trouble, math.inf)
 
 
-def _count_held_back(repeats: Repeats, now: float) -> None:
+def _log_suppressed(throttle: Throttle, now: float) -> None:
     """Say how many lines were not logged, so that nobody takes quiet for health."""
-    for kind, count in repeats.held_back(now).items():
-        data = {"kind": kind, "held_back": count, "seconds": WINDOW}
+    for kind, count in throttle.suppressed(now).items():
+        data = {"kind": kind, "suppressed": count, "seconds": WINDOW}
         minutes = WINDOW / 60
         logger.warning("%s: %d more in the last %d min", kind, count, minutes, extra={"data": data})
 
@@ -211,7 +211,7 @@ def summary(result: PersistResult) -> str:
 
 
 class StateLog:
-    """A hook for the way of watching: one line per change of state, none per look.
+    """A hook for the way of watching: one line per change of state, none per sync.
 
     Args:
         clock: seconds that never go back.
@@ -222,15 +222,15 @@ class StateLog:
         self._clock = clock
         start = WatchState()
         self._said_rearms = start.rearms
-        self._watching = Repeats((start.mode, start.why, start.rearms))
-        self._sweeps = Repeats(start.sweep_hits)
-        self._stuck = Repeats(calm=False, remind_after=REMINDER)
+        self._watching = Throttle((start.mode, start.why, start.rearms))
+        self._sweeps = Throttle(start.sweep_hits)
+        self._stuck = Throttle(calm=False, remind_after=REMINDER)
 
     def __call__(self, state: WatchState) -> None:
         """Log what is new in `state`."""
         now = self._clock()
-        for repeats in (self._watching, self._sweeps, self._stuck):
-            _count_held_back(repeats, now)
+        for throttle in (self._watching, self._sweeps, self._stuck):
+            _log_suppressed(throttle, now)
         if self._watching.is_news((state.mode, state.why, state.rearms), "watching", now):
             rearmed = state.rearms > self._said_rearms
             self._said_rearms = state.rearms
@@ -247,8 +247,8 @@ class StateLog:
 
     def end(self) -> None:
         """As that of the other log."""
-        for repeats in (self._watching, self._sweeps, self._stuck):
-            _count_held_back(repeats, math.inf)
+        for throttle in (self._watching, self._sweeps, self._stuck):
+            _log_suppressed(throttle, math.inf)
 
 
 def _data(state: WatchState) -> dict[str, object]:

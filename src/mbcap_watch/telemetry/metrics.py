@@ -1,8 +1,7 @@
 """`Metrics`: counts what the hooks are told, in bounded memory.
 
-Pure: nothing is read or written, and the time is told. Hooks are given no time, so `Metrics` asks
-a clock that it was given, a monotonic one: an age stays right when the clock of the machine is set,
-as it is on a Raspberry Pi some minutes after each start.
+Pure: nothing is read or written, and the clock is given. It is a monotonic one: an age stays right
+when the clock of the machine is set, as it is on a Raspberry Pi some minutes after each start.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ import msgspec
 from mbcap_watch.errors import printable
 from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
 from mbcap_watch.snapshot import timestamp
-from mbcap_watch.telemetry.series import Series, milliseconds
 from mbcap_watch.telemetry.stats import (
     CONTENDED_SECONDS,
-    PARTS_OF_SPREAD,
-    RECENT,
+    HISTORY,
+    PARTS_OF_SUMMARY,
     SLOW_HOLD_SECONDS,
+    HistoryEntry,
+    LastError,
     Lock,
-    Recent,
     Stats,
-    Trouble,
     seconds_of,
 )
+from mbcap_watch.telemetry.summary import Values, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
 
 # Characters of an error that are kept. It holds a path (4,096 at most) and a sentence.
 _ERROR_LENGTH: Final = 5_000
-
-# Times in `Stats.recent` are not made anew for a clock that wanders by less than this (seconds).
-_WANDERING: Final = 0.05
 
 
 class Metrics:
@@ -70,14 +66,13 @@ class Metrics:
         self._result: tuple[PersistResult, float] | None = None
         self._applied: tuple[Outcome, float] | None = None
         self._written_at: str | None = None
-        self._trouble: Trouble | None = None
+        self._last_error: LastError | None = None
         self._outcomes: Counter[Outcome] = Counter()
         self._reasons: Counter[Reason] = Counter()
         self._active = self._inactive = self._failed = 0
-        self._lags, self._waits, self._holds = Series(), Series(), Series()
+        self._lags, self._waits, self._holds = Values(), Values(), Values()
         self._contended = self._slow = 0
-        self._recent: deque[Recent] = deque(maxlen=RECENT)
-        self._told: tuple[tuple[Recent, ...], float] | None = None  # as of which offset
+        self._history: deque[HistoryEntry] = deque(maxlen=HISTORY)
 
     def on_result(self, result: PersistResult) -> None:
         """Count a result."""
@@ -95,28 +90,29 @@ class Metrics:
             self._applied = (result.outcome, now)
         if compared or result.written_at is not None or result.outcome == "no_snapshot":
             self._written_at = result.written_at
-        self._note_trouble(result, now)
-        self._note_recent(result, now)
+        self._note_error(result, now)
+        self._note_history(result, now)
 
-    def _note_recent(self, result: PersistResult, now: float) -> None:
-        entry = Recent(at=now, reason=result.reason, outcome=result.outcome, changed=result.changed)
-        if self._recent:
+    def _note_history(self, result: PersistResult, now: float) -> None:
+        entry = HistoryEntry(
+            at=now, reason=result.reason, outcome=result.outcome, changed=result.changed
+        )
+        if self._history:
             # A retry every five seconds would push out in minutes what people look for.
-            before = self._recent[-1]
+            before = self._history[-1]
             if msgspec.structs.replace(before, at=now, times=1) == entry and not entry.changed:
-                self._recent.pop()
+                self._history.pop()
                 entry = msgspec.structs.replace(entry, times=before.times + 1)
-        self._recent.append(entry)
-        self._told = None
+        self._history.append(entry)
 
-    def _note_trouble(self, result: PersistResult, now: float) -> None:
-        before = self._trouble
+    def _note_error(self, result: PersistResult, now: float) -> None:
+        before = self._last_error
         if result.error is None:
             if before is not None:
-                self._trouble = msgspec.structs.replace(before, persists=False)
+                self._last_error = msgspec.structs.replace(before, persists=False)
             return
         goes_on = before is not None and before.persists and before.outcome == result.outcome
-        self._trouble = Trouble(
+        self._last_error = LastError(
             outcome=result.outcome,
             error=result.error,
             since=before.since if goes_on and before is not None else now,
@@ -131,27 +127,28 @@ class Metrics:
         for name in _TIMES_OF_STATE:
             if getattr(state, name) != getattr(before, name):
                 self._changed_at[name] = self._clock()
-        if self._trouble is not None and self._trouble.outcome == "failed":
-            # The state comes after the result of the same look.
+        error = self._last_error
+        if error is not None and error.outcome == "failed" and error.persists:
+            # The state comes after the result of the same sync.
             unreadable = state.read_errors > before.read_errors
-            if unreadable and self._trouble.persists:
-                self._trouble = msgspec.structs.replace(self._trouble, unreadable=True)
+            self._last_error = msgspec.structs.replace(
+                error, unreadable=error.unreadable or unreadable
+            )
 
     def on_timings(self, timings: Timings) -> None:
-        """Count how long a look kept others and us waiting; its result was told before."""
+        """Count how long a sync kept others and us waiting; its result was told before."""
         self._waits.extend(timings.waits)
         self._holds.extend(timings.holds)
         self._contended += sum(wait > CONTENDED_SECONDS for wait in timings.waits)
         self._slow += sum(hold > SLOW_HOLD_SECONDS for hold in timings.holds)
         if timings.lag is not None:
             self._lags.extend([timings.lag])
-        if self._recent:
-            self._recent[-1] = msgspec.structs.replace(
-                self._recent[-1],
+        if self._history:
+            self._history[-1] = msgspec.structs.replace(
+                self._history[-1],
                 lag_ms=None if timings.lag is None else milliseconds(timings.lag),
                 hold_ms=milliseconds(max(timings.holds)) if timings.holds else None,
             )
-            self._told = None
 
     def snapshot(self, now: float) -> Stats:
         """Return all of it, as of `now` (seconds since the epoch)."""
@@ -160,16 +157,14 @@ class Metrics:
         def wall(moment: float) -> float:
             return round(moment + offset, 3)
 
-        result, applied, trouble = self._result, self._applied, self._trouble
+        result, applied, error = self._result, self._applied, self._last_error
         since: dict[str, Any] = {
             name: wall(at)
             for name, at in self._changed_at.items()
             if getattr(self._state, name) is not None
         }
-        if trouble is not None:
-            trouble = msgspec.structs.replace(
-                trouble, since=wall(trouble.since), at=wall(trouble.at)
-            )
+        if error is not None:
+            error = msgspec.structs.replace(error, since=wall(error.since), at=wall(error.at))
         settings, state = self._settings, self._state
         return Stats(
             version=self._version,
@@ -198,31 +193,25 @@ class Metrics:
             failed_rows=self._failed,
             last_result=result[0] if result else None,
             last_result_at=wall(result[1]) if result else None,
-            trouble=trouble,
-            lag_ms=self._lags.spread(),
+            last_error=error,
+            lag_ms=self._lags.summary(),
             mbcap_persist=self._lock(),
-            recent=self._recent_as_of(offset),
+            history=tuple(
+                msgspec.structs.replace(each, at=wall(each.at)) for each in self._history
+            ),
         )
 
-    def _recent_as_of(self, offset: float) -> tuple[Recent, ...]:
-        """Return `Stats.recent`; when nothing has come since, what was returned the last time."""
-        if self._told is None or abs(offset - self._told[1]) > _WANDERING:
-            entries = (
-                msgspec.structs.replace(entry, at=round(entry.at + offset, 3))
-                for entry in self._recent
-            )
-            self._told = tuple(entries), offset
-        return self._told[0]
-
     def _lock(self) -> Lock:
-        waits, holds = self._waits.spread(), self._holds.spread()
+        waits, holds = self._waits.summary(), self._holds.summary()
         return Lock(
             count=waits.count,
             contention_total=self._contended,
             slow_hold_total=self._slow,
             hold_count=holds.count,
-            **{f"wait_ms_{name}": getattr(waits, name) for name in PARTS_OF_SPREAD},
-            **{f"hold_ms_{name}": getattr(holds, name) for name in PARTS_OF_SPREAD},
+            wait_buckets=waits.buckets,
+            hold_buckets=holds.buckets,
+            **{f"wait_ms_{name}": getattr(waits, name) for name in PARTS_OF_SUMMARY},
+            **{f"hold_ms_{name}": getattr(holds, name) for name in PARTS_OF_SUMMARY},
         )
 
 

@@ -1,4 +1,4 @@
-"""What a bridge tells of itself, as frozen data: the stats file, `status`, the metrics."""
+"""The daemon's stats, as frozen data: what it answers when it is asked."""
 
 from __future__ import annotations
 
@@ -19,17 +19,36 @@ SLOW_HOLD_SECONDS: Final = 0.5
 # Percentiles are of so many of the latest values; 8 bytes each.
 WINDOW: Final = 1_000
 
+# Upper bounds of a histogram's buckets, in seconds; one more bucket holds what is above.
+BUCKETS: Final = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    60.0,
+)
+
 # Results kept for `top` and for a plot: of one snapshot a minute, four hours.
-RECENT: Final = 240
+HISTORY: Final = 240
 
-PARTS_OF_SPREAD: Final = ("total", "p50", "p95", "p99", "max")
+PARTS_OF_SUMMARY: Final = ("total", "p50", "p95", "p99", "max")
 
 
-class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """How values spread, in milliseconds.
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """A summary of durations, in milliseconds.
 
-    `count` and `total` are of all values since the start; the rest is of the last `WINDOW`, and
-    None without any. A percentile is the smallest value that so many per cent do not exceed.
+    `count`, `total` and `buckets` are of all values since the start; the rest is of the last
+    `WINDOW`, and None without any. A percentile is the smallest value that so many per cent do not
+    exceed. `buckets` counts the values up to each bound of `BUCKETS` and above the one before.
     """
 
     count: int = 0
@@ -38,6 +57,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     p95: float | None = None
     p99: float | None = None
     max: float | None = None
+    buckets: tuple[int, ...] = ()
 
 
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +68,7 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
         contention_total: of these, how often for longer than `CONTENDED_SECONDS`.
         slow_hold_total: how often it was held for longer than `SLOW_HOLD_SECONDS`.
         wait_ms_total: all waits together; `hold_ms_total` likewise. Milliseconds, as is the rest.
-        wait_ms_p50: and so on: see `Spread`.
+        wait_ms_p50: and so on: see `Summary`.
 
     """
 
@@ -66,24 +86,26 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
     hold_ms_p95: float | None
     hold_ms_p99: float | None
     hold_ms_max: float | None
+    wait_buckets: tuple[int, ...] = ()
+    hold_buckets: tuple[int, ...] = ()
 
     @property
-    def waits(self) -> Spread:
+    def waits(self) -> Summary:
         """The waits by themselves."""
-        return self._spread("wait", self.count)
+        return self._summary("wait", self.count)
 
     @property
-    def holds(self) -> Spread:
+    def holds(self) -> Summary:
         """The holds by themselves."""
-        return self._spread("hold", self.hold_count)
+        return self._summary("hold", self.hold_count)
 
-    def _spread(self, what: str, count: int) -> Spread:
-        fields = {name: getattr(self, f"{what}_ms_{name}") for name in PARTS_OF_SPREAD}
-        return Spread(count=count, **fields)
+    def _summary(self, what: str, count: int) -> Summary:
+        fields = {name: getattr(self, f"{what}_ms_{name}") for name in PARTS_OF_SUMMARY}
+        return Summary(count=count, buckets=getattr(self, f"{what}_buckets"), **fields)
 
 
-class Recent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A result that was told, or several alike in a row that changed nothing.
+class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A result, or several alike in a row that changed nothing.
 
     Attributes:
         at: when; of several, the last. Seconds since the epoch.
@@ -103,15 +125,15 @@ class Recent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     times: int = 1
 
 
-class Trouble(msgspec.Struct, frozen=True, kw_only=True):
-    """The latest kind of trouble.
+class LastError(msgspec.Struct, frozen=True, kw_only=True):
+    """The error of the latest sync that had one.
 
     Attributes:
-        outcome: of the looks that met it.
-        error: what went wrong, for people; of the latest such look.
-        since: when it was first met, with no other outcome in between. Seconds since the epoch.
-        at: when it was last met.
-        persists: whether no look has gone well since.
+        outcome: of that sync.
+        error: what went wrong, for people.
+        since: since when syncs have had this outcome, one after the other. Seconds since the epoch.
+        at: when that sync ended.
+        persists: whether no sync has gone well since.
         cause: as in the result.
         unreadable: whether it was the snapshot that the operating system refused to read.
 
@@ -130,17 +152,21 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that `status` shows. Times are seconds since the epoch, intervals seconds.
 
     Attributes:
-        sampled_at: when this was true; in JSON `sampledAt`, RFC 3339, as CoreScope writes it.
-        last_apply: when a look last compared the database, and so left it as the snapshot says.
+        pid: of the process; for a client, as the kernel tells it.
+        uid: whose process it is, as the kernel tells a client; else None.
+        sampled_at: when this was made; in JSON `sampledAt`, RFC 3339, as CoreScope writes it.
+        last_apply: when a sync last compared the database, and so left it as the snapshot says.
         snapshot_written_at: `writtenAt` of the snapshot that was read last; `snapshot_time` the
             same in seconds. None if there is none, or if it has none but Go's zero time.
         failed_rows: rows refused, counted at every try.
-        recent: the last `RECENT` results, the oldest first.
+        last_error: None if no sync has had an error.
+        history: the last `HISTORY` results, the oldest first.
 
     """
 
     version: str
     pid: int
+    uid: int | None = None
     sampled_at: datetime = msgspec.field(name="sampledAt")
     started_at: float
     database: str
@@ -160,10 +186,10 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     failed_rows: int
     last_result: PersistResult | None
     last_result_at: float | None
-    trouble: Trouble | None
-    lag_ms: Spread
+    last_error: LastError | None
+    lag_ms: Summary
     mbcap_persist: Lock
-    recent: tuple[Recent, ...]
+    history: tuple[HistoryEntry, ...]
 
     @property
     def sampled(self) -> float:

@@ -3,13 +3,13 @@
 Datagrams to `$NOTIFY_SOCKET`, without a library. Nothing is sent where there is none. STATUS= has a
 datagram of its own and is short: what cannot be sent of it may not hold up a sign of life.
 
-The watchdog is fed by looks that came to their end, and during a long one by each few thousand rows
-read or written, never by a timer: a bridge whose event loop hangs, or whose looks stop, is
-restarted by systemd after WatchdogSec=. A first look that takes long puts off TimeoutStartSec=.
+The watchdog is fed by syncs that came to their end, and during a long one by each few thousand rows
+read or written, never by a timer: a bridge whose event loop hangs, or whose syncs stop, is
+restarted by systemd after WatchdogSec=. A first sync that takes long puts off TimeoutStartSec=.
 
 A filesystem that does not answer is another matter: the bridge itself says so
 (`WatchState.stuck_since`), its event loop lives, and it goes on by itself when the mount does. A
-restart helps nobody then: the new process hangs in its first look as well, again and again, and
+restart helps nobody then: the new process hangs in its first sync as well, again and again, and
 where the kernel cannot end the old one (a frozen or dying disk) each leaves another behind
 (measured). So the timeouts are put off, and STATUS= says what is the matter (`systemctl status`),
 as does the log.
@@ -51,14 +51,14 @@ class Notifier:
 
     Args:
         environ: where `NOTIFY_SOCKET`, `WATCHDOG_USEC` and `WATCHDOG_PID` are looked up.
-        settings: `sweep_interval` is how far apart looks may be.
+        settings: `sweep_interval` is how far apart syncs may be.
 
     """
 
     def __init__(self, environ: Mapping[str, str], settings: Settings) -> None:
         self._address = _address(environ.get("NOTIFY_SOCKET", ""))
         self._given = _watchdog_seconds(environ) if self._address else 0.0
-        # Fed at half of it at most; within the other half a look must end. That takes the wait
+        # Fed at half of it at most; within the other half a sync must end. That takes the wait
         # for the next sweep, and two calls (the watch, the files) that are not stuck yet.
         least = 2 * (settings.sweep_interval + 2 * STUCK_SECONDS)
         self._patience = max(self._given, least) if self._given else 0.0
@@ -77,7 +77,7 @@ class Notifier:
         self._outcome = printable(f"{result.outcome}{error}", _OUTCOME_LENGTH) + "; "
 
     def on_state(self, state: WatchState) -> None:
-        """Tell what is new: a look is over, or gets on; a filesystem hangs."""
+        """Tell what is new: a sync is over, or gets on; a filesystem hangs."""
         if not self._address:
             return
         messages = []
@@ -111,7 +111,7 @@ class Notifier:
         return [_watchdog(self._patience)] if self._patience and self._ready else []
 
     def _feed(self, state: WatchState) -> list[str]:
-        """Return what a look that has ended, or gets on, is worth.
+        """Return what a sync that has ended, or gets on, is worth.
 
         The watchdog is fed only if it has not been for half its time, and not before READY=1,
         which would set it off early.

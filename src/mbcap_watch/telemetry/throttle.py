@@ -22,14 +22,14 @@ REMINDER: Final = 3600.0
 class _Window:
     since: float
     passed: int = 0
-    held_back: int = 0
+    suppressed: int = 0
 
 
-class Repeats:
+class Throttle:
     """Follows one state, and decides when it is said. All times are seconds of any one clock.
 
-    What counts is the difference between the state and what was said last. So a change that was
-    held back is said once that is allowed again, unless the state has changed back by then.
+    What counts is the difference between the state and what was logged last. So a change that was
+    suppressed is logged once that is allowed again, unless the state has changed back by then.
 
     Args:
         calm: the state that need not be said as long as nothing else was.
@@ -51,17 +51,17 @@ class Repeats:
             return False
         window = self._windows.setdefault(kind, _Window(now))
         if window.passed == MOST:
-            window.held_back += changed
+            window.suppressed += changed
             return False
         window.passed += 1
         self._said, self._said_at = state, now
         return True
 
-    def held_back(self, now: float) -> dict[str, int]:
-        """Return how many changes were held back in the windows that are over, by kind.
+    def suppressed(self, now: float) -> dict[str, int]:
+        """Return how many changes were suppressed in the windows that are over, by kind.
 
         To be asked before `is_news`, which goes on with the windows that are not over.
         """
         over = [kind for kind, window in self._windows.items() if now - window.since >= WINDOW]
-        counts = {kind: self._windows.pop(kind).held_back for kind in over}
+        counts = {kind: self._windows.pop(kind).suppressed for kind in over}
         return {kind: count for kind, count in counts.items() if count}
