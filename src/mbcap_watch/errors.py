@@ -169,7 +169,7 @@ class SnapshotRefused(SnapshotError):
     It is not a regular file, larger than allowed, or behind a link of another user (`links`).
     """
 
-    hint = "it is not read; it is looked at again when it is replaced"
+    hint = "it is not decoded; it is tried again when it is replaced"
 
 
 class SnapshotUnreadable(SnapshotError):

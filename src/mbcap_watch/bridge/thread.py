@@ -256,6 +256,6 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
         await checkpoint_if_cancelled()  # by a scope, which the shield has kept away
     except asyncio.CancelledError:
         if task.done() and not task.cancelled():
-            task.exception()  # looked at; the caller is leaving and has no use for it
+            task.exception()  # retrieved, so that asyncio does not log it; the caller is leaving
         raise
     return task.result()

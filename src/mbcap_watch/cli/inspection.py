@@ -1,4 +1,4 @@
-"""The commands that only look: how it is configured, how it goes, what is wrong."""
+"""The commands that only read: the configuration, how a daemon does, what is wrong."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def check(context: typer.Context, **_: Any) -> None:
 def show_top(context: typer.Context, **_: Any) -> None:
     """Show live how the running bridge is.
 
-    q or Ctrl-C quits. When nothing runs, it says so and looks on. Without a terminal on standard
-    input and output, it prints what there is once.
+    q or Ctrl-C quits. When nothing runs, it says so and goes on asking. Without a terminal on
+    standard input and output, it prints what there is once.
     """
     from mbcap_watch.cli import top  # noqa: PLC0415 - rich, as above
 

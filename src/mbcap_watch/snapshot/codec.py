@@ -61,7 +61,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 class _Document(msgspec.Struct, rename={"written_at": "writtenAt"}):
     """`snapshot.json` as it may be read: anything may be missing or null.
 
-    The entries are not looked into, and take no memory.
+    The entries are not decoded, and take no memory.
     """
 
     written_at: str | None = None
@@ -180,7 +180,7 @@ def swells(entries: int, size: int) -> bool:
 
 
 def _require_utf8(data: bytes, source: str) -> None:
-    """Raise SnapshotMalformed; msgspec does not look into strings that it skips.
+    """Raise SnapshotMalformed; msgspec does not check strings that it skips.
 
     In pieces, because as one text a single emoji would make it four times as large.
     """
