@@ -452,18 +452,19 @@ def shared() -> Iterator[Path]:
         yield database
 
 
-# Becomes the other user when all is imported: the interpreter may be out of that user's reach.
+# Becomes the other user when all is loaded: the interpreter may be out of that user's reach.
 CHECK = """if True:
     import anyio._backends._asyncio, encodings.ascii, json, msgspec, os, sys
     from mbcap_watch import Settings
-    from mbcap_watch.doctor import check
+    from mbcap_watch.doctor import check, findings
+    findings.catalogue()
     uid = int(sys.argv[2])
     if uid:
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)
-    findings = anyio.run(check.examine, Settings(sys.argv[1]), os.environ)
-    print(json.dumps(msgspec.to_builtins(findings)))
+    found = anyio.run(check.examine, Settings(sys.argv[1]), os.environ)
+    print(json.dumps(msgspec.to_builtins(found)))
 """
 
 
