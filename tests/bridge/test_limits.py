@@ -29,12 +29,14 @@ VALUE = ("nodes", "aa11", 2, "")
 # All is loaded before, because the interpreter may be out of that user's reach.
 UNPRIVILEGED = 100_000 + os.getpid() % 10_000
 PREPARE = f"""
-import asyncio, encodings.ascii, os, resource, signal, sys, threading
+import asyncio, contextlib, encodings.ascii, io, os, resource, signal, sys, threading
 from functools import partial
 from mbcap_watch import Settings, persist_once, run, snapshot_path, watch
 from mbcap_watch.cli import app as cli
 from mbcap_watch import apply_snapshot, read_snapshot
 import aiosqlite, anyio._backends._asyncio
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    cli.app(["run", "--help"])  # what the command line loads when it needs it
 HARD = resource.getrlimit(resource.RLIMIT_NPROC)[1]
 if os.geteuid() == 0:
     os.setgroups([])
@@ -200,7 +202,7 @@ def test_the_daemon_says_so_and_goes_on(reachable: Path) -> None:
             line = process.stdout.readline()
             if "there is no limit" in line:
                 pytest.skip("this system does not keep RLIMIT_NPROC")
-            assert '"failed"' in line
+            assert '"failed"' in line, process.stderr.read()
             while "no thread can be started" not in process.stderr.readline():
                 assert process.poll() is None
             process.send_signal(signal.SIGUSR1)
