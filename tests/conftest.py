@@ -22,6 +22,7 @@ from support import (
     open_descriptors,
     put,
     thread_names,
+    threads_beside,
     wait_until,
 )
 
@@ -125,7 +126,7 @@ def no_leaks() -> Iterator[None]:
     """No thread and no descriptor is gained, whatever the test did."""
     threads, descriptors = at_rest(), open_descriptors()
     yield
-    wait_until(lambda: thread_names() == threads, f"an end of all threads but {threads}")
+    wait_until(lambda: not threads_beside(threads), f"an end of all threads but {threads}")
     wait_until(
         lambda: len(open_descriptors()) <= len(descriptors),
         f"closing of {set(open_descriptors().items()) - set(descriptors.items())}",

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +190,11 @@ def has_open(database: Path, pid: int | str = "self") -> bool:
 def thread_names() -> list[str]:
     names = (thread.name for thread in threading.enumerate())
     return sorted(name for name in names if not name.startswith("Trio thread"))  # kept for 10 s
+
+
+def threads_beside(known: list[str]) -> Counter[str]:
+    """Return the threads that are more than those that are known."""
+    return Counter(thread_names()) - Counter(known)
 
 
 def at_rest() -> list[str]:

@@ -34,7 +34,7 @@ from support import (
     put,
     read_line,
     read_rows,
-    thread_names,
+    threads_beside,
     wait_until,
 )
 
@@ -127,7 +127,7 @@ def strike(
 
 def check(database: Path, threads: list[str], descriptors: int) -> None:
     """Nothing is left behind, and what was written is right."""
-    wait_until(lambda: thread_names() == threads, f"an end of all threads but {threads}")
+    wait_until(lambda: not threads_beside(threads), f"an end of all threads but {threads}")
     wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
     with connect(database, timeout=0) as connection:
         connection.execute("BEGIN IMMEDIATE")

@@ -40,7 +40,7 @@ from support import (
     put,
     quiet,
     read_rows,
-    thread_names,
+    threads_beside,
     until,
 )
 
@@ -219,7 +219,7 @@ async def test_ten_bridges_start_and_stop_again_and_again(tmp_path: Path) -> Non
                     ("nodes", "aa11", 2, str(t)) in read_rows(path) for path in databases
                 )
             )
-        await until(lambda: thread_names() == threads)
+        await until(lambda: not threads_beside(threads))
         await until(lambda: len(open_descriptors()) <= descriptors)
 
 

@@ -28,7 +28,7 @@ from support import (
     open_descriptors,
     put,
     read_rows,
-    thread_names,
+    threads_beside,
     until,
     wait_until,
 )
@@ -166,5 +166,5 @@ def test_no_sequence_of_mishaps_hides_the_next_snapshot(
     threads, descriptors = at_rest(), len(open_descriptors())
     with tempfile.TemporaryDirectory() as base, contextlib.chdir("/"):
         anyio.run(go, Path(base))
-    wait_until(lambda: thread_names() == threads, "an end of all threads")
+    wait_until(lambda: not threads_beside(threads), "an end of all threads")
     wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
