@@ -8,7 +8,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, load
+from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, Stamp, load
 from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
 from mbcap_watch.results import PersistResult, Reason, Timings
@@ -85,6 +85,7 @@ class Syncer:
         self._on_progress = on_progress
         self._unforeseen = Unforeseen()
         self._seen: Fingerprint | None = None
+        self._file_stamp: Stamp = None
         self._error: SnapshotError | DatabaseError | None = None
         self._busy: _Attempt | None = None
         self._owes_checkpoint = False
@@ -100,6 +101,7 @@ class Syncer:
         *,
         first: Callable[[], None] = lambda: None,
         only_if_changed: bool = False,
+        trust_stat: bool = False,
     ) -> SyncReport:
         """Sync once.
 
@@ -110,18 +112,22 @@ class Syncer:
             reason: for the sync.
             first: what to do before.
             only_if_changed: whether to do nothing if the files are those of the sync before.
+            trust_stat: whether `stat` is enough to tell that they are.
 
         """
         tally = Tally(owes_checkpoint=self._owes_checkpoint)
         attempt = self._busy or _Attempt(tally, time.perf_counter())
         self._alive()
         before = self._seen
-        loaded = self._load(before if only_if_changed else None, first)
+        stamp = self._file_stamp if trust_stat else None
+        loaded = self._load(before if only_if_changed else None, first, stamp)
         if only_if_changed and loaded.fingerprint == before:
+            self._file_stamp = loaded.stamp
             if reason != "sweep" or not self._was_overwritten():
                 return SyncReport(result=None, error=self._error)
             loaded = self._load()
-        now = self._seen = loaded.fingerprint
+        now, self._file_stamp = loaded.fingerprint, loaded.stamp
+        self._seen = now
         is_new = before is None or before.snapshot != now.snapshot
         self._behind |= is_new
         error: SnapshotError | DatabaseError | None = loaded.error
@@ -157,11 +163,14 @@ class Syncer:
         return _describe("once", loaded, attempt, error), changes
 
     def _load(
-        self, known: Fingerprint | None = None, first: Callable[[], None] = lambda: None
+        self,
+        known: Fingerprint | None = None,
+        first: Callable[[], None] = lambda: None,
+        stamp: Stamp = None,
     ) -> LoadedSnapshot:
         try:
             first()
-            return load(self._settings, known, self._alive)
+            return load(self._settings, known, self._alive, stamp)
         except Exception as exc:  # noqa: BLE001 - see `_failed`
             error = self._unforeseen.in_snapshot(self._settings.snapshot_dir, exc)
         return LoadedSnapshot(Fingerprint(hash((type(error), str(error))), None), error=error)
