@@ -24,6 +24,7 @@ from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.ask import ask
 from mbcap_watch.watcher import inotify
 from mbcap_watch.watcher.inotify import InotifyWatch
+from mbcap_watch.watcher.supervisor import Watch
 from processes import daemon
 from support import (
     DEADLINE,
@@ -214,6 +215,41 @@ def test_a_poll_costs_a_few_calls_whatever_lies_in_the_directory(database: Path)
     calls = [line for line in look.splitlines()[1:] if "(" in line]
     on_the_way = 2 * len(database.parts)  # each directory is opened and closed: see `links`
     assert 5 <= len(calls) - on_the_way <= 25, look
+
+
+def test_a_file_whose_stamp_is_known_is_not_read(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, path = Settings(database), snapshot_path(database)
+    put(entry("aa"), path)
+    young = loading.load(settings)
+    assert young.stamp is None  # another one may come within the same tick of the clock
+    wait_until(lambda: loading.load(settings).stamp is not None)
+    first = loading.load(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "read_file", None)
+        assert (
+            loading.load(settings, first.fingerprint, stamp=first.stamp).fingerprint
+            == first.fingerprint
+        )
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"aa", b"bb", 1))  # of the same length, in place
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (
+        loading.load(settings, first.fingerprint, stamp=first.stamp).fingerprint
+        != first.fingerprint
+    )
+
+
+def test_a_sweep_relies_on_stat_where_inotify_does_and_nowhere_else(database: Path) -> None:
+    relied = []
+    for mode in ("auto", "poll"):
+        watch = Watch(Settings(database, mode=mode), lambda: None)
+        watch.refresh()
+        relied.append(watch.is_local)
+        watch.close()
+        assert not watch.is_local
+    assert relied == [True, False]
 
 
 # ------------------------------------------------------------------------------ healing

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from mbcap_watch.errors import SnapshotError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mbcap_watch.settings import Settings
+
+
+# What `stat` says of a file. One that is replaced twice within a tick of the kernel's clock may
+# keep its stamp, so that of a file which was changed a moment ago is None.
+Stamp: TypeAlias = "tuple[int, ...] | None"
+_STAMP_SECONDS: Final = 1.0
 
 
 class Fingerprint(NamedTuple):
@@ -42,6 +49,7 @@ class LoadedSnapshot(NamedTuple):
         error: why there is no desired state.
         changed_at: when the file was put in place, in seconds since the epoch.
         size: of the file, in bytes; 0 if there is no desired state.
+        stamp: of the file, taken before it was read.
 
     """
 
@@ -51,12 +59,14 @@ class LoadedSnapshot(NamedTuple):
     error: SnapshotError | None = None
     changed_at: float | None = None
     size: int = 0
+    stamp: Stamp = None
 
 
 def load(
     settings: Settings,
     known: Fingerprint | None = None,
     alive: Callable[[], None] = lambda: None,
+    stamp: Stamp = None,
 ) -> LoadedSnapshot:
     """Read the snapshot and see what it wants. Blocks.
 
@@ -64,30 +74,38 @@ def load(
         settings: which files, and how large the snapshot may be.
         known: if the files still have this fingerprint, the snapshot is not parsed.
         alive: called after each step; a million entries take a small machine many seconds.
+        stamp: a known file that still has it is not read; None where `stat` is not to be relied on.
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
-    database = _identity(settings.database)
+    database, now = _identity(settings.database), _stamp(path)
+    if known is not None and stamp is not None and now == stamp:
+        return LoadedSnapshot(known._replace(database=database), stamp=now)
     try:
         data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:
         return LoadedSnapshot(Fingerprint(hash((type(exc), str(exc))), database), error=exc)
     fingerprint = Fingerprint(hash(data), database)
     if fingerprint == known:
-        return LoadedSnapshot(fingerprint)
+        return LoadedSnapshot(fingerprint, stamp=now)
     alive()
     try:
         snapshot = parse(data, source=str(path))
     except SnapshotError as exc:
         # Kept until the next sync: it may not keep the frames, and with them the whole document.
         exc.__cause__ = exc.__context__ = None
-        return LoadedSnapshot(fingerprint, error=exc.with_traceback(None))
+        return LoadedSnapshot(fingerprint, error=exc.with_traceback(None), stamp=now)
     size = len(data)
     del data
     alive()
     desired = plan.desired_state(snapshot.entries)
     alive()
-    return LoadedSnapshot(fingerprint, desired, snapshot.written_at, None, changed_at, size)
+    return LoadedSnapshot(fingerprint, desired, snapshot.written_at, None, changed_at, size, now)
+
+
+def _stamp(path: Path) -> Stamp:
+    stamp = _stamp_of(path)
+    return stamp if stamp and time.time() - stamp[-1] / 1e9 >= _STAMP_SECONDS else None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -104,9 +122,10 @@ def database_stamp(database: Path) -> tuple[object, ...]:
     return tuple(_stamp_of(path) for path in (real, f"{real}-wal"))
 
 
-def _stamp_of(path: str) -> tuple[int, ...] | None:
+def _stamp_of(path: str | Path) -> tuple[int, ...] | None:
     try:
         status = os.stat(path)
     except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return None  # opening it tells why
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times

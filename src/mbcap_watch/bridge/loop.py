@@ -113,6 +113,7 @@ class Bridge:
             reason,
             first=watch.refresh if refresh else lambda: None,
             only_if_changed=only_if_changed,
+            trust_stat=reason == "sweep" and watch.is_local,
         )
         self._error = report.error
         watch.update(

@@ -7,7 +7,13 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, database_stamp, load
+from mbcap_watch.bridge.loading import (
+    Fingerprint,
+    LoadedSnapshot,
+    Stamp,
+    database_stamp,
+    load,
+)
 from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
 from mbcap_watch.results import PersistResult, Reason, Timings
@@ -29,8 +35,7 @@ OnProgress: TypeAlias = "Callable[[int, int], object]"
 # is new in the next one: without, a rename of 2,400 entries takes half as long again to be seen.
 KEPT_BYTES: Final = 2 << 20
 
-# If more than one entry in so many is new, looking them up first saves nothing.
-DELTA_SHARE: Final = 4
+DELTA_SHARE: Final = 4  # if more than one entry in so many is new, delta first saves nothing
 
 # Keys that are looked up where the database's files changed, to see whether it was overwritten by
 # a backup in place. A full comparison each time would cost what the resync does.
@@ -83,13 +88,13 @@ class Syncer:
         self._on_progress = on_progress
         self._unforeseen = Unforeseen()
         self._seen: Fingerprint | None = None
+        self._file_stamp: Stamp = None
         self._error: SnapshotError | DatabaseError | None = None
         self._busy: _Attempt | None = None
         self._owes_checkpoint = False
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._applied: dict[str, plan.Value] | None = None
-        # What the last comparison left: some of the rows, and the files.
-        self._sample: dict[str, plan.Value] = {}
+        self._sample: dict[str, plan.Value] = {}  # of what the last comparison left
         self._stamp: tuple[object, ...] = ()
 
     async def sync(
@@ -98,6 +103,7 @@ class Syncer:
         *,
         first: Callable[[], None] = lambda: None,
         only_if_changed: bool = False,
+        trust_stat: bool = False,
     ) -> SyncReport:
         """Sync once.
 
@@ -108,22 +114,26 @@ class Syncer:
             reason: for the sync.
             first: what to do before.
             only_if_changed: whether to do nothing if the files are those of the sync before.
+            trust_stat: whether `stat` is enough to tell that they are.
 
         """
-        tally = Tally(owes_checkpoint=self._owes_checkpoint)
-        attempt = self._busy or _Attempt(tally, time.perf_counter())
+        owed = Tally(owes_checkpoint=self._owes_checkpoint)
+        attempt = self._busy or _Attempt(owed, time.perf_counter())
         self._alive()
         before = self._seen
-        loaded = self._load(before if only_if_changed else None, first)
+        known, stamp = before if only_if_changed else None, self._file_stamp
+        loaded = self._load(known, first, stamp if trust_stat else None)
         if only_if_changed and loaded.fingerprint == before:
+            self._file_stamp = loaded.stamp
             if reason != "sweep" or not self._was_overwritten():
                 return SyncReport(result=None, error=self._error)
             loaded = self._load()
         now = self._seen = loaded.fingerprint
+        self._file_stamp = loaded.stamp
         is_new = before is None or before.snapshot != now.snapshot
         self._behind |= is_new
         error: SnapshotError | DatabaseError | None = loaded.error
-        timings = None
+        timings: Timings | None = None
         if loaded.desired is not None:
             error = await self._apply(loaded.desired.values, attempt.tally)
             if error is None:
@@ -147,8 +157,7 @@ class Syncer:
 
     def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a sync would report and the changes it would make; make none. Blocks."""
-        attempt = _Attempt(Tally(), time.perf_counter())
-        loaded = self._load()
+        attempt, loaded = _Attempt(Tally(), time.perf_counter()), self._load()
         error: SnapshotError | DatabaseError | None = loaded.error
         changes: list[tuple[str, plan.Change]] = []
         if loaded.desired is not None:
@@ -159,11 +168,14 @@ class Syncer:
         return _describe("once", loaded, attempt, error), changes
 
     def _load(
-        self, known: Fingerprint | None = None, first: Callable[[], None] = lambda: None
+        self,
+        known: Fingerprint | None = None,
+        first: Callable[[], None] = lambda: None,
+        stamp: Stamp = None,
     ) -> LoadedSnapshot:
         try:
             first()
-            return load(self._settings, known, self._alive)
+            return load(self._settings, known, self._alive, stamp)
         except Exception as exc:  # noqa: BLE001 - see `_failed`
             error = self._unforeseen.in_snapshot(self._settings.snapshot_dir, exc)
         return LoadedSnapshot(Fingerprint(hash((type(error), str(error))), None), error=error)

@@ -252,7 +252,7 @@ def write_snapshot(
     path = directory / SNAPSHOT_NAME
     temporary = directory / f"{SNAPSHOT_NAME}.{secrets.token_hex(8)}.tmp"
     try:
-        _remove_leftovers(directory)
+        remove_leftovers(directory, SNAPSHOT_NAME)
         try:
             _write_and_sync(temporary, data)
             os.replace(temporary, path)
@@ -284,11 +284,11 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(directory: Path) -> None:
-    """Remove temporary files that a killed publisher left an hour ago or more."""
-    for path in directory.glob(f"{SNAPSHOT_NAME}.*.tmp"):
+def remove_leftovers(directory: Path, name: str) -> None:
+    """Remove temporary files for `name` that a killed process left an hour ago or more."""
+    for path in directory.glob(f"{name}.*.tmp"):
         try:
-            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+            if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
                 path.unlink()
         except OSError:
             continue  # just renamed or removed by its owner, or not ours to remove

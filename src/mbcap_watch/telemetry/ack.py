@@ -18,11 +18,11 @@ import logging
 import os
 import secrets
 import threading
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.errors import printable
-from mbcap_watch.snapshot import links, timestamp
+from mbcap_watch.snapshot import files, links, timestamp
 
 if TYPE_CHECKING:
     from typing import Self
@@ -34,9 +34,6 @@ logger = logging.getLogger("mbcap_watch")
 
 RESULT_NAME: Final = "result.json"
 _MODE: Final = 0o644  # the publisher reads it
-
-# A temporary file is there for milliseconds, on a disk that hangs for as long as that lasts.
-_LEFTOVER_SECONDS: Final = 3600.0
 
 # For how long an end waits for the last answer to be written.
 _END_SECONDS: Final = 1.0
@@ -125,7 +122,7 @@ class Ack:
         # By descriptor: the directory cannot be exchanged between the two steps.
         with links.opened(os.fspath(self.path.parent)) as directory:
             if not self._tidied:
-                _remove_leftovers(directory, RESULT_NAME)
+                files.remove_leftovers(Path(f"/proc/self/fd/{directory}"), RESULT_NAME)
                 self._tidied = True
             _replace(directory, RESULT_NAME, data, _MODE)
 
@@ -179,20 +176,3 @@ def _replace(directory: int, name: str, data: bytes, mode: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)
         raise
-
-
-def _remove_leftovers(directory: int, name: str) -> None:
-    """Remove temporary files that a killed process left an hour ago or more."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return  # a directory may be for writing only; this is for tidiness alone
-    for each in names:
-        if not (each.startswith(f"{name}.") and each.endswith(".tmp")):
-            continue
-        try:
-            status = os.stat(each, dir_fd=directory, follow_symlinks=False)
-            if time.time() - status.st_mtime > _LEFTOVER_SECONDS:
-                os.unlink(each, dir_fd=directory)
-        except OSError:
-            continue  # just renamed or removed by its owner, or not ours to remove
