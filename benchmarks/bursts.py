@@ -1,6 +1,6 @@
 """1,000 renames within a second, and 10,000 as fast as another process can.
 
-How often `mbcap-watch run` looks, and how long after the last rename a third connection sees the
+How often `mbcap-watch run` syncs, and how long after the last rename a third connection sees the
 last state, which comes at no other time. 2,400 entries, 24 of them changing.
 """
 
@@ -23,7 +23,7 @@ _BURSTS: Final = ((1_000, 1.0, 15), (10_000, 0.0, 50))
 def run(root: Path, *, quick: bool) -> Report:
     """Measure both bursts, in turns."""
     site = Site(root, "site", 2_400, 24)
-    looks: dict[int, list[int]] = {count: [] for count, _, _ in _BURSTS}
+    syncs: dict[int, list[int]] = {count: [] for count, _, _ in _BURSTS}
     lasts: dict[int, list[float]] = {count: [] for count, _, _ in _BURSTS}
     took: dict[int, list[float]] = {count: [] for count, _, _ in _BURSTS}
     witness = Witness(site)
@@ -38,7 +38,7 @@ def run(root: Path, *, quick: bool) -> Report:
                 first, last = publisher.ask({**request, "count": count, "seconds": seconds})
                 seen = witness.wait(LAST)
                 time.sleep(1.0)
-                looks[count].append(len(process.lines) - before)
+                syncs[count].append(len(process.lines) - before)
                 lasts[count].append((seen - last) / 1e9)
                 took[count].append((last - first) / 1e9)
     rows = []
@@ -46,9 +46,9 @@ def run(root: Path, *, quick: bool) -> Report:
         what = f"{count:,} renames in {statistics.median(took[count]):.2f} s"
         rows += [
             Row(
-                what=f"{what}: looks",
-                ours=f"{statistics.median(looks[count]):g} (at most {max(looks[count])})",
-                **at_most(max(looks[count]), limit, digits=0, unit=""),
+                what=f"{what}: syncs",
+                ours=f"{statistics.median(syncs[count]):g} (at most {max(syncs[count])})",
+                **at_most(max(syncs[count]), limit, digits=0, unit=""),
             ),
             Row(
                 what=f"{what}: last rename → last state visible",
@@ -56,4 +56,4 @@ def run(root: Path, *, quick: bool) -> Report:
                 **at_most(max(lasts[count]), 0.3, digits=3, unit=" s"),
             ),
         ]
-    return Report(rows, {"looks": looks, "last": lasts, "took": took})
+    return Report(rows, {"syncs": syncs, "last": lasts, "took": took})

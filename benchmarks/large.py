@@ -1,6 +1,6 @@
 """1,000,000 entries against our own 100,000: time, and peak memory growth against the file's size.
 
-Each look is a `persist_once` in a fresh process (`once.py`); growth is VmHWM after the look less
+Each sync is a `persist_once` in a fresh process (`once.py`); growth is VmHWM after the sync less
 VmHWM before it, with all modules loaded. The sizes take turns; all rows changed, and none.
 """
 

@@ -106,7 +106,7 @@ def _rows(samples: dict[str, list[float]]) -> list[Row]:
             reference=f"bare loop: {percentile(floor, percent) * 1000:.2f} ms",
             **at_most(percentile(mine, percent) / percentile(floor, percent), limit),
         )
-        for percent, limit in ((50, 1.5), (99, 3.0))
+        for percent, limit in ((50, 1.25), (99, 3.0))
     ]
     for name in ("watchfiles", "shell"):
         if name in samples:

@@ -52,7 +52,7 @@ def run(root: Path, *, quick: bool) -> Report:
         reference=f"alone: {percentile(alone, 99) * 1000:.2f} ms (longest"
         f" {max(alone) * 1000:.1f}); beside executemany: longest"
         f" {max(beside['theirs']) * 1000:.0f} ms",
-        **at_most(p99["ours"], 20, unit=" ms"),
+        **at_most(p99["ours"], 5, unit=" ms"),
     )
     return Report([row], {"alone": alone, **beside})
 

@@ -37,7 +37,7 @@ def run(root: Path, *, quick: bool) -> Report:
             theirs.append(time.monotonic() - started)
     more = statistics.median(mine) - statistics.median(theirs)
     row = Row(
-        what="start until armed and looked, 2,400 nodes",
+        what="start until armed and synced, 2,400 nodes",
         ours=spread(mine),
         reference=f"import sqlite3, asyncio: {spread(theirs)}",
         **at_most(more, 0.5, digits=3, unit=" s more"),
