@@ -246,9 +246,9 @@ def test_a_sweep_relies_on_stat_where_inotify_does_and_nowhere_else(database: Pa
     for mode in ("auto", "poll"):
         watch = Watch(Settings(database, mode=mode), lambda: None)
         watch.refresh()
-        relied.append(watch.is_local)
+        relied.append(watch.sees_every_change)
         watch.close()
-        assert not watch.is_local
+        assert not watch.sees_every_change
     assert relied == [True, False]
 
 

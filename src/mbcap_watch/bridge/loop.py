@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 1.0
 
-# Asking whose the `-wal` is takes no lock and reads nothing.
+# Whose the `-wal` is may be asked every second: asking takes no lock and reads nothing.
 _WAL_PAUSE: Final = 1.0
 
 
@@ -113,7 +113,7 @@ class Bridge:
             reason,
             first=watch.refresh if refresh else lambda: None,
             only_if_changed=only_if_changed,
-            trust_stat=reason == "sweep" and watch.is_local,
+            trust_stat=reason == "sweep" and watch.sees_every_change,
         )
         self._error = report.error
         watch.update(
@@ -130,7 +130,7 @@ class Bridge:
         self._border.tell(watch.state, report if self._is_worth_telling(report) else None)
 
     def _retry_in(self, reason: Reason, report: SyncReport) -> float | None:
-        """Decide: wait (None, which leaves alone what is put down), retry soon, or slowly."""
+        """Return the seconds until the next retry; None leaves a retry that is planned alone."""
         if report.result is None and reason != "retry":
             return None
         if reason != "retry":

@@ -35,7 +35,7 @@ OnProgress: TypeAlias = "Callable[[int, int], object]"
 # is new in the next one: without, a rename of 2,400 entries takes half as long again to be seen.
 KEPT_BYTES: Final = 2 << 20
 
-DELTA_SHARE: Final = 4  # if more than one entry in so many is new, delta first saves nothing
+DELTA_SHARE: Final = 4  # above one new entry in so many, writing them first saves nothing
 
 # Keys that are looked up where the database's files changed, to see whether it was overwritten by
 # a backup in place. A full comparison each time would cost what the resync does.
@@ -50,7 +50,7 @@ class SyncReport:
         result: for the host; None if the files are those of the sync before, and nothing was done.
         timings: None if the database was not compared.
         is_new: whether the snapshot is another than that of the sync before.
-        error: what stands in the way of the files being served; None if nothing does.
+        error: why the snapshot or the database could not be used; None if both could.
         owes_checkpoint: whether another sync must empty the `-wal` that this one filled.
 
     """
@@ -88,14 +88,14 @@ class Syncer:
         self._on_progress = on_progress
         self._unforeseen = Unforeseen()
         self._seen: Fingerprint | None = None
-        self._file_stamp: Stamp = None
+        self._snapshot_stamp: Stamp = None
         self._error: SnapshotError | DatabaseError | None = None
-        self._busy: _Attempt | None = None
+        self._unfinished: _Attempt | None = None
         self._owes_checkpoint = False
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._applied: dict[str, plan.Value] | None = None
         self._sample: dict[str, plan.Value] = {}  # of what the last comparison left
-        self._stamp: tuple[object, ...] = ()
+        self._database_stamp: tuple[object, ...] = ()
 
     async def sync(
         self,
@@ -118,18 +118,18 @@ class Syncer:
 
         """
         owed = Tally(owes_checkpoint=self._owes_checkpoint)
-        attempt = self._busy or _Attempt(owed, time.perf_counter())
+        attempt = self._unfinished or _Attempt(owed, time.perf_counter())
         self._alive()
         before = self._seen
-        known, stamp = before if only_if_changed else None, self._file_stamp
+        known, stamp = before if only_if_changed else None, self._snapshot_stamp
         loaded = self._load(known, first, stamp if trust_stat else None)
         if only_if_changed and loaded.fingerprint == before:
-            self._file_stamp = loaded.stamp
+            self._snapshot_stamp = loaded.stamp
             if reason != "sweep" or not self._was_overwritten():
                 return SyncReport(result=None, error=self._error)
             loaded = self._load()
         now = self._seen = loaded.fingerprint
-        self._file_stamp = loaded.stamp
+        self._snapshot_stamp = loaded.stamp
         is_new = before is None or before.snapshot != now.snapshot
         self._behind |= is_new
         error: SnapshotError | DatabaseError | None = loaded.error
@@ -142,7 +142,7 @@ class Syncer:
                 self._behind = False
         self._error = error
         self._owes_checkpoint = attempt.tally.owes_checkpoint
-        self._busy = attempt if isinstance(error, DatabaseBusy) else None
+        self._unfinished = attempt if isinstance(error, DatabaseBusy) else None
         return SyncReport(
             result=_describe(reason, loaded, attempt, error),
             timings=timings,
@@ -197,7 +197,7 @@ class Syncer:
         refused = {key for _, key in tally.failed}
         keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
         self._sample = {key: values[key] for key in keys if key not in refused}
-        self._stamp = database_stamp(path)
+        self._database_stamp = database_stamp(path)
         return None
 
     def _steps(
@@ -229,18 +229,18 @@ class Syncer:
         return delta if len(delta) * DELTA_SHARE <= len(values) else None
 
     def _grace(self) -> float:
-        """Return how long a `-wal` is left alone; what the last sync left there, it may take up."""
-        ours = self._owes_checkpoint and database_stamp(self._settings.database) == self._stamp
-        return 0.0 if ours else self._settings.wal_grace
+        """Return for how long a `-wal` is left alone: 0 seconds if the last sync left it."""
+        ours = database_stamp(self._settings.database) == self._database_stamp
+        return 0.0 if ours and self._owes_checkpoint else self._settings.wal_grace
 
     def _was_overwritten(self) -> bool:
-        """Whether the database is not what the last sync left, by a few keys chosen at random.
+        """Whether somebody has replaced the content of the database.
 
-        Its inode tells of a file that was moved into place, but not of one that was copied over
-        it. Asked only where the files changed, as they do with every packet.
+        A file that was moved into place has another inode; one that was copied over has not, so a
+        few keys are looked up. Only where the files changed, as they do with every packet.
         """
         stamp = database_stamp(self._settings.database)
-        if stamp == self._stamp or not self._sample:
+        if stamp == self._database_stamp or not self._sample:
             return False
         try:
             differs = bool(self._differences(self._sample, Tally()))
@@ -249,7 +249,7 @@ class Syncer:
         except Exception:  # noqa: BLE001 - a full sync says what it is
             return True
         if not differs:
-            self._stamp = stamp
+            self._database_stamp = stamp
         return differs
 
     def _failed(self, error: Exception) -> DatabaseError:

@@ -81,10 +81,10 @@ def look(
 
 
 def _trusted(settings: Settings, peers: Sequence[Peer]) -> set[int]:
-    """Return whose daemons are taken for the one that is asked for.
+    """Return the users whose sockets are believed.
 
-    Anybody can offer a socket. Root believes the owner of the database, too: that is as whom the
-    daemon is to run.
+    Anybody can offer a socket. Root also believes the owner of the database, because the daemon is
+    meant to run as that user.
     """
     uids = {0, os.geteuid()}
     if os.geteuid() == 0 and any(peer.uid for peer in peers):
@@ -94,7 +94,7 @@ def _trusted(settings: Settings, peers: Sequence[Peer]) -> set[int]:
 
 
 def _within(function: Callable[[], T], otherwise: T) -> T:
-    """Return what a function returns that asks files; `otherwise` if it fails or takes long."""
+    """Call a function that touches files; return `otherwise` if it fails or takes long."""
     answer = [otherwise]
 
     def run() -> None:

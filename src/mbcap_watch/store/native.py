@@ -60,7 +60,7 @@ class Connection(sqlite3.Connection):
         self._wal = f"{os.path.realpath(path)}-wal"
         self.owes_checkpoint = owes_checkpoint
         library.warn_of_second_sqlite()
-        with wal.opening(path):
+        with wal.opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
             self._wal_size = wal.size(self._wal)
@@ -196,7 +196,7 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
     """
     identity = file_identity(path)
     with as_database_errors(path), contextlib.ExitStack() as stack:
-        with wal.opening(path):
+        with wal.opening_lock(path):
             found = wal.require_own_wal(path, grace)
             before = _stamp(path)
             alone = found is not Wal.LEFT_BEHIND and not _is_shared(path)

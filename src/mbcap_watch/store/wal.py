@@ -40,23 +40,23 @@ class Wal(enum.Enum):
     LEFT_BEHIND = enum.auto()
 
 
-def opening(database: Path) -> threading.Lock:
+def opening_lock(database: Path) -> threading.Lock:
     """Return the lock that is held from `require_own_wal` until the connection's first read.
 
     Each database has its own: one on a disk that does not answer holds up no other.
     """
-    return _opening(os.path.realpath(database))
+    return _opening_lock(os.path.realpath(database))
 
 
 @functools.cache
-def _opening(_: str) -> threading.Lock:
+def _opening_lock(_: str) -> threading.Lock:
     return threading.Lock()
 
 
 def require_own_wal(database: Path, grace: float) -> Wal:
     """Return what lies beside the database, if it may be opened in any mode.
 
-    Hold `opening(database)` meanwhile, and until the first read of the connection.
+    Hold `opening_lock(database)` meanwhile, and until the first read of the connection.
 
     Args:
         database: its path; a link is followed, as SQLite does.
@@ -71,7 +71,7 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     real = os.path.realpath(database)
     try:
         if _CAN_ASK:
-            _let_go(real)
+            _release_replaced(real)
             _require_own_shm(database, real)
         if not os.stat(f"{real}-wal").st_size:
             return Wal.EMPTY
@@ -86,9 +86,9 @@ def require_own_wal(database: Path, grace: float) -> Wal:
 def _judge(database: Path, real: str, grace: float) -> Wal:
     """Tell by the locks whose the `-wal` is; raise as `require_own_wal`."""
     try:
-        attached, opened = _lock(f"{real}-shm", _SHM_ALIVE), _lock(real, _DATABASE_SHARED)
-        # When the database was put there (ctime), and its -wal written. Who only reads changes
-        # neither, but does change the -shm and, as root, the owner of the -wal.
+        attached, opened = _held_lock(f"{real}-shm", _SHM_ALIVE), _held_lock(real, _DATABASE_SHARED)
+        # When the database was put there (ctime), and its -wal written (mtime). A reader changes
+        # neither time. It changes the -shm and, as root, the owner of the -wal.
         age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
     except OSError as exc:
         problem = f"the kernel does not say who has it open: {exc.strerror}"
@@ -96,7 +96,7 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
-        if abs(age) < grace:  # what is long to come was before the clock was set back
+        if abs(age) < grace:  # if the clock was set back, an old time lies in the future
             problem = "its -wal was left behind by a process that has ended"
             raise ForeignWal(database, problem, "wal_left_behind")
         return Wal.LEFT_BEHIND
@@ -121,7 +121,7 @@ def size(path: str) -> int:
         return 0
 
 
-def _lock(path: str, span: tuple[int, int]) -> int:
+def _held_lock(path: str, span: tuple[int, int]) -> int:
     """Return what kind of lock anybody, this process included, holds in `span` of the file.
 
     Returns:
@@ -163,7 +163,7 @@ def _descriptor(path: str) -> int | None:
     return _kept[identity][0]
 
 
-def _let_go(real: str) -> None:
+def _release_replaced(real: str) -> None:
     """Close the descriptors of the database's files that were replaced or removed.
 
     Nobody can open such a file at its path any more. While a connection has it open, its descriptor
@@ -218,7 +218,7 @@ def release(database: Path) -> None:
     Where a connection of this process has the file open, they stay.
     """
     real = os.path.realpath(database)
-    with opening(database):
+    with opening_lock(database):
         for identity, (descriptor, path) in list(_kept.items()):
             if path in (real, f"{real}-shm") and _open_here(identity) == [descriptor]:
                 os.close(descriptor)

@@ -167,7 +167,8 @@ class ControlSocket:
         self._remove_leftovers(directory)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._listener = listener
-        # Under its name there is only what listens: whoever is refused there may remove it.
+        # The final name always belongs to a socket that listens. So a refused connection proves
+        # that its daemon is gone, and the socket may be removed.
         temporary = f".{self._name}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)

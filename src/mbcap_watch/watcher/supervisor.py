@@ -28,7 +28,7 @@ class Watch:
 
     Attributes:
         state: how changes are noticed now.
-        is_local: whether there is an inotify watch, on a filesystem that sees every change.
+        sees_every_change: whether inotify watches a filesystem that delivers every change.
         awaits_directory: whether all that keeps inotify away is that there is no directory yet;
             it is then worth asking again at every poll.
 
@@ -39,7 +39,7 @@ class Watch:
         self._on_change = on_change
         self._inotify: InotifyWatch | None = None
         self._arms = 0
-        self.is_local = False
+        self.sees_every_change = False
         self.awaits_directory = False
         self.state = WatchState()
 
@@ -82,7 +82,7 @@ class Watch:
         if self._settings.mode == "auto" and not mount.delivers_inotify:
             return f"inotify does not see every change on {mount.type}"
         self._inotify = InotifyWatch(directory, self._on_change)
-        self.is_local = mount.delivers_inotify
+        self.sees_every_change = mount.delivers_inotify
         self._arms += 1
         self.update(armed_since=time.time(), rearms=self._arms - 1)
         return (
@@ -93,7 +93,7 @@ class Watch:
         """Disarm the watch. Blocks."""
         if self._inotify is not None:
             self._inotify.close()
-            self._inotify, self.is_local = None, False
+            self._inotify, self.sees_every_change = None, False
 
     def _say(self, why: str, *, degraded: bool = False) -> None:
         why = printable(why)  # it names a directory
