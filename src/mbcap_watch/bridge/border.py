@@ -80,7 +80,7 @@ class Border:
         self._wake.set()
 
     async def wait(self) -> bool:
-        """Wait until something is told; return False if nothing was for `STUCK_SECONDS`."""
+        """Wait for news from the bridge; return False if none came for `STUCK_SECONDS`."""
         wake = self._wake
         silence = time.monotonic() - self._alive_at if self._began is not None else 0.0
         patience = STUCK_SECONDS - silence if silence < STUCK_SECONDS else STUCK_SECONDS
@@ -112,7 +112,7 @@ class Border:
 
     @property
     def state(self) -> WatchState:
-        """The state that was told last, and whether the bridge is stuck since."""
+        """The latest state from the bridge, and whether it has been stuck since then."""
         began, silence = self._began, time.monotonic() - self._alive_at
         stuck = began is not None and silence >= STUCK_SECONDS
         return dataclasses.replace(

@@ -42,7 +42,7 @@ class Bridge:
 
     Args:
         settings: what to watch, and how.
-        border: what is told the reports.
+        border: carries the reports to the host.
         call: has a function called in the bridge's loop, from any thread and without waiting.
 
     """
@@ -155,7 +155,7 @@ class Bridge:
         return None
 
     def _is_worth_telling(self, report: SyncReport) -> bool:
-        """Being busy is normal: it is told only once it has lasted for `busy_deadline`."""
+        """A busy database is normal: it is reported only after `busy_deadline`."""
         if report.result is None:
             return False
         if report.result.outcome != "busy":

@@ -137,7 +137,7 @@ class BridgeThread(DaemonThread[T]):
     and ends between two of its steps.
 
     Attributes:
-        stopped: whether `main` was told to end.
+        stopped: whether `stop` was called.
 
     """
 

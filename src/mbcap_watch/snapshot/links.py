@@ -69,7 +69,7 @@ def opened(path: str, start: int | None = None) -> Iterator[int]:
         try:
             place = way.walk_from(path, start)
         except OSError:
-            if way.strangers:  # whatever it is, nobody else is told
+            if way.strangers:  # the error may not reveal what is there
                 raise way.foreign() from None
             raise
         yield way.open(place)
