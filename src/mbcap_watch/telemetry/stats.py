@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
@@ -148,7 +148,7 @@ class LastError(msgspec.Struct, frozen=True, kw_only=True):
     unreadable: bool = False
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True):
+class Output(msgspec.Struct, frozen=True):
     """How something that the daemon writes to, or listens at, does.
 
     Attributes:
@@ -209,7 +209,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     lag_ms: Summary
     mbcap_persist: Lock
     history: tuple[HistoryEntry, ...]
-    outputs: dict[Literal["log", "ack", "http"], Output] = {}
+    outputs: dict[str, Output] = {}
 
     @property
     def sampled(self) -> float:
