@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mbcap_watch import Settings, run
+from mbcap_watch import PersistResult, Settings, run
 from mbcap_watch.store import wal
-from mbcap_watch.telemetry.socket import ROOT, ControlSocket
+from mbcap_watch.telemetry.control import ROOT, ControlSocket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-    from mbcap_watch import PersistResult, WatchState
+    from mbcap_watch import WatchState
+    from mbcap_watch.results import Outcome
     from mbcap_watch.telemetry.stats import Stats
 
 TESTS = Path(__file__).parent
@@ -201,6 +202,11 @@ def at_rest() -> list[str]:
     """Return the names of the threads once no connection of an earlier test is left."""
     wait_until(lambda: not any("_connection_worker_thread" in name for name in thread_names()))
     return thread_names()
+
+
+def result(outcome: Outcome = "applied", error: str | None = None, **fields: Any) -> PersistResult:
+    """Make a result, as a sync after a rename has it."""
+    return PersistResult(**{"outcome": outcome, "reason": "rename", "error": error, **fields})
 
 
 class Results:

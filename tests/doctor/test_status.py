@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from mbcap_watch import Settings, snapshot_path
-from mbcap_watch.telemetry import socket as control_socket
+from mbcap_watch.telemetry import control as control_socket
 from mbcap_watch.telemetry.metrics import Metrics
 from support import (  # fmt: skip
     DEADLINE,

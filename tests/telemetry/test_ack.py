@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+import support
 from mbcap_watch import PersistResult, Settings, run
 from mbcap_watch.snapshot import timestamp
 from mbcap_watch.telemetry import ack
@@ -51,9 +52,7 @@ def answers(database: Path) -> Ack:
     return Ack(Settings.from_mapping({"database": database}))
 
 
-def result(outcome: str = "applied", written_at: str | None = T1, **fields: Any) -> PersistResult:
-    fields = {"reason": "rename", "outcome": outcome, "written_at": written_at, **fields}
-    return PersistResult(**fields)
+result = partial(support.result, written_at=T1)
 
 
 def settle(answers: Ack) -> None:
@@ -102,9 +101,9 @@ def test_what_the_publisher_reads(answers: Ack, directory: Path) -> None:
         (result("unchanged"), True),
         (result("applied", failed_rows=1, error="nodes: the row 'aa' could not be written"), False),
         (result("unchanged", error="nodes has no columns yet"), False),
-        (result("malformed", None, error="no JSON"), False),
+        (result("malformed", written_at=None, error="no JSON"), False),
         (result("busy", error="locked"), False),
-        (result("no_snapshot", None), False),
+        (result("no_snapshot", written_at=None), False),
     ],
 )
 def test_persisted_means_all_of_it(answers: Ack, told: PersistResult, *, persisted: bool) -> None:
@@ -113,21 +112,21 @@ def test_persisted_means_all_of_it(answers: Ack, told: PersistResult, *, persist
 
 
 def test_only_news_is_written(answers: Ack) -> None:
-    bad = result("malformed", None, error="no JSON")
+    bad = result("malformed", written_at=None, error="no JSON")
     for told, expected in (
         (result(changed_active=1), True),
         (result("unchanged", reason="resync"), False),  # in the database, as before
         (result("unchanged", reason="resync", seconds=9.0), False),
         (result(reason="resync", changed_inactive=1), True),  # a node came back
-        (result("unchanged", T2), True),
+        (result("unchanged", written_at=T2), True),
         (bad, True),
-        (result("malformed", None, error="no JSON", reason="retry"), False),
-        (result("malformed", None, error="truncated"), True),
-        (result("unchanged", T2, reason="retry"), True),
-        (result("busy", T2, error="locked"), True),
-        (result("busy", T2, error="locked"), False),
-        (result("applied", T2, changed_active=5), True),
-        (result("applied", T2, failed_rows=1, error="refused"), True),
+        (result("malformed", written_at=None, error="no JSON", reason="retry"), False),
+        (result("malformed", written_at=None, error="truncated"), True),
+        (result("unchanged", written_at=T2, reason="retry"), True),
+        (result("busy", written_at=T2, error="locked"), True),
+        (result("busy", written_at=T2, error="locked"), False),
+        (result("applied", written_at=T2, changed_active=5), True),
+        (result("applied", written_at=T2, failed_rows=1, error="refused"), True),
     ):
         assert written(answers, told) is expected, told
     assert read(answers)["error"] == "refused"
@@ -210,12 +209,12 @@ def test_without_a_directory_there_is_nobody_to_answer(
     answers: Ack, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory.rmdir()
-    answers.on_result(result("no_snapshot", None))
+    answers.on_result(result("no_snapshot", written_at=None))
     settle(answers)
     assert not directory.exists()
     assert not caplog.records
     directory.mkdir()
-    answers.on_result(result("no_snapshot", None))
+    answers.on_result(result("no_snapshot", written_at=None))
     assert read(answers)["outcome"] == "no_snapshot"
 
 
@@ -238,10 +237,10 @@ def test_a_write_that_hangs_holds_nobody_up(answers: Ack, monkeypatch: pytest.Mo
     hangs, begun = threading.Event(), threading.Event()
     replace = ack._replace
 
-    def slow(directory: int, name: str, data: bytes, mode: int) -> None:
+    def slow(directory: int, data: bytes) -> None:
         begun.set()
         hangs.wait(60)
-        replace(directory, name, data, mode)
+        replace(directory, data)
 
     monkeypatch.setattr(ack, "_replace", slow)
     started = time.monotonic()
@@ -263,9 +262,9 @@ def test_a_write_that_hangs_holds_nobody_up(answers: Ack, monkeypatch: pytest.Mo
 def test_the_end_waits_for_the_last_answer(answers: Ack, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = ack._replace
 
-    def slow(directory: int, name: str, data: bytes, mode: int) -> None:
+    def slow(directory: int, data: bytes) -> None:
         time.sleep(0.2)
-        replace(directory, name, data, mode)
+        replace(directory, data)
 
     monkeypatch.setattr(ack, "_replace", slow)
     with answers:

@@ -9,23 +9,21 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from mbcap_watch.errors import printable
-from mbcap_watch.results import Outcome, PersistResult, WatchState
+from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter, _TextFormatter, summary
+from support import result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mbcap_watch.results import PersistResult
+
 Lines = list[tuple[str, str]]
-
-
-def result(outcome: Outcome, error: str | None = None, **fields: Any) -> PersistResult:
-    """Make a result."""
-    return PersistResult(outcome=outcome, reason="rename", error=error, **fields)
 
 
 def logged(caplog: pytest.LogCaptureFixture, *results: PersistResult) -> Lines:
@@ -51,6 +49,7 @@ STRANGE = result("unchanged", unmatched=3)
 MISPLACED = result("no_snapshot", "/x: is not a directory")
 TORN = result("malformed", "/x: truncated")
 BUSY = result("busy", "/db: locked")
+UNSERVED = result("unchanged", "nodes: no column", unmatched=3)
 REFUSED_ROW = result("unchanged", "nodes: the row 'a' could not be written: no")
 PARTLY = result("applied", "nodes: the row 'a' could not be written: no", failed_rows=1)
 
@@ -88,6 +87,10 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
         [STRANGE, STRANGE, UNCHANGED],
         [("WARNING", "no_match"), ("INFO", "recovered")],
     ),
+    "what went wrong comes before keys that are in no table that could be asked": (
+        [UNSERVED, STRANGE],
+        [("WARNING", "unchanged"), ("WARNING", "no_match")],
+    ),
     "recovery is said": (
         [TORN, UNCHANGED, UNCHANGED],
         [("WARNING", "malformed"), ("INFO", "recovered")],
@@ -121,6 +124,30 @@ def test_changes_of_state(
 def test_a_warning_tells_the_error(caplog: pytest.LogCaptureFixture) -> None:
     assert logged(caplog, TORN) == [("WARNING", "malformed: /x: truncated")]
     assert logged(caplog, MISPLACED) == [("INFO", "waiting for a snapshot: /x: is not a directory")]
+
+
+class Explanation(NamedTuple):
+    code: str
+    text: str
+    remedy: str = ""
+
+
+def test_trouble_is_told_in_the_words_of_the_catalogue(caplog: pytest.LogCaptureFixture) -> None:
+    words = {
+        TORN: Explanation("malformed", "/x: is torn", "repair it"),
+        WAITING: Explanation("no_snapshot", "nobody has published yet"),
+    }
+    log = ResultLog(explain=words.get)
+    with caplog.at_level(logging.INFO, logger="mbcap_watch"):
+        for each in (TORN, WAITING, BUSY):
+            log(each)
+    assert [record.getMessage() for record in caplog.records] == [
+        "malformed: /x: is torn; repair it",
+        "waiting for a snapshot: nobody has published yet",
+        "busy: /db: locked",
+    ]
+    fields = [json.loads(_JsonFormatter().format(record)) for record in caplog.records]
+    assert [each.get("code") for each in fields] == ["malformed", "no_snapshot", None]
 
 
 def test_every_look_is_logged_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
@@ -245,7 +272,7 @@ def test_times_are_utc_with_milliseconds(
     caplog: pytest.LogCaptureFixture, formatter: logging.Formatter
 ) -> None:
     record = record_of(caplog, TORN)
-    record.created = 1_752_828_457.0625
+    record.created, record.msecs = 1_752_828_457.0625, 62.5
     assert "2025-07-18T08:47:37.062Z" in formatter.format(record)
 
 

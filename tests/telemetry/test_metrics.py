@@ -11,10 +11,10 @@ import msgspec
 import pytest
 
 from mbcap_watch import Settings, run
-from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
+from mbcap_watch.results import Outcome, Reason, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY, WINDOW, HistoryEntry, Stats, seconds_of
-from support import QUIET, document, put, until
+from support import QUIET, document, put, result, until
 
 NOW = 1_800_000_000.0
 
@@ -34,10 +34,6 @@ def make(clock: Clock | None = None) -> Metrics:
     return Metrics(settings, version="1.2.3", pid=42, clock=clock or Clock())
 
 
-def result(outcome: Outcome, error: str | None = None, **fields: Any) -> PersistResult:
-    return PersistResult(**{"outcome": outcome, "reason": "rename", "error": error} | fields)
-
-
 def test_a_bridge_that_has_done_nothing() -> None:
     stats = make().snapshot(NOW)
     assert (stats.version, stats.pid, stats.sampled) == ("1.2.3", 42, NOW)
@@ -50,6 +46,24 @@ def test_a_bridge_that_has_done_nothing() -> None:
         None,
     )
     assert set(stats.outcomes.values()) == {0}
+
+
+def test_rows_that_were_set_back_are_counted_and_the_last_time_is_kept() -> None:
+    clock = Clock()
+    metrics = make(clock)
+    stats = metrics.snapshot(NOW)
+    assert (stats.set_back, stats.last_set_back, stats.last_set_back_at) == (0, 0, None)
+    for each in (
+        result("busy", "locked", set_back=3),  # the next tells of the same rows
+        result("applied", set_back=3),
+        result("applied", set_back=2),
+    ):
+        clock.now += 1
+        metrics.on_result(each)
+    clock.now += 10
+    metrics.on_result(result("unchanged"))
+    stats = metrics.snapshot(NOW)
+    assert (stats.set_back, stats.last_set_back, stats.last_set_back_at) == (5, 2, NOW - 10)
 
 
 def test_results_are_counted() -> None:
@@ -172,6 +186,8 @@ def test_ages_survive_a_clock_that_is_set() -> None:
     stats = metrics.snapshot(NOW)  # and now the time is known
     assert (stats.started_at, stats.last_apply, stats.watch.last_sync) == (NOW - 12,) * 3
     assert (stats.watch.armed_since, stats.watch.stuck_since) == (NOW - 12, NOW - 2)
+    metrics.on_state(WatchState(mode="inotify", sweep_hits=1, last_sweep_hit=7.0))
+    assert metrics.snapshot(NOW).watch.last_sweep_hit == NOW
 
 
 def test_what_the_state_no_longer_has_is_gone() -> None:

@@ -56,6 +56,7 @@ def stats(*, error: str | None = None) -> Stats:
             unmatched=1,
             matched_active=3,
             changed_active=3,
+            set_back=4,
             written_at="2026-07-18T08:47:37Z",
             error=error,
         )
@@ -90,6 +91,7 @@ EXPECTED = {
     ("results_total", "busy"): 0,
     ("syncs_total", "rename"): 1,
     ("rows_changed_total", "nodes"): 3,
+    ("rows_set_back_total",): 4,
     ("rearms_total",): 2,
     ("snapshot_entries",): 5,
     ("snapshot_unmatched",): 1,

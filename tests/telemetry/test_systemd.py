@@ -21,7 +21,7 @@ import pytest
 from mbcap_watch import PersistResult, Settings, WatchState, run
 from mbcap_watch.limits import STUCK_SECONDS
 from mbcap_watch.telemetry.systemd import Notifier
-from support import document, put, quiet, until, wait_until
+from support import DEADLINE, document, put, quiet, until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,6 +84,18 @@ def notifier(path: Path | str, watchdog: float = 0, sweep: str = "5s", **environ
     return Notifier(environ, Settings.from_mapping({"database": "x", "sweep_interval": sweep}))
 
 
+def fill(path: Path) -> int:
+    """Send until the manager's queue is full; return how many datagrams it holds."""
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:  # each in turn: there is a limit to what one sender may have under way
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+                other.settimeout(0)
+                other.sendto(b"OTHER=1", os.fspath(path))
+                sent += 1
+    return sent
+
+
 def looks(count: int) -> list[WatchState]:
     return [WatchState(mode="inotify", why="because", last_sync=100.0 + n) for n in range(count)]
 
@@ -114,13 +126,7 @@ def test_a_status_that_cannot_be_sent_holds_no_sign_of_life_up(
     path: Path, manager: Manager, clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     told = notifier(path, watchdog=60)
-    sent = 0
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        other.settimeout(0)
-        with contextlib.suppress(BlockingIOError):
-            while True:  # until the manager's queue is full
-                other.sendto(b"OTHER=1", os.fspath(path))
-                sent += 1
+    sent = fill(path)
     manager.read_one()  # there is room for one
     told.on_state(LOOKED)
     lines = manager.read()
@@ -322,8 +328,10 @@ def test_what_cannot_be_sent_goes_with_the_next(
         told.on_state(looks(1)[0])
         lines = manager.read()
     assert sorted(lines) == ["READY=1", "STATUS=applied; watching by inotify"]
+    cannot = f"NOTIFY_SOCKET={path}: the service manager cannot be told"
     assert [record.getMessage() for record in caplog.records] == [
-        "the service manager cannot be told: No such file or directory; trying on"
+        f"{cannot}: No such file or directory; trying on",
+        "the service manager can be told again",
     ]
 
 
@@ -423,9 +431,9 @@ def test_in_a_process_of_its_own(path: Path, manager: Manager, database: Path) -
 
         try:
             wait_until(lambda: came("READY=1"), "READY=1")
-            assert any(line.startswith("STATUS=no_snapshot; watching by ") for line in lines)
+            wait_until(lambda: came("READY=1") and "STATUS=no_snapshot; watching by " in str(lines))
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=10) == 0
+            assert process.wait(DEADLINE) == 0
             assert came("STOPPING=1")
         finally:
             process.kill()

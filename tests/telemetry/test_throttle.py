@@ -8,8 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mbcap_watch.results import PersistResult, WatchState
-from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter
-from mbcap_watch.telemetry.throttle import MOST, REMINDER, WINDOW, Throttle
+from mbcap_watch.telemetry.logs import (
+    MOST,
+    REMINDER,
+    WINDOW,
+    ResultLog,
+    StateLog,
+    Throttle,
+    _JsonFormatter,
+)
 
 if TYPE_CHECKING:
     import pytest

@@ -19,7 +19,7 @@ from prometheus_client import make_wsgi_app
 
 from mbcap_watch.doctor import status
 from mbcap_watch.doctor.health import judge
-from mbcap_watch.errors import printable
+from mbcap_watch.telemetry.outputs import OutputState
 from mbcap_watch.telemetry.prometheus import registry_of
 
 if TYPE_CHECKING:
@@ -47,11 +47,19 @@ class Endpoint:
         address: to listen at.
         sample: makes the stats; called in the loop.
 
+    Attributes:
+        state: whether it listens.
+
     """
 
     def __init__(self, address: Address, sample: Callable[[], Stats]) -> None:
         self._address, self._sample = address, sample
-        self._metrics: Any = make_wsgi_app(registry_of(sample, _verdict))
+        cannot, on = f"http: cannot listen at {address}", "the bridge works on, and this is retried"
+        self.state = OutputState(lambda problem: f"{cannot}: {problem}; {on}")
+        self._applications: dict[str, Any] = {
+            "/metrics": make_wsgi_app(registry_of(sample, _verdict)),
+            "/healthz": self._healthz,
+        }
         self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
 
     async def __aenter__(self) -> Self:
@@ -64,15 +72,14 @@ class Endpoint:
 
     async def _serve(self) -> None:
         host, port = self._address
-        server, problem = None, None
+        server = None
         while server is None:
             try:
                 server = await asyncio.start_server(self._client, host, port, limit=_HEAD_BYTES)
             except OSError as exc:  # gaierror is one
-                if problem != (problem := exc.strerror or str(exc)):
-                    text = "http: cannot listen at %s: %s; the bridge works on, and this is retried"
-                    logger.warning(text, self._address, printable(problem))
+                self.state.update(exc)
                 await asyncio.sleep(_RETRY_SECONDS)
+        self.state.update()
         shown = type(self._address)(host, server.sockets[0].getsockname()[1])
         logger.info("http: listening at http://%s", shown)
         try:
@@ -97,6 +104,7 @@ class Endpoint:
                     writer.write(self._answer(head))
                     await writer.drain()
                 writer.close()
+                self.state.update()
         finally:
             del self._clients[task]
             if not writer.is_closing():
@@ -106,24 +114,17 @@ class Endpoint:
         """Return the answer to a request."""
         environ = _environ(head)
         if environ is None:
-            return _response(HTTPStatus.BAD_REQUEST)
-        if not self._is_host(environ.get("HTTP_HOST", "localhost")):
-            return _response(HTTPStatus.MISDIRECTED_REQUEST)
+            return _answer_of(_refusal(HTTPStatus.BAD_REQUEST), {})
+        application = self._applications.get(environ["PATH_INFO"], _refusal(HTTPStatus.NOT_FOUND))
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return _response(HTTPStatus.METHOD_NOT_ALLOWED, (("Allow", "GET, HEAD"),))
-        application = {"/metrics": self._metrics, "/healthz": self._healthz}
-        if environ["PATH_INFO"] not in application:
-            return _response(HTTPStatus.NOT_FOUND)
-        run = application[environ["PATH_INFO"]]
+            application = _refusal(HTTPStatus.METHOD_NOT_ALLOWED, ("Allow", "GET, HEAD"))
+        if not self._is_host(environ.get("HTTP_HOST", "localhost")):
+            application = _refusal(HTTPStatus.MISDIRECTED_REQUEST)
         try:
-            return _call(run, environ)
+            return _answer_of(application, environ)
         except Exception:  # noqa: BLE001 - prometheus-client stumbles over some headers
-            environ = environ | {
-                "HTTP_ACCEPT": "*/*",
-                "HTTP_ACCEPT_ENCODING": "",
-                "QUERY_STRING": "",
-            }
-            return _call(run, environ)
+            plain = {key: environ[key] for key in ("REQUEST_METHOD", "PATH_INFO")}
+            return _answer_of(application, plain)
 
     def _is_host(self, host: str) -> bool:
         """Whether a `Host` is ours: a name that somebody else's DNS points here is not."""
@@ -147,6 +148,16 @@ def _verdict(stats: Stats) -> tuple[bool, list[str]]:
     return health.healthy, [each.code for each in health.problems]
 
 
+def _refusal(code: HTTPStatus, *headers: tuple[str, str]) -> Any:
+    """Return the application that answers with this code."""
+
+    def application(_: dict[str, str], start: Callable[..., object]) -> Iterable[bytes]:
+        start(f"{code.value} {code.phrase}", [("Content-Type", "text/plain"), *headers])
+        return [f"{code.value} {code.phrase}\n".encode()]
+
+    return application
+
+
 def _environ(head: bytes) -> dict[str, str] | None:
     """Return what WSGI wants to know of a request; None if it is none."""
     first, *lines = head.decode("latin-1").split("\r\n")
@@ -162,24 +173,12 @@ def _environ(head: bytes) -> dict[str, str] | None:
     return environ
 
 
-def _call(application: Any, environ: dict[str, str]) -> bytes:
+def _answer_of(application: Any, environ: dict[str, str]) -> bytes:
     """Run a WSGI application; return its response."""
     started: list[Any] = []
     asked = environ | {"REQUEST_METHOD": "GET"}  # prometheus-client knows no HEAD
     body = b"".join(application(asked, lambda *arguments: started.append(arguments)))
     line, headers = started[0][:2]
-    return _bytes(line, headers, body, with_body=environ["REQUEST_METHOD"] != "HEAD")
-
-
-def _response(code: HTTPStatus, headers: Iterable[tuple[str, str]] = ()) -> bytes:
-    body = f"{code.value} {code.phrase}\n".encode()
-    headers = [("Content-Type", "text/plain"), *headers]
-    return _bytes(f"{code.value} {code.phrase}", headers, body)
-
-
-def _bytes(
-    line: str, headers: Iterable[tuple[str, str]], body: bytes, *, with_body: bool = True
-) -> bytes:
     headers = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
     head = "\r\n".join([f"HTTP/1.1 {line}", *(f"{name}: {value}" for name, value in headers)])
-    return head.encode("latin-1") + b"\r\n\r\n" + (body if with_body else b"")
+    return head.encode("latin-1") + b"\r\n\r\n" + body * (environ.get("REQUEST_METHOD") != "HEAD")

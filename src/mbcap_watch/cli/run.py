@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -18,14 +18,15 @@ from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry import logs
 from mbcap_watch.telemetry.ack import Ack
+from mbcap_watch.telemetry.control import ControlSocket
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.socket import ControlSocket
+from mbcap_watch.telemetry.outputs import LineWriter
 from mbcap_watch.telemetry.systemd import Notifier
-from mbcap_watch.telemetry.writer import LineWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mbcap_watch.cli.http import Endpoint
     from mbcap_watch.cli.signals import Stop
     from mbcap_watch.results import PersistResult, WatchState
     from mbcap_watch.telemetry.stats import Stats
@@ -49,25 +50,32 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         OutputError: a result cannot be printed.
 
     """
-    logs.configure(loaded.log_level, loaded.log_format, logs.UnblockedHandler())
+    handler = logs.UnblockedHandler()
+    logs.configure(loaded.log_level, loaded.log_format, handler)
     settings = loaded.settings
     printer = _Printer(stop) if as_json else None
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
     answers = Ack(settings) if loaded.ack else None
+    # HOOK: ResultLog(explain=partial(health.explain, installation=Installation.of(settings, ...)))
     log, state_log = logs.ResultLog(), logs.StateLog()
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
+    metrics.outputs["log"] = handler
 
     def sample() -> Stats:
         return metrics.snapshot(time.time())
 
     control = ControlSocket(settings, os.environ, sample)
     endpoint = endpoint_of(loaded, sample)
+    if answers is not None:
+        metrics.outputs["ack"] = answers.state
+    if endpoint is not None:
+        metrics.outputs["http"] = endpoint.state
 
     def on_state(state: WatchState) -> None:
         state_log(state)
         metrics.on_state(state)
-        control.keep()
+        control.ensure()
         notifier.on_state(state)  # last: nothing that hangs may be taken for progress
 
     def on_result(result: PersistResult) -> None:
@@ -89,7 +97,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     async def main() -> None:
         with anyio.CancelScope() as scope, control, answers or nullcontext():
             stop.cancel_on_signal(scope)
-            async with endpoint:
+            async with endpoint or nullcontext():
                 await run(
                     settings,
                     on_result=on_result,
@@ -141,12 +149,10 @@ class _Printer:
         self._stop.cancel()
 
 
-def endpoint_of(
-    loaded: config.Config, sample: Callable[[], Stats]
-) -> AbstractAsyncContextManager[object]:
-    """Return what serves the stats over HTTP, if that is asked for."""
+def endpoint_of(loaded: config.Config, sample: Callable[[], Stats]) -> Endpoint | None:
+    """Return what serves the stats over HTTP; None if that is not asked for."""
     if loaded.http is None:
-        return nullcontext()
+        return None
     try:
         from mbcap_watch.cli.http import Endpoint  # noqa: PLC0415 - it takes 10 MB
     except ModuleNotFoundError as exc:

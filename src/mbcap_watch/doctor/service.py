@@ -14,14 +14,14 @@ from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ago, duration, ok
 from mbcap_watch.doctor.health import Health, judge
 from mbcap_watch.errors import QUOTED, printable
-from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
+from mbcap_watch.telemetry.control import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Settings
-    from mbcap_watch.telemetry.ask import Peer
+    from mbcap_watch.telemetry.control import Peer
     from mbcap_watch.telemetry.stats import Stats
 
 T = TypeVar("T")

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import secrets
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import printable
 from mbcap_watch.snapshot import files, links, timestamp
+from mbcap_watch.telemetry.outputs import OutputState
 
 if TYPE_CHECKING:
     from typing import Self
@@ -30,21 +30,11 @@ if TYPE_CHECKING:
     from mbcap_watch.results import PersistResult
     from mbcap_watch.settings import Settings
 
-logger = logging.getLogger("mbcap_watch")
-
 RESULT_NAME: Final = "result.json"
-_MODE: Final = 0o644  # the publisher reads it
+_MODE: Final = 0o644  # the publisher reads it, whatever our umask
 
 # For how long an end waits for the last answer to be written.
 _END_SECONDS: Final = 1.0
-
-
-class _News(NamedTuple):
-    """What makes one result differ from another for a publisher."""
-
-    state: str  # `applied` and `unchanged` are one: it is in the database
-    written_at: str | None
-    error: str | None
 
 
 class Ack:
@@ -56,15 +46,23 @@ class Ack:
     process, and meanwhile only the latest answer is kept.
 
     What cannot be written is logged once, and tried again with the next result.
+
+    Attributes:
+        state: whether the answers arrive.
+
     """
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.snapshot_dir / RESULT_NAME
+        path, until = printable(str(self.path)), "the publisher is not answered until it can"
+        self.state = OutputState(
+            lambda problem: f"{path}: cannot be written: {problem}; {until}",
+            f"{path}: written again",
+        )
         self._lock = threading.Lock()
-        self._told: _News | None = None
-        self._next: tuple[_News, bytes] | None = None
+        self._told: object = None
+        self._next: tuple[PersistResult, bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._problem: str | None = None
         self._tidied = False
 
     def __enter__(self) -> Self:
@@ -76,16 +74,10 @@ class Ack:
 
     def on_result(self, result: PersistResult) -> None:
         """Have the answer written if `result` is news."""
-        news = _News(
-            "persisted" if result.outcome in ("applied", "unchanged") else result.outcome,
-            result.written_at,
-            result.error,
-        )
         with self._lock:
-            if news == self._told and not result.changed_active + result.changed_inactive:
+            if _news(result) == self._told and not result.changed:
                 return
-            self._told = news
-            self._next = news, encode(result)
+            self._told, self._next = _news(result), (result, encode(result))
             if self._thread is not None:
                 return  # it takes this one next
             thread = threading.Thread(target=self._run, name="mbcap-watch ack", daemon=True)
@@ -93,9 +85,8 @@ class Ack:
             try:
                 thread.start()
             except RuntimeError as exc:  # the limit on threads is reached
-                self._thread = None
-                self._told = None
-                self._note(str(exc))
+                self._thread = self._told = None
+                self.state.update(exc)
 
     # In the thread from here on.
 
@@ -105,18 +96,18 @@ class Ack:
                 if self._next is None:
                     self._thread = None
                     return
-                (news, data), self._next = self._next, None
-            problem = None
+                (result, data), self._next = self._next, None
             try:
                 self._write(data)
             except OSError as exc:
-                # Without a directory there is no snapshot, and nobody to answer to.
-                nobody = isinstance(exc, FileNotFoundError) and news.state == "no_snapshot"
-                problem = None if nobody else exc.strerror or str(exc)
+                # Without a directory there is no snapshot, and nobody to answer.
+                if not isinstance(exc, FileNotFoundError) or result.outcome != "no_snapshot":
+                    self.state.update(exc)
                 with self._lock:
-                    if self._told == news:
+                    if self._told == _news(result):
                         self._told = None
-            self._note(problem)
+            else:
+                self.state.update()
 
     def _write(self, data: bytes) -> None:
         # By descriptor: the directory cannot be exchanged between the two steps.
@@ -124,19 +115,13 @@ class Ack:
             if not self._tidied:
                 files.remove_leftovers(Path(f"/proc/self/fd/{directory}"), RESULT_NAME)
                 self._tidied = True
-            _replace(directory, RESULT_NAME, data, _MODE)
+            _replace(directory, data)
 
-    def _note(self, problem: str | None) -> None:
-        """Log what is new about `problem`."""
-        before, self._problem = self._problem, problem
-        if problem is not None and problem != before:
-            logger.warning(
-                "%s: cannot be written: %s; the publisher is not answered until it can",
-                printable(str(self.path)),
-                problem,
-            )
-        elif problem is None and before is not None:
-            logger.info("%s: written again", printable(str(self.path)))
+
+def _news(result: PersistResult) -> object:
+    """Return what makes one result differ from another for a publisher."""
+    in_database = result.outcome in ("applied", "unchanged")
+    return in_database or result.outcome, result.written_at, result.error
 
 
 def encode(result: PersistResult) -> bytes:
@@ -153,8 +138,8 @@ def encode(result: PersistResult) -> bytes:
     return json.dumps(answer, ensure_ascii=True).encode("ascii") + b"\n"
 
 
-def _replace(directory: int, name: str, data: bytes, mode: int) -> None:
-    """Put `data` in place of `name` in the open `directory`, whatever the umask.
+def _replace(directory: int, data: bytes) -> None:
+    """Put `data` in place of the answer in the open `directory`.
 
     A link at that name is replaced, never followed: rename(2) does not, and O_EXCL refuses one at
     the temporary name (open(2)).
@@ -163,15 +148,15 @@ def _replace(directory: int, name: str, data: bytes, mode: int) -> None:
         OSError: what was there before is still there.
 
     """
-    temporary = f"{name}.{secrets.token_hex(8)}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, mode, dir_fd=directory)
+    temporary = f"{RESULT_NAME}.{secrets.token_hex(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, _MODE, dir_fd=directory)
     try:
         with open(descriptor, "wb") as file:  # closing it tells what an NFS server refused
-            if os.fstat(descriptor).st_mode & 0o777 != mode:
-                os.fchmod(descriptor, mode)
+            if os.fstat(descriptor).st_mode & 0o777 != _MODE:
+                os.fchmod(descriptor, _MODE)
             file.write(data)
-        os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        os.replace(temporary, RESULT_NAME, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=directory)

@@ -1,4 +1,4 @@
-"""What the command line logs: changes of state, not ticks."""
+"""What the command line logs: changes of state, not ticks; no flood, and nothing forgotten."""
 
 from __future__ import annotations
 
@@ -8,35 +8,44 @@ import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
-from mbcap_watch.telemetry.throttle import REMINDER, WINDOW, Throttle
-from mbcap_watch.telemetry.writer import LineWriter
+from mbcap_watch.telemetry.outputs import LineWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from mbcap_watch.results import PersistResult
+    from mbcap_watch.telemetry.stats import Output
 
 logger = logging.getLogger("mbcap_watch")
 
+# Of one kind of line, so many are logged in so many seconds. What flaps for a day then takes some
+# 1,400 lines of a kind, not the 86,400 of a change a second.
+MOST: Final = 5
+WINDOW: Final = 300.0
+
+# Trouble that lasts is said again: whoever reads the log of today is to see it.
+REMINDER: Final = 3600.0
 
 # For how long the end waits for whoever reads the log.
 _FLUSH_SECONDS: Final = 0.5
+
+# ------------------------------------------------------------------------------ how lines look
 
 
 class _TextFormatter(logging.Formatter):
     """Makes all text safe for a terminal: no message can look like a line of its own."""
 
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802
-        return _stamp(record.created)
+        self.converter = time.gmtime
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return printable(super().formatMessage(record))
@@ -54,7 +63,7 @@ class _JsonFormatter(_TextFormatter):
     def format(self, record: logging.LogRecord) -> str:
         data = getattr(record, "data", None)  # ours is flat; a guest's may be anything
         fields = {
-            "time": _stamp(record.created),
+            "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -76,11 +85,6 @@ def _indented(lines: str) -> str:
     return "\n".join("  " + printable(line) for line in lines.split("\n"))
 
 
-def _stamp(seconds: float) -> str:
-    milliseconds = int(seconds % 1 * 1000)
-    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{milliseconds:03d}Z", time.gmtime(seconds))
-
-
 class UnblockedHandler(logging.Handler):
     """Logs to standard error without waiting for whoever reads it; says how many lines were lost.
 
@@ -95,6 +99,11 @@ class UnblockedHandler(logging.Handler):
         descriptor = os.open(os.devnull, os.O_WRONLY) if closed else sys.stderr.fileno()
         self._writer = LineWriter(descriptor, self._lost)
 
+    @property
+    def output(self) -> Output:
+        """Whether somebody reads it."""
+        return self._writer.output
+
     def emit(self, record: logging.LogRecord) -> None:
         """Have the line written."""
         try:
@@ -107,14 +116,10 @@ class UnblockedHandler(logging.Handler):
         self._writer.flush(_FLUSH_SECONDS)
 
     def _lost(self, count: int) -> str:
-        told = {
-            "name": logger.name,
-            "levelname": "WARNING",
-            "msg": "%d lines of the log are lost: nobody read standard error",
-            "args": (count,),
-            "data": {"lost": count},
-        }
-        return self.format(logging.makeLogRecord(told))
+        text = "%d lines of the log are lost: nobody read standard error"
+        data = {"data": {"lost": count}}
+        at = logger.name, logging.WARNING, __file__, 0
+        return self.format(logger.makeRecord(*at, text, (count,), None, extra=data))
 
 
 def configure(level: str, style: str, handler: logging.Handler | None = None) -> None:
@@ -132,54 +137,115 @@ def configure(level: str, style: str, handler: logging.Handler | None = None) ->
     logger.setLevel(level.upper())
 
 
+# ------------------------------------------------------------------------------ which lines
+
+
+class Throttle:
+    """Follows one state, and decides when it is said. All times are seconds of any one clock.
+
+    What counts is the difference between the state and what was logged last. So a change that was
+    suppressed is logged once that is allowed again, unless the state has changed back by then.
+
+    Args:
+        calm: the state that need not be said as long as nothing else was.
+        remind_after: seconds after which a state other than `calm` is said again.
+
+    """
+
+    def __init__(self, calm: Hashable, *, remind_after: float = math.inf) -> None:
+        self._calm = self._seen = self._said = calm
+        self._remind_after = remind_after
+        self._said_at = 0.0
+        # Of each kind: since when lines are counted, how many were logged, how many suppressed.
+        self._windows: dict[str, tuple[float, int, int]] = {}
+
+    def is_news(self, state: Hashable, kind: str, now: float) -> bool:
+        """Return whether to say `state` now, with a line of this kind; counts it if not."""
+        self.count_suppressed(now)
+        changed, self._seen = state != self._seen, state
+        lasting = state != self._calm and now - self._said_at >= self._remind_after
+        if state == self._said and not lasting:
+            return False
+        since, passed, suppressed = self._windows.get(kind, (now, 0, 0))
+        is_allowed = passed < MOST
+        self._windows[kind] = since, passed + is_allowed, suppressed + (changed and not is_allowed)
+        if is_allowed:
+            self._said, self._said_at = state, now
+        return is_allowed
+
+    def count_suppressed(self, now: float = math.inf) -> None:
+        """Log how many changes were suppressed: nobody is to take quiet for health."""
+        for kind, (since, _, count) in [*self._windows.items()]:
+            if now - since >= WINDOW:
+                del self._windows[kind]
+                if count:
+                    data = {"kind": kind, "suppressed": count, "seconds": WINDOW}
+                    text = "%s: %d more in the last %d min"
+                    logger.warning(text, kind, count, WINDOW / 60, extra={"data": data})
+
+
+class Explained(Protocol):
+    """A result in words, as the catalogue of findings has them."""
+
+    @property
+    def code(self) -> str: ...  # noqa: D102 - the finding's name
+    @property
+    def text(self) -> str: ...  # noqa: D102 - a sentence
+    @property
+    def remedy(self) -> str: ...  # noqa: D102 - what to do; empty if there is nothing
+
+
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
     Lines on applied snapshots are the record, and are never suppressed; all others are when they
-    repeat (`throttle`).
+    repeat.
 
     Args:
         clock: seconds that never go back.
+        explain: finds words for a result that is trouble.
 
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        explain: Callable[[PersistResult], Explained | None] = lambda _: None,
+    ) -> None:
+        self._clock, self._explain = clock, explain
         self._trouble = Throttle(calm=None, remind_after=REMINDER)
 
     def __call__(self, result: PersistResult) -> None:
         """Log `result` if it is news."""
-        now = self._clock()
-        _log_suppressed(self._trouble, now)
         data = {"data": result.to_dict()}
         trouble = _trouble(result)
-        news = self._trouble.is_news(trouble, trouble[0] if trouble else "recovered", now)
+        kind = trouble[0] if trouble else "recovered"
+        news = self._trouble.is_news(trouble, kind, self._clock())
         if result.outcome == "applied":
             logger.info("%s", summary(result), extra=data)
         if not news:
             logger.debug("%s: %s", result.reason, result.outcome, extra=data)
-        elif trouble is None:
-            if result.outcome != "applied":  # that line says it already
-                logger.info("recovered: the database is as the snapshot says", extra=data)
-        elif result.outcome == "no_snapshot":
-            nothing = "; there is no database either" if result.cause == "no_database" else ""
-            logger.info("waiting for a snapshot%s%s", _because(result), nothing, extra=data)
-        elif trouble[0] == "no_match":
-            logger.warning("no_match: not one key of the snapshot is in the database", extra=data)
-        else:
-            logger.warning("%s%s", result.outcome, _because(result), extra=data)
+        elif trouble is not None:
+            self._log_trouble(result, kind, data)
+        elif result.outcome != "applied":  # that line says it already
+            logger.info("recovered: the database is as the snapshot says", extra=data)
+
+    def _log_trouble(self, result: PersistResult, kind: str, data: dict[str, Any]) -> None:
+        text, level, start = result.error or "", logging.WARNING, kind
+        if result.outcome == "no_snapshot":
+            level, start = logging.INFO, "waiting for a snapshot"
+        if (explained := self._explain(result)) is not None:
+            text = "; ".join(filter(None, (explained.text, explained.remedy)))
+            data["data"]["code"] = explained.code
+        elif kind == "no_match":
+            text = "not one key of the snapshot is in the database"
+        elif result.cause == "no_database":
+            start += "; there is no database either"
+        logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
 
     def end(self) -> None:
         """Say what is left to say of lines that were not logged."""
-        _log_suppressed(self._trouble, math.inf)
-
-
-def _log_suppressed(throttle: Throttle, now: float) -> None:
-    """Say how many lines were not logged, so that nobody takes quiet for health."""
-    for kind, count in throttle.suppressed(now).items():
-        data = {"kind": kind, "suppressed": count, "seconds": WINDOW}
-        minutes = WINDOW / 60
-        logger.warning("%s: %d more in the last %d min", kind, count, minutes, extra={"data": data})
+        self._trouble.count_suppressed()
 
 
 def _trouble(result: PersistResult) -> tuple[str, str | None] | None:
@@ -187,15 +253,9 @@ def _trouble(result: PersistResult) -> tuple[str, str | None] | None:
     if result.failed_rows:
         # They are named once: which and how many they are may change each time.
         return result.outcome, "rows"
-    if result.outcome not in ("applied", "unchanged"):
+    if result.error or result.outcome not in ("applied", "unchanged"):
         return result.outcome, result.error or result.cause
-    if result.matches_nothing:
-        return "no_match", None
-    return (result.outcome, result.error) if result.error else None
-
-
-def _because(result: PersistResult) -> str:
-    return f": {result.error}" if result.error else ""
+    return ("no_match", None) if result.matches_nothing else None
 
 
 def summary(result: PersistResult) -> str:
@@ -211,12 +271,7 @@ def summary(result: PersistResult) -> str:
 
 
 class StateLog:
-    """A hook for the way of watching: one line per change of state, none per sync.
-
-    Args:
-        clock: seconds that never go back.
-
-    """
+    """A hook for the way of watching: one line per change of state, none per sync."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -228,28 +283,21 @@ class StateLog:
 
     def __call__(self, state: WatchState) -> None:
         """Log what is new in `state`."""
-        now = self._clock()
-        for throttle in (self._watching, self._sweeps, self._stuck):
-            _log_suppressed(throttle, now)
+        now, data = self._clock(), {"data": dataclasses.asdict(state)}
         if self._watching.is_news((state.mode, state.why, state.rearms), "watching", now):
             rearmed = state.rearms > self._said_rearms
             self._said_rearms = state.rearms
             again = f" (armed anew: {state.last_problem})" if rearmed else ""
-            logger.info("watching by %s: %s%s", state.mode, state.why, again, extra=_data(state))
+            logger.info("watching by %s: %s%s", state.mode, state.why, again, extra=data)
         if self._sweeps.is_news(state.sweep_hits, "sweep", now):
-            logger.info("the sweep found a change that no event told of", extra=_data(state))
-        stuck = state.stuck_since is not None
-        if self._stuck.is_news(stuck, "stuck", now):
-            if stuck:
-                logger.warning("the filesystem does not answer; waiting for it", extra=_data(state))
+            logger.info("the sweep found a change that no event told of", extra=data)
+        if self._stuck.is_news(state.stuck_since is not None, "stuck", now):
+            if state.stuck_since is not None:
+                logger.warning("the filesystem does not answer; waiting for it", extra=data)
             else:
-                logger.info("the filesystem answers again", extra=_data(state))
+                logger.info("the filesystem answers again", extra=data)
 
     def end(self) -> None:
         """As that of the other log."""
         for throttle in (self._watching, self._sweeps, self._stuck):
-            _log_suppressed(throttle, math.inf)
-
-
-def _data(state: WatchState) -> dict[str, object]:
-    return {"data": dataclasses.asdict(state)}
+            throttle.count_suppressed()

@@ -7,10 +7,12 @@ when the clock of the machine is set, as it is on a Raspberry Pi some minutes af
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 
 import msgspec
 
@@ -18,25 +20,70 @@ from mbcap_watch.errors import printable
 from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
 from mbcap_watch.snapshot import timestamp
 from mbcap_watch.telemetry.stats import (
+    BUCKETS,
     CONTENDED_SECONDS,
     HISTORY,
     PARTS_OF_SUMMARY,
     SLOW_HOLD_SECONDS,
+    WINDOW,
     HistoryEntry,
     LastError,
     Lock,
     Stats,
+    Summary,
     seconds_of,
 )
-from mbcap_watch.telemetry.summary import Values, milliseconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from mbcap_watch.settings import Settings
+    from mbcap_watch.telemetry.stats import Output
 
 # Characters of an error that are kept. It holds a path (4,096 at most) and a sentence.
 _ERROR_LENGTH: Final = 5_000
+
+
+class _HasOutput(Protocol):
+    @property
+    def output(self) -> Output: ...
+
+
+class _Durations:
+    """Durations in seconds: how many, how much, and the latest."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self._buckets = [0] * (len(BUCKETS) + 1)
+
+    def extend(self, values: Iterable[float]) -> None:
+        for value in values:
+            self._total += value
+            self._latest.append(value)
+            self._buckets[bisect_left(BUCKETS, value)] += 1
+
+    def summary(self) -> Summary:
+        if not self._latest:
+            return Summary()
+        ordered = sorted(self._latest)
+        p50, p95, p99, largest = (
+            _milliseconds(ordered[math.ceil(part * len(ordered)) - 1])
+            for part in (0.50, 0.95, 0.99, 1)
+        )
+        return Summary(
+            count=sum(self._buckets),
+            total=_milliseconds(self._total),
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            max=largest,
+            buckets=tuple(self._buckets),
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
 
 
 class Metrics:
@@ -47,6 +94,9 @@ class Metrics:
         version: of this package.
         pid: of the process.
         clock: the time in monotonic seconds.
+
+    Attributes:
+        outputs: what is asked, when stats are made, how an output does; by its name.
 
     """
 
@@ -59,6 +109,7 @@ class Metrics:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._version, self._pid, self._clock = settings, version, pid, clock
+        self.outputs: dict[str, _HasOutput] = {}
         self._started = clock()
         self._state = WatchState()
         # When we were told of the times in the state, by our clock: they are of the wall's.
@@ -69,8 +120,9 @@ class Metrics:
         self._last_error: LastError | None = None
         self._outcomes: Counter[Outcome] = Counter()
         self._reasons: Counter[Reason] = Counter()
-        self._active = self._inactive = self._failed = 0
-        self._lags, self._waits, self._holds = Values(), Values(), Values()
+        self._active = self._inactive = self._failed = self._set_back = 0
+        self._last_set_back: tuple[int, float] | None = None
+        self._lags, self._waits, self._holds = _Durations(), _Durations(), _Durations()
         self._contended = self._slow = 0
         self._history: deque[HistoryEntry] = deque(maxlen=HISTORY)
 
@@ -85,6 +137,9 @@ class Metrics:
             self._active += result.changed_active
             self._inactive += result.changed_inactive
             self._failed += result.failed_rows
+            self._set_back += result.set_back
+            if result.set_back:
+                self._last_set_back = (result.set_back, now)
         compared = result.outcome in ("applied", "unchanged")
         if compared:
             self._applied = (result.outcome, now)
@@ -146,8 +201,8 @@ class Metrics:
         if self._history:
             self._history[-1] = msgspec.structs.replace(
                 self._history[-1],
-                lag_ms=None if timings.lag is None else milliseconds(timings.lag),
-                hold_ms=milliseconds(max(timings.holds)) if timings.holds else None,
+                lag_ms=None if timings.lag is None else _milliseconds(timings.lag),
+                hold_ms=_milliseconds(max(timings.holds)) if timings.holds else None,
             )
 
     def snapshot(self, now: float) -> Stats:
@@ -158,6 +213,7 @@ class Metrics:
             return round(moment + offset, 3)
 
         result, applied, error = self._result, self._applied, self._last_error
+        back = self._last_set_back
         since: dict[str, Any] = {
             name: wall(at)
             for name, at in self._changed_at.items()
@@ -191,6 +247,9 @@ class Metrics:
             changed_active=self._active,
             changed_inactive=self._inactive,
             failed_rows=self._failed,
+            set_back=self._set_back,
+            last_set_back=back[0] if back else 0,
+            last_set_back_at=wall(back[1]) if back else None,
             last_result=result[0] if result else None,
             last_result_at=wall(result[1]) if result else None,
             last_error=error,
@@ -199,6 +258,7 @@ class Metrics:
             history=tuple(
                 msgspec.structs.replace(each, at=wall(each.at)) for each in self._history
             ),
+            outputs={name: each.output for name, each in self.outputs.items()},
         )
 
     def _lock(self) -> Lock:
@@ -215,7 +275,13 @@ class Metrics:
         )
 
 
-_TIMES_OF_STATE: Final = ("armed_since", "last_sync", "last_progress", "stuck_since")
+_TIMES_OF_STATE: Final = (
+    "armed_since",
+    "last_sync",
+    "last_progress",
+    "last_sweep_hit",
+    "stuck_since",
+)
 
 
 def _cut(text: str) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import printable
 from mbcap_watch.limits import STUCK_SECONDS
+from mbcap_watch.telemetry.outputs import OutputState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,20 +57,24 @@ class Notifier:
     """
 
     def __init__(self, environ: Mapping[str, str], settings: Settings) -> None:
-        self._address = _address(environ.get("NOTIFY_SOCKET", ""))
-        self._given = _watchdog_seconds(environ) if self._address else 0.0
+        # A path, or `@` and a name in the abstract namespace, for which the kernel wants a NUL.
+        given = environ.get("NOTIFY_SOCKET", "")
+        self._address = b"\0" + os.fsencode(given[1:]) if given[:1] == "@" else os.fsencode(given)
+        self._given = _watchdog_seconds(environ) if given else 0.0
         # Fed at half of it at most; within the other half a sync must end. That takes the wait
         # for the next sweep, and two calls (the watch, the files) that are not stuck yet.
         least = 2 * (settings.sweep_interval + 2 * STUCK_SECONDS)
         self._patience = max(self._given, least) if self._given else 0.0
-        self._ready = False
-        self._stuck = False
+        self._ready = self._stuck = False
         self._fed = time.monotonic()
         self._progress: tuple[float | None, ...] = (None, None)
-        self._outcome = ""
-        self._status = ""
-        self._unsent: list[str] = []
-        self._problem: str | None = None
+        self._outcome = self._status = ""
+        self._unsent: dict[str, object] = {}
+        cannot = f"NOTIFY_SOCKET={printable(given)}: the service manager cannot be told"
+        self._state = OutputState(
+            lambda problem: f"{cannot}: {problem}; trying on",
+            "the service manager can be told again",
+        )
 
     def on_result(self, result: PersistResult) -> None:
         """Remember what the last sync came to; the state that follows tells it."""
@@ -78,101 +83,56 @@ class Notifier:
 
     def on_state(self, state: WatchState) -> None:
         """Tell what is new: a sync is over, or gets on; a filesystem hangs."""
-        if not self._address:
-            return
-        messages = []
+        news: dict[str, object] = {}
+        before, self._progress = self._progress, (state.last_sync, state.last_progress)
+        gets_on = self._progress != before
         if not self._ready and state.last_sync is not None:
             self._ready = True
-            messages.append("READY=1")
+            news["READY"] = 1
             if self._patience > self._given:
-                messages.append(_watchdog(self._patience))
-        stuck = state.stuck_since is not None
-        if stuck != self._stuck:
-            self._stuck = stuck
-            messages += self._put_off() if stuck else self._resume()
-        messages += self._feed(state)
-        status = self._describe(state)
+                news["WATCHDOG_USEC"] = _microseconds(self._patience)
+        elif gets_on and not self._ready:
+            news["EXTEND_TIMEOUT_USEC"] = _microseconds(_START_SECONDS)
+        elif gets_on and self._patience and time.monotonic() - self._fed >= self._patience / 2:
+            self._fed = time.monotonic()
+            news["WATCHDOG"] = 1
+        is_stuck = state.stuck_since is not None
+        if is_stuck != self._stuck:
+            self._stuck = is_stuck
+            if is_stuck and not self._ready:  # until then it is TimeoutStartSec= that counts
+                news["EXTEND_TIMEOUT_USEC"] = _microseconds(_PUT_OFF_SECONDS)
+            elif self._ready and self._patience:  # to set its time starts it anew (sd_notify(3))
+                seconds = _PUT_OFF_SECONDS if is_stuck else self._patience
+                news["WATCHDOG_USEC"] = _microseconds(seconds)
+        status = self._outcome + (f"watching by {state.mode}" if self._ready else "starting")
+        if state.stuck_since is not None:
+            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state.stuck_since))
+            status = f"stuck: the filesystem has not answered a call (noticed at {since}); waiting"
         if status != self._status:
-            self._status = status
-            messages.append(f"STATUS={status}")
-        self._send(messages)
+            self._status = news["STATUS"] = status
+        self._send(news)
 
     def stopping(self) -> None:
         """Tell that the end has begun. Safe in a Python signal handler."""
-        if self._address:
-            self._send(["STOPPING=1", "STATUS=stopping"])
+        self._send({"STOPPING": 1, "STATUS": "stopping"})
 
-    def _put_off(self) -> list[str]:
-        if not self._ready:  # until then it is TimeoutStartSec= that counts
-            return [_extend(_PUT_OFF_SECONDS)]
-        return [_watchdog(_PUT_OFF_SECONDS)] if self._patience else []
-
-    def _resume(self) -> list[str]:
-        return [_watchdog(self._patience)] if self._patience and self._ready else []
-
-    def _feed(self, state: WatchState) -> list[str]:
-        """Return what a sync that has ended, or gets on, is worth.
-
-        The watchdog is fed only if it has not been for half its time, and not before READY=1,
-        which would set it off early.
-        """
-        before, self._progress = self._progress, (state.last_sync, state.last_progress)
-        if self._progress == before:
-            return []
-        if not self._ready:
-            return [_extend(_START_SECONDS)]
-        now = time.monotonic()
-        if not self._patience or now - self._fed < self._patience / 2:
-            return []
-        self._fed = now
-        return ["WATCHDOG=1"]
-
-    def _describe(self, state: WatchState) -> str:
-        if state.stuck_since is not None:
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state.stuck_since))
-            return f"stuck: the filesystem has not answered a call (noticed at {since}); waiting"
-        how = f"watching by {state.mode}" if self._ready else "starting"
-        return self._outcome + how
-
-    def _send(self, messages: list[str]) -> None:
-        """Send all that is unsent; what cannot be sent now goes with the next."""
-        # Of what stands for a moment, the latest counts; READY=1 must arrive one day.
-        names = {_name(message) for message in messages}
-        waiting = [message for message in self._unsent if _name(message) not in names]
-        todo, self._unsent, problem = waiting + messages, [], None
-        for is_status in (False, True):
-            datagram = [message for message in todo if (_name(message) == "STATUS") == is_status]
-            if datagram and (refusal := self._transmit(datagram)):
-                self._unsent += datagram
-                problem = problem or refusal
-        if problem is not None and problem != self._problem:
-            logger.warning("the service manager cannot be told: %s; trying on", problem)
-        self._problem = problem
-
-    def _transmit(self, messages: list[str]) -> str | None:
-        """Send one datagram; return what kept it from being sent."""
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-                # Not for a moment may a manager that does not read hold up the bridge.
-                sender.settimeout(0)
-                sender.sendto("\n".join(messages).encode(), self._address)
-        except OSError as exc:
-            return exc.strerror or str(exc)
-        return None
-
-
-def _address(given: str) -> str | bytes:
-    """Return the socket's address; empty if there is none that can be used.
-
-    An absolute path, or `@` and a name in the abstract namespace, which the kernel wants with a
-    NUL in front (sd_notify(3), unix(7)).
-    """
-    if given.startswith("@") and len(given) > 1:
-        return b"\0" + os.fsencode(given[1:])
-    if given and not given.startswith("/"):
-        logger.warning("NOTIFY_SOCKET=%s: not a path, and not @name; not used", printable(given))
-        return ""
-    return given
+    def _send(self, news: dict[str, object]) -> None:
+        """Send all that is unsent; what cannot be sent now goes with the next, but the latest."""
+        if not self._address:
+            return
+        todo, self._unsent, problem = self._unsent | news, {}, None
+        status = {"STATUS": todo.pop("STATUS")} if "STATUS" in todo else {}
+        for datagram in filter(None, (todo, status)):
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+                    out.settimeout(0)  # a manager that does not read may not hold up the bridge
+                    lines = "\n".join(f"{name}={value}" for name, value in datagram.items())
+                    out.sendto(lines.encode(), self._address)
+            except OSError as exc:
+                self._unsent |= datagram
+                problem = problem or exc
+        if problem or todo or status:
+            self._state.update(problem)
 
 
 def _watchdog_seconds(environ: Mapping[str, str]) -> float:
@@ -190,15 +150,5 @@ def _watchdog_seconds(environ: Mapping[str, str]) -> float:
     return 0.0
 
 
-def _watchdog(seconds: float) -> str:
-    """Return what changes the watchdog's time, and starts it anew (sd_notify(3))."""
-    return f"WATCHDOG_USEC={int(seconds * 1_000_000)}"
-
-
-def _extend(seconds: int) -> str:
-    """Return what puts off the end of a start that takes long (sd_notify(3))."""
-    return f"EXTEND_TIMEOUT_USEC={seconds * 1_000_000}"
-
-
-def _name(message: str) -> str:
-    return message.partition("=")[0]
+def _microseconds(seconds: float) -> int:
+    return int(seconds * 1_000_000)

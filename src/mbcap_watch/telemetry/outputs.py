@@ -1,22 +1,71 @@
-"""Lines for a reader who may be slow, stopped or gone: whoever writes them never waits."""
+"""What the daemon writes to: whether it works, and lines for a reader who may be slow or gone."""
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import select
 import threading
+import time
 from typing import TYPE_CHECKING, Final
+
+from mbcap_watch.errors import printable
+from mbcap_watch.telemetry.stats import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+logger = logging.getLogger("mbcap_watch")
+
 # Kept for a slow reader: half a megabyte of ordinary lines.
 MOST_LINES: Final = 1000
 
+# A line that waits longer than this has no reader.
+_UNREAD_SECONDS: Final = 5.0
+
+_PROBLEM_LENGTH: Final = 500
+
+
+class OutputState:
+    """Whether an output works. What is new about that is logged.
+
+    Args:
+        fails: makes the line for a problem.
+        works: the line once it works again; empty for none.
+
+    """
+
+    def __init__(self, fails: Callable[[str], str], works: str = "") -> None:
+        self._fails, self._works = fails, works
+        self._problem: str | None = None
+        self._good: float | None = None
+
+    def update(self, problem: object = None) -> None:
+        """Tell what is wrong with it now; None if it has just worked."""
+        before = self._problem
+        if problem is None:
+            self._problem, self._good = None, time.monotonic()
+            if before is not None and self._works:
+                logger.info("%s", self._works)
+        else:
+            said = problem.strerror if isinstance(problem, OSError) else None
+            self._problem = printable(said or str(problem), _PROBLEM_LENGTH)
+            if self._problem != before:
+                logger.warning("%s", self._fails(self._problem))
+
+    @property
+    def output(self) -> Output:
+        """The state, for the stats."""
+        return _output(self._problem, self._good)
+
+
+def _output(problem: str | None, good: float | None) -> Output:
+    return Output(problem, None if good is None else time.time() - (time.monotonic() - good))
+
 
 class LineWriter:
-    """Writes lines to a descriptor, in order, from a thread of its own.
+    """Writes lines to a descriptor, in order, from a thread of its own; no caller waits.
 
     A pipe that nobody reads blocks that thread alone. Once `MOST_LINES` wait there, more are
     dropped and counted until the reader has caught up; so there is one gap, and one place to tell
@@ -41,10 +90,22 @@ class LineWriter:
         self._on_error = on_error
         self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
         self._lock = threading.RLock()  # a signal handler may run while its own thread holds it
-        self._kept = 0
-        self._lost = 0
+        self._kept = self._lost = 0
         self._full = False
+        self._since = 0.0  # since when the oldest line has waited
+        self._good: float | None = None
+        self._error: str | None = None
         self._thread: threading.Thread | None = None
+
+    @property
+    def output(self) -> Output:
+        """Whether somebody reads the lines, and when one was last written."""
+        with self._lock:
+            problem, kept, lost = self._error, self._kept, self._lost
+            unread = kept > 0 and time.monotonic() - self._since > _UNREAD_SECONDS
+        if problem is None and (unread or lost):
+            problem = f"nobody reads it: {kept} lines wait, {lost} are lost"
+        return _output(problem, self._good)
 
     def write(self, line: str) -> None:
         """Have `line` written, or drop and count it."""
@@ -66,6 +127,8 @@ class LineWriter:
             return self._kept + self._lost
 
     def _put(self, line: str) -> None:
+        if not self._kept:
+            self._since = time.monotonic()
         self._kept += 1
         self._queue.put(line.encode("utf-8", "backslashreplace") + b"\n")
 
@@ -80,7 +143,7 @@ class LineWriter:
             except RuntimeError:  # the limit on threads is reached; the next line tries again
                 self._thread = None
         if self._thread is None:
-            while _accepts(self._descriptor) and not self._queue.empty():
+            while select.select([], [self._descriptor], [], 0)[1] and not self._queue.empty():
                 self._take(self._queue.get())
 
     def _run(self) -> None:
@@ -91,18 +154,23 @@ class LineWriter:
         if isinstance(item, threading.Event):
             item.set()
             return
-        written = self._write_out(item)
+        error = self._write_out(item)
         with self._lock:
             self._kept -= 1
-            self._lost += not written
+            self._since, self._error = time.monotonic(), error
             self._full = self._full and self._kept > 0
-            if self._lost and written and not self._full:
+            if error is not None:
+                self._lost += 1
+                return
+            self._good = self._since
+            if self._lost and not self._full:
                 line = self._on_lost(self._lost)
                 self._lost = 0
                 if line is not None:
                     self._put(line)
 
-    def _write_out(self, line: bytes) -> bool:
+    def _write_out(self, line: bytes) -> str | None:
+        """Return what is wrong with the descriptor; None if the line is written."""
         rest = memoryview(line)
         try:
             while rest:
@@ -112,9 +180,5 @@ class LineWriter:
                     select.select([], [self._descriptor], [])
         except OSError as exc:
             self._on_error(exc)
-            return False
-        return True
-
-
-def _accepts(descriptor: int) -> bool:
-    return bool(select.select([], [descriptor], [], 0)[1])
+            return exc.strerror or str(exc)
+        return None

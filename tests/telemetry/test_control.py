@@ -22,10 +22,9 @@ import msgspec
 import pytest
 
 from mbcap_watch import PersistResult, Settings, run
-from mbcap_watch.telemetry import socket as control_socket
-from mbcap_watch.telemetry.ask import SILENT_SECONDS, Peer, ask
+from mbcap_watch.telemetry import control as control_socket
+from mbcap_watch.telemetry.control import SILENT_SECONDS, ControlSocket, Peer, ask
 from mbcap_watch.telemetry.metrics import Metrics
-from mbcap_watch.telemetry.socket import ControlSocket
 from mbcap_watch.telemetry.stats import HISTORY
 from support import QUIET, offered, open_descriptors, other_process, put, read_line, until
 
@@ -159,7 +158,7 @@ def test_what_killed_daemons_left_goes_at_the_next_start_and_the_living_stay(roo
         import asyncio, os, sys
         from pathlib import Path
         from mbcap_watch import Settings
-        from mbcap_watch.telemetry.socket import ControlSocket
+        from mbcap_watch.telemetry.control import ControlSocket
         async def main():
             with ControlSocket(Settings("/data/meshcore.db"), {}, lambda: 1, Path(sys.argv[1])):
                 print("there", flush=True)
@@ -184,7 +183,7 @@ async def test_it_is_made_again_when_its_directory_was_tidied_away(
 ) -> None:
     with ControlSocket(SETTINGS, {}, sample, root) as control:
         shutil.rmtree(home(root))
-        control.keep()
+        control.ensure()
         [peer] = await anyio.to_thread.run_sync(asked, root)
         assert peer.fate == "answered"
     assert not caplog.records
@@ -199,8 +198,8 @@ async def test_where_none_can_be_made_the_log_says_why_once(
         shutil.rmtree(root / name)
         (root / name).touch()
     with ControlSocket(SETTINGS, {"RUNTIME_DIRECTORY": "/proc"}, sample, root) as control:
-        control.keep()
-        control.keep()
+        control.ensure()
+        control.ensure()
         [record] = caplog.records
         for text in (
             "/proc: ",
@@ -211,7 +210,7 @@ async def test_where_none_can_be_made_the_log_says_why_once(
             assert text in record.getMessage()
         (root / "tmp").unlink()
         (root / "tmp").mkdir()
-        control.keep()
+        control.ensure()
         assert [each.fate for each in await anyio.to_thread.run_sync(asked, root)] == ["answered"]
         assert "is there" in caplog.records[1].getMessage()
 
@@ -296,7 +295,7 @@ async def test_without_a_descriptor_it_answers_later_and_does_not_spin(
                 raise OSError(24, "Too many open files")
             return super().accept()
 
-    monkeypatch.setattr("mbcap_watch.telemetry.socket.socket.socket", Listener)
+    monkeypatch.setattr("mbcap_watch.telemetry.control.socket.socket", Listener)
     with ControlSocket(SETTINGS, {}, sample, root):
         answers: list[Peer] = []
         started = time.monotonic()
