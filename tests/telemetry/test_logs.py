@@ -50,6 +50,7 @@ MISPLACED = result("no_snapshot", "/x: is not a directory")
 TORN = result("malformed", "/x: truncated")
 BUSY = result("busy", "/db: locked")
 UNSERVED = result("unchanged", "nodes: no column", unmatched=3)
+SET_BACK = result("applied", changed_active=2, set_back=2)
 REFUSED_ROW = result("unchanged", "nodes: the row 'a' could not be written: no")
 PARTLY = result("applied", "nodes: the row 'a' could not be written: no", failed_rows=1)
 
@@ -90,6 +91,10 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
     "what went wrong comes before keys that are in no table that could be asked": (
         [UNSERVED, STRANGE],
         [("WARNING", "unchanged"), ("WARNING", "no_match")],
+    ),
+    "rows that others set back are said, besides what was applied": (
+        [SET_BACK, SET_BACK, UNCHANGED],
+        [("INFO", "applied"), ("WARNING", "set_back"), ("INFO", "applied"), ("INFO", "recovered")],
     ),
     "recovery is said": (
         [TORN, UNCHANGED, UNCHANGED],

@@ -57,7 +57,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
     answers = Ack(settings) if loaded.ack else None
-    # HOOK: ResultLog(explain=partial(health.explain, installation=Installation.of(settings, ...)))
+    # The place for `doctor.health.explain`, as a partial with the installation: `explain=`.
     log, state_log = logs.ResultLog(), logs.StateLog()
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
     metrics.outputs["log"] = handler

@@ -239,6 +239,8 @@ class ResultLog:
             data["data"]["code"] = explained.code
         elif kind == "no_match":
             text = "not one key of the snapshot is in the database"
+        elif kind == "set_back":
+            text = f"others had set back {result.set_back} rows that were as the snapshot says"
         elif result.cause == "no_database":
             start += "; there is no database either"
         logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
@@ -255,7 +257,9 @@ def _trouble(result: PersistResult) -> tuple[str, str | None] | None:
         return result.outcome, "rows"
     if result.error or result.outcome not in ("applied", "unchanged"):
         return result.outcome, result.error or result.cause
-    return ("no_match", None) if result.matches_nothing else None
+    if result.matches_nothing:
+        return "no_match", None
+    return ("set_back", None) if result.set_back else None
 
 
 def summary(result: PersistResult) -> str:
