@@ -1,4 +1,4 @@
-"""`Metrics`: counts what the hooks are told, in bounded memory.
+"""`Metrics`: makes stats of what the hooks are told, in bounded memory.
 
 Pure: nothing is read or written, and the clock is given. It is a monotonic one: an age stays right
 when the clock of the machine is set, as it is on a Raspberry Pi some minutes after each start.
@@ -10,14 +10,14 @@ import dataclasses
 import math
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import msgspec
+from msgspec.structs import replace
 
 from mbcap_watch.errors import printable
-from mbcap_watch.results import Outcome, PersistResult, Reason, Timings, WatchState
+from mbcap_watch.results import PersistResult, Timings, WatchState
 from mbcap_watch.snapshot import timestamp
 from mbcap_watch.telemetry.stats import (
     BUCKETS,
@@ -43,51 +43,22 @@ if TYPE_CHECKING:
 # Characters of an error that are kept. It holds a path (4,096 at most) and a sentence.
 _ERROR_LENGTH: Final = 5_000
 
+# Which fields are times; within `Metrics` they are our clock's.
+_TIMES: Final[dict[type, tuple[str, ...]]] = {
+    Stats: ("started_at", "last_apply", "last_result_at", "last_set_back_at"),
+    LastError: ("since", "at"),
+    HistoryEntry: ("at",),
+    WatchState: ("armed_since", "last_sync", "last_progress", "last_sweep_hit", "stuck_since"),
+}
+
 
 class _HasOutput(Protocol):
     @property
     def output(self) -> Output: ...
 
 
-class _Durations:
-    """Durations in seconds: how many, how much, and the latest."""
-
-    def __init__(self) -> None:
-        self._total = 0.0
-        self._latest: deque[float] = deque(maxlen=WINDOW)
-        self._buckets = [0] * (len(BUCKETS) + 1)
-
-    def extend(self, values: Iterable[float]) -> None:
-        for value in values:
-            self._total += value
-            self._latest.append(value)
-            self._buckets[bisect_left(BUCKETS, value)] += 1
-
-    def summary(self) -> Summary:
-        if not self._latest:
-            return Summary()
-        ordered = sorted(self._latest)
-        p50, p95, p99, largest = (
-            _milliseconds(ordered[math.ceil(part * len(ordered)) - 1])
-            for part in (0.50, 0.95, 0.99, 1)
-        )
-        return Summary(
-            count=sum(self._buckets),
-            total=_milliseconds(self._total),
-            p50=p50,
-            p95=p95,
-            p99=p99,
-            max=largest,
-            buckets=tuple(self._buckets),
-        )
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 3)
-
-
 class Metrics:
-    """Counts what the hooks of `bridge.run` are told; `on_…` are those hooks.
+    """Makes stats of what the hooks of `bridge.run` are told; `on_…` are those hooks.
 
     Args:
         settings: what the bridge was told.
@@ -108,87 +79,80 @@ class Metrics:
         pid: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._version, self._pid, self._clock = settings, version, pid, clock
         self.outputs: dict[str, _HasOutput] = {}
-        self._started = clock()
-        self._state = WatchState()
-        # When we were told of the times in the state, by our clock: they are of the wall's.
-        self._changed_at: dict[str, float] = {}
-        self._result: tuple[PersistResult, float] | None = None
-        self._applied: tuple[Outcome, float] | None = None
-        self._written_at: str | None = None
-        self._last_error: LastError | None = None
-        self._outcomes: Counter[Outcome] = Counter()
-        self._reasons: Counter[Reason] = Counter()
-        self._active = self._inactive = self._failed = self._set_back = 0
-        self._last_set_back: tuple[int, float] | None = None
+        self._clock = clock
+        self._state = WatchState()  # its times are the bridge's; those of `watch` are ours
         self._lags, self._waits, self._holds = _Durations(), _Durations(), _Durations()
         self._contended = self._slow = 0
         self._history: deque[HistoryEntry] = deque(maxlen=HISTORY)
+        self._stats = Stats(
+            version=version,
+            pid=pid,
+            sampled_at=datetime.now(UTC),
+            started_at=clock(),
+            database=printable(str(settings.database)),
+            snapshot_dir=printable(str(settings.snapshot_dir)),
+            poll_interval=settings.poll_interval,
+            sweep_interval=settings.sweep_interval,
+            resync=settings.resync,
+            watch=self._state,
+            mbcap_persist=self._lock(),
+        )
 
     def on_result(self, result: PersistResult) -> None:
         """Count a result."""
-        now = self._clock()
-        result = _bounded(result)
-        self._result = (result, now)
-        self._outcomes[result.outcome] += 1
-        self._reasons[result.reason] += 1
+        now, stats, result = self._clock(), self._stats, _bounded(result)
+        news: dict[str, Any] = {
+            "last_result": result,
+            "last_result_at": now,
+            "last_error": _error_after(stats.last_error, result, now),
+            "outcomes": stats.outcomes | {result.outcome: stats.outcomes[result.outcome] + 1},
+            "reasons": stats.reasons | {result.reason: stats.reasons[result.reason] + 1},
+        }
         if result.outcome != "busy":  # that counts its rows, and so does the result that ends it
-            self._active += result.changed_active
-            self._inactive += result.changed_inactive
-            self._failed += result.failed_rows
-            self._set_back += result.set_back
+            for name in ("changed_active", "changed_inactive", "failed_rows", "set_back"):
+                news[name] = getattr(stats, name) + getattr(result, name)
             if result.set_back:
-                self._last_set_back = (result.set_back, now)
+                news |= {"last_set_back": result.set_back, "last_set_back_at": now}
         compared = result.outcome in ("applied", "unchanged")
         if compared:
-            self._applied = (result.outcome, now)
+            news |= {"last_apply": now, "last_apply_outcome": result.outcome}
         if compared or result.written_at is not None or result.outcome == "no_snapshot":
-            self._written_at = result.written_at
-        self._note_error(result, now)
-        self._note_history(result, now)
+            news["snapshot_written_at"] = result.written_at
+            news["snapshot_time"] = seconds_of(result.written_at)
+        self._stats = replace(stats, **news)
 
-    def _note_history(self, result: PersistResult, now: float) -> None:
         entry = HistoryEntry(
             at=now, reason=result.reason, outcome=result.outcome, changed=result.changed
         )
-        if self._history:
+        if self._history and not entry.changed:
             # A retry every five seconds would push out in minutes what people look for.
             before = self._history[-1]
-            if msgspec.structs.replace(before, at=now, times=1) == entry and not entry.changed:
+            if replace(before, at=now, times=1) == entry:
                 self._history.pop()
-                entry = msgspec.structs.replace(entry, times=before.times + 1)
+                entry = replace(entry, times=before.times + 1)
         self._history.append(entry)
-
-    def _note_error(self, result: PersistResult, now: float) -> None:
-        before = self._last_error
-        if result.error is None:
-            if before is not None:
-                self._last_error = msgspec.structs.replace(before, persists=False)
-            return
-        goes_on = before is not None and before.persists and before.outcome == result.outcome
-        self._last_error = LastError(
-            outcome=result.outcome,
-            error=result.error,
-            since=before.since if goes_on and before is not None else now,
-            at=now,
-            persists=True,
-            cause=result.cause,
-        )
 
     def on_state(self, state: WatchState) -> None:
         """Keep how the watch is."""
         before, self._state = self._state, state
-        for name in _TIMES_OF_STATE:
-            if getattr(state, name) != getattr(before, name):
-                self._changed_at[name] = self._clock()
-        error = self._last_error
-        if error is not None and error.outcome == "failed" and error.persists:
-            # The state comes after the result of the same sync.
-            unreadable = state.read_errors > before.read_errors
-            self._last_error = msgspec.structs.replace(
-                error, unreadable=error.unreadable or unreadable
-            )
+        times: dict[str, Any] = {name: getattr(state, name) for name in _TIMES[WatchState]}
+        for name, told in times.items():
+            if told is not None:
+                is_known = told == getattr(before, name)
+                times[name] = getattr(self._stats.watch, name) if is_known else self._clock()
+        watch = dataclasses.replace(
+            state,
+            why=_cut(state.why),
+            last_problem=state.last_problem and _cut(state.last_problem),
+            **times,
+        )
+        error = self._stats.last_error
+        # The state comes after the result of the same sync.
+        if error and error.persists and error.outcome == "failed":
+            unreadable = error.unreadable or state.read_errors > before.read_errors
+            error = replace(error, unreadable=unreadable)
+        self._stats = replace(self._stats, watch=watch, last_error=error)
 
     def on_timings(self, timings: Timings) -> None:
         """Count how long a sync kept others and us waiting; its result was told before."""
@@ -199,7 +163,7 @@ class Metrics:
         if timings.lag is not None:
             self._lags.extend([timings.lag])
         if self._history:
-            self._history[-1] = msgspec.structs.replace(
+            self._history[-1] = replace(
                 self._history[-1],
                 lag_ms=None if timings.lag is None else _milliseconds(timings.lag),
                 hold_ms=_milliseconds(max(timings.holds)) if timings.holds else None,
@@ -207,57 +171,23 @@ class Metrics:
 
     def snapshot(self, now: float) -> Stats:
         """Return all of it, as of `now` (seconds since the epoch)."""
-        offset = now - self._clock()  # from our clock to that of the wall
+        offset, stats = now - self._clock(), self._stats
 
-        def wall(moment: float) -> float:
-            return round(moment + offset, 3)
+        def wall(timed: Any) -> Any:
+            times = {name: getattr(timed, name) for name in _TIMES[type(timed)]}
+            known = {name: round(at + offset, 3) for name, at in times.items() if at is not None}
+            change = dataclasses.replace if isinstance(timed, WatchState) else replace
+            return change(timed, **known)
 
-        result, applied, error = self._result, self._applied, self._last_error
-        back = self._last_set_back
-        since: dict[str, Any] = {
-            name: wall(at)
-            for name, at in self._changed_at.items()
-            if getattr(self._state, name) is not None
-        }
-        if error is not None:
-            error = msgspec.structs.replace(error, since=wall(error.since), at=wall(error.at))
-        settings, state = self._settings, self._state
-        return Stats(
-            version=self._version,
-            pid=self._pid,
+        timed: Stats = wall(stats)
+        return replace(
+            timed,
             sampled_at=datetime.fromtimestamp(now, UTC),
-            started_at=wall(self._started),
-            database=printable(str(settings.database)),
-            snapshot_dir=printable(str(settings.snapshot_dir)),
-            poll_interval=settings.poll_interval,
-            sweep_interval=settings.sweep_interval,
-            resync=settings.resync,
-            watch=dataclasses.replace(
-                state,
-                why=_cut(state.why),
-                last_problem=_cut(state.last_problem) if state.last_problem else None,
-                **since,
-            ),
-            last_apply=wall(applied[1]) if applied else None,
-            last_apply_outcome=applied[0] if applied else None,
-            snapshot_written_at=self._written_at,
-            snapshot_time=seconds_of(self._written_at),
-            outcomes={name: self._outcomes[name] for name in get_args(Outcome)},
-            reasons={name: self._reasons[name] for name in get_args(Reason)},
-            changed_active=self._active,
-            changed_inactive=self._inactive,
-            failed_rows=self._failed,
-            set_back=self._set_back,
-            last_set_back=back[0] if back else 0,
-            last_set_back_at=wall(back[1]) if back else None,
-            last_result=result[0] if result else None,
-            last_result_at=wall(result[1]) if result else None,
-            last_error=error,
+            watch=wall(stats.watch),
+            last_error=stats.last_error and wall(stats.last_error),
             lag_ms=self._lags.summary(),
             mbcap_persist=self._lock(),
-            history=tuple(
-                msgspec.structs.replace(each, at=wall(each.at)) for each in self._history
-            ),
+            history=tuple(map(wall, self._history)),
             outputs={name: each.output for name, each in self.outputs.items()},
         )
 
@@ -275,13 +205,53 @@ class Metrics:
         )
 
 
-_TIMES_OF_STATE: Final = (
-    "armed_since",
-    "last_sync",
-    "last_progress",
-    "last_sweep_hit",
-    "stuck_since",
-)
+class _Durations:
+    """Durations in seconds: how many, how much, and the latest."""
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self._buckets = [0] * (len(BUCKETS) + 1)
+
+    def extend(self, values: Iterable[float]) -> None:
+        for value in values:
+            self._total += value
+            self._latest.append(value)
+            self._buckets[bisect_left(BUCKETS, value)] += 1
+
+    def summary(self) -> Summary:
+        if not self._latest:
+            return Summary()
+        ordered = sorted(self._latest)
+        places = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1}
+        return Summary(
+            count=sum(self._buckets),
+            total=_milliseconds(self._total),
+            buckets=tuple(self._buckets),
+            **{
+                name: _milliseconds(ordered[math.ceil(part * len(ordered)) - 1])
+                for name, part in places.items()
+            },
+        )
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _error_after(before: LastError | None, result: PersistResult, now: float) -> LastError | None:
+    """Return the last error once this result is known."""
+    if result.error is None:
+        return before and replace(before, persists=False)
+    goes_on = before and before.persists and before.outcome == result.outcome
+    return LastError(
+        outcome=result.outcome,
+        error=result.error,
+        since=before.since if before and goes_on else now,
+        at=now,
+        persists=True,
+        cause=result.cause,
+    )
 
 
 def _cut(text: str) -> str:
@@ -293,5 +263,6 @@ def _bounded(result: PersistResult) -> PersistResult:
     written_at = result.written_at
     if written_at is not None:
         written_at = timestamp.canonical(written_at) if timestamp.is_valid(written_at) else None
-    error = None if result.error is None else _cut(result.error)
-    return dataclasses.replace(result, written_at=written_at, error=error)
+    return dataclasses.replace(
+        result, written_at=written_at, error=result.error and _cut(result.error)
+    )

@@ -1,11 +1,15 @@
-"""The daemon's stats, as frozen data: what it answers when it is asked."""
+"""The daemon's stats, as frozen data: what it answers when it is asked.
+
+Times are seconds since the epoch, intervals seconds, names with `_ms` milliseconds.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
+from msgspec import field
 
 from mbcap_watch.errors import Cause
 from mbcap_watch.results import Outcome, PersistResult, Reason, WatchState
@@ -20,22 +24,7 @@ SLOW_HOLD_SECONDS: Final = 0.5
 WINDOW: Final = 1_000
 
 # Upper bounds of a histogram's buckets, in seconds; one more bucket holds what is above.
-BUCKETS: Final = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    60.0,
-)
+BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
 # Results kept for `top` and for a plot: of one snapshot a minute, four hours.
 HISTORY: Final = 240
@@ -63,13 +52,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 class Lock(msgspec.Struct, frozen=True, kw_only=True):
     """The write lock, in the words of CoreScope's performance page, component `mbcap_persist`.
 
-    Attributes:
-        count: how often the lock was asked for.
-        contention_total: of these, how often for longer than `CONTENDED_SECONDS`.
-        slow_hold_total: how often it was held for longer than `SLOW_HOLD_SECONDS`.
-        wait_ms_total: all waits together; `hold_ms_total` likewise. Milliseconds, as is the rest.
-        wait_ms_p50: and so on: see `Summary`.
-
+    `count` is how often the lock was asked for, `contention_total` how often for longer than
+    `CONTENDED_SECONDS`; `slow_hold_total` how often it was held for longer than
+    `SLOW_HOLD_SECONDS`. The rest is as in `Summary`.
     """
 
     count: int
@@ -107,13 +92,9 @@ class Lock(msgspec.Struct, frozen=True, kw_only=True):
 class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A result, or several alike in a row that changed nothing.
 
-    Attributes:
-        at: when; of several, the last. Seconds since the epoch.
-        changed: rows that were written.
-        lag_ms: from the rename to the last committed row; None as in `Timings`.
-        hold_ms: the longest hold of the write lock; None if it was not taken.
-        times: how many results.
-
+    `at` is when the last of them was; `changed` how many rows were written; `lag_ms` from the
+    rename to the last committed row, None as in `Timings`; `hold_ms` the longest hold of the write
+    lock, None if it was not taken; `times` how many results.
     """
 
     at: float
@@ -126,17 +107,11 @@ class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class LastError(msgspec.Struct, frozen=True, kw_only=True):
-    """The error of the latest sync that had one.
+    """The error of the latest sync that had one, which ended `at`.
 
-    Attributes:
-        outcome: of that sync.
-        error: what went wrong, for people.
-        since: since when syncs have had this outcome, one after the other. Seconds since the epoch.
-        at: when that sync ended.
-        persists: whether no sync has gone well since.
-        cause: as in the result.
-        unreadable: whether it was the snapshot that the operating system refused to read.
-
+    `since` is when the first of those syncs ended that have had this outcome, one after the other;
+    `persists` whether no sync has gone well since; `unreadable` whether it was the snapshot that
+    the operating system refused to read.
     """
 
     outcome: Outcome
@@ -151,10 +126,7 @@ class LastError(msgspec.Struct, frozen=True, kw_only=True):
 class Output(msgspec.Struct, frozen=True):
     """How something that the daemon writes to, or listens at, does.
 
-    Attributes:
-        problem: what is wrong with it now; None if nothing is.
-        last_good: when it last worked, in seconds since the epoch; None if it never has.
-
+    `problem` is what is wrong with it now, `last_good` when it last worked; None if it never has.
     """
 
     problem: str | None = None
@@ -162,7 +134,7 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that `status` shows. Times are seconds since the epoch, intervals seconds.
+    """Everything that `status` shows.
 
     Attributes:
         pid: of the process; for a client, as the kernel tells it.
@@ -183,7 +155,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     pid: int
     uid: int | None = None
-    sampled_at: datetime = msgspec.field(name="sampledAt")
+    sampled_at: datetime = field(name="sampledAt")
     started_at: float
     database: str
     snapshot_dir: str
@@ -191,24 +163,26 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     sweep_interval: float
     resync: float
     watch: WatchState
-    last_apply: float | None
-    last_apply_outcome: Outcome | None
-    snapshot_written_at: str | None
-    snapshot_time: float | None
-    outcomes: dict[Outcome, int]
-    reasons: dict[Reason, int]
-    changed_active: int
-    changed_inactive: int
-    failed_rows: int
+    last_apply: float | None = None
+    last_apply_outcome: Outcome | None = None
+    snapshot_written_at: str | None = None
+    snapshot_time: float | None = None
+    outcomes: dict[Outcome, int] = field(
+        default_factory=lambda: dict.fromkeys(get_args(Outcome), 0)
+    )
+    reasons: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(get_args(Reason), 0))
+    changed_active: int = 0
+    changed_inactive: int = 0
+    failed_rows: int = 0
     set_back: int = 0
     last_set_back: int = 0
     last_set_back_at: float | None = None
-    last_result: PersistResult | None
-    last_result_at: float | None
-    last_error: LastError | None
-    lag_ms: Summary
+    last_result: PersistResult | None = None
+    last_result_at: float | None = None
+    last_error: LastError | None = None
+    lag_ms: Summary = Summary()
     mbcap_persist: Lock
-    history: tuple[HistoryEntry, ...]
+    history: tuple[HistoryEntry, ...] = ()
     outputs: dict[str, Output] = {}
 
     @property
