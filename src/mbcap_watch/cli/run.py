@@ -38,39 +38,43 @@ _FLUSH_SECONDS: Final = 0.5
 
 
 def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
-    """Bridge until `stop` says so.
-
-    Args:
-        loaded: the configuration.
-        stop: what ends it.
-        as_json: whether each result is printed.
+    """Bridge until `stop` says so; `as_json`: print each result.
 
     Raises:
         SettingsError: there is no library for what was asked for.
         OutputError: a result cannot be printed.
 
     """
-    handler = logs.UnblockedHandler()
+    handler, settings = logs.UnblockedHandler(), loaded.settings
     logs.configure(loaded.log_level, loaded.log_format, handler)
-    settings = loaded.settings
-    printer = _Printer(stop) if as_json else None
-    notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
-    stop.on_stop(notifier.stopping)
-    answers = Ack(settings) if loaded.ack else None
-    # The place for `doctor.health.explain`, as a partial with the installation: `explain=`.
-    log, state_log = logs.ResultLog(), logs.StateLog()
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
-    metrics.outputs["log"] = handler
+    metrics.outputs["log"] = handler.writer
 
     def sample() -> Stats:
         return metrics.snapshot(time.time())
 
+    # The place for `doctor.health.explain`, as a partial with the installation: `explain=`.
+    result_log, state_log = logs.ResultLog(), logs.StateLog()
+    notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
+    stop.on_stop(notifier.stopping)
     control = ControlSocket(settings, os.environ, sample)
-    endpoint = endpoint_of(loaded, sample)
-    if answers is not None:
+    # None of them waits for anybody.
+    hooks: list[Callable[[PersistResult], None]] = [
+        result_log,
+        metrics.on_result,
+        notifier.on_result,
+    ]
+    if (printer := _Printer(stop) if as_json else None) is not None:
+        hooks.append(printer.print)
+    if (answers := Ack(settings) if loaded.ack else None) is not None:
+        hooks.append(answers.on_result)
         metrics.outputs["ack"] = answers.state
-    if endpoint is not None:
+    if (endpoint := endpoint_of(loaded, sample)) is not None:
         metrics.outputs["http"] = endpoint.state
+
+    def on_result(result: PersistResult) -> None:
+        for hook in hooks:
+            hook(result)
 
     def on_state(state: WatchState) -> None:
         state_log(state)
@@ -78,35 +82,18 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         control.ensure()
         notifier.on_state(state)  # last: nothing that hangs may be taken for progress
 
-    def on_result(result: PersistResult) -> None:
-        log(result)
-        metrics.on_result(result)
-        notifier.on_result(result)
-        if answers is not None:
-            answers.on_result(result)  # returns at once
-        if printer is not None:
-            printer.print(result)
-
-    logger.info(
-        "mbcap-watch %s: %s into %s",
-        __version__,
-        settings.snapshot_dir / SNAPSHOT_NAME,
-        settings.database,
-    )
+    snapshot = settings.snapshot_dir / SNAPSHOT_NAME
+    logger.info("mbcap-watch %s: %s into %s", __version__, snapshot, settings.database)
 
     async def main() -> None:
         with anyio.CancelScope() as scope, control, answers or nullcontext():
             stop.cancel_on_signal(scope)
             async with endpoint or nullcontext():
-                await run(
-                    settings,
-                    on_result=on_result,
-                    on_state=on_state,
-                    on_timings=metrics.on_timings,
-                )
+                timings = metrics.on_timings
+                await run(settings, on_result=on_result, on_state=on_state, on_timings=timings)
 
     anyio.run(main)
-    log.end()
+    result_log.end()
     state_log.end()
     if printer is not None:
         printer.end()
@@ -115,12 +102,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
 
 
 class _Printer:
-    """Prints results on standard output without waiting for whoever reads them.
-
-    Args:
-        stop: what ends the daemon once standard output is gone.
-
-    """
+    """Prints results without waiting for whoever reads them; ends the daemon if nobody can."""
 
     def __init__(self, stop: Stop) -> None:
         if sys.stdout is None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from mbcap_watch.results import PersistResult
-    from mbcap_watch.telemetry.stats import Output
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -88,7 +87,7 @@ def _indented(lines: str) -> str:
 class UnblockedHandler(logging.Handler):
     """Logs to standard error without waiting for whoever reads it; says how many lines were lost.
 
-    `logging` flushes it when the process ends.
+    `logging` flushes it when the process ends. Its `writer` tells whether somebody reads.
     """
 
     def __init__(self) -> None:
@@ -97,23 +96,18 @@ class UnblockedHandler(logging.Handler):
         # of another file, the database perhaps.
         closed = sys.stderr is None
         descriptor = os.open(os.devnull, os.O_WRONLY) if closed else sys.stderr.fileno()
-        self._writer = LineWriter(descriptor, self._lost)
-
-    @property
-    def output(self) -> Output:
-        """Whether somebody reads it."""
-        return self._writer.output
+        self.writer = LineWriter(descriptor, self._lost)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have the line written."""
         try:
-            self._writer.write(self.format(record))
+            self.writer.write(self.format(record))
         except Exception:  # noqa: BLE001 - as every handler of logging does
             self.handleError(record)
 
     def flush(self) -> None:
         """Give the reader a moment."""
-        self._writer.flush(_FLUSH_SECONDS)
+        self.writer.flush(_FLUSH_SECONDS)
 
     def _lost(self, count: int) -> str:
         text = "%d lines of the log are lost: nobody read standard error"
@@ -123,13 +117,10 @@ class UnblockedHandler(logging.Handler):
 
 
 def configure(level: str, style: str, handler: logging.Handler | None = None) -> None:
-    """Log to standard error; standard output is for results.
+    """Log to standard error, by a `handler` or by one that waits for its reader.
 
-    Args:
-        level: from which on our own lines are logged; those of others are from `warning` on.
-        style: `text` or `json`.
-        handler: what logs instead of the one that waits for its reader.
-
+    Our own lines are logged from `level` on, those of others from `warning` on; `style` is `text`
+    or `json`.
     """
     handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if style == "json" else _TextFormatter())
@@ -146,16 +137,13 @@ class Throttle:
     What counts is the difference between the state and what was logged last. So a change that was
     suppressed is logged once that is allowed again, unless the state has changed back by then.
 
-    Args:
-        calm: the state that need not be said as long as nothing else was.
-        remind_after: seconds after which a state other than `calm` is said again.
-
+    `calm` is the state that need not be said as long as nothing else was; any other is said again
+    after `remind_after` seconds.
     """
 
     def __init__(self, calm: Hashable, *, remind_after: float = math.inf) -> None:
         self._calm = self._seen = self._said = calm
-        self._remind_after = remind_after
-        self._said_at = 0.0
+        self._remind_after, self._said_at = remind_after, 0.0
         # Of each kind: since when lines are counted, how many were logged, how many suppressed.
         self._windows: dict[str, tuple[float, int, int]] = {}
 
@@ -199,12 +187,7 @@ class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
     Lines on applied snapshots are the record, and are never suppressed; all others are when they
-    repeat.
-
-    Args:
-        clock: seconds that never go back.
-        explain: finds words for a result that is trouble.
-
+    repeat. `explain` finds words for a result that is trouble.
     """
 
     def __init__(
@@ -279,8 +262,7 @@ class StateLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        start = WatchState()
-        self._said_rearms = start.rearms
+        start, self._said_rearms = WatchState(), 0
         self._watching = Throttle((start.mode, start.why, start.rearms))
         self._sweeps = Throttle(start.sweep_hits)
         self._stuck = Throttle(calm=False, remind_after=REMINDER)

@@ -28,15 +28,12 @@ _PROBLEM_LENGTH: Final = 500
 
 
 class OutputState:
-    """Whether an output works. What is new about that is logged.
+    """Whether an output works. What is new about that is logged, if there are words for it.
 
-    Args:
-        fails: makes the line for a problem.
-        works: the line once it works again; empty for none.
-
+    `fails` makes the line for a problem; `works` is the line once it works again.
     """
 
-    def __init__(self, fails: Callable[[str], str], works: str = "") -> None:
+    def __init__(self, fails: Callable[[str], str] | None = None, works: str = "") -> None:
         self._fails, self._works = fails, works
         self._problem: str | None = None
         self._good: float | None = None
@@ -51,17 +48,14 @@ class OutputState:
         else:
             said = problem.strerror if isinstance(problem, OSError) else None
             self._problem = printable(said or str(problem), _PROBLEM_LENGTH)
-            if self._problem != before:
+            if self._problem != before and self._fails is not None:
                 logger.warning("%s", self._fails(self._problem))
 
     @property
     def output(self) -> Output:
         """The state, for the stats."""
-        return _output(self._problem, self._good)
-
-
-def _output(problem: str | None, good: float | None) -> Output:
-    return Output(problem, None if good is None else time.time() - (time.monotonic() - good))
+        now = time.time() - time.monotonic()
+        return Output(self._problem, None if self._good is None else round(now + self._good, 3))
 
 
 class LineWriter:
@@ -93,19 +87,19 @@ class LineWriter:
         self._kept = self._lost = 0
         self._full = False
         self._since = 0.0  # since when the oldest line has waited
-        self._good: float | None = None
-        self._error: str | None = None
+        self._state = OutputState()
         self._thread: threading.Thread | None = None
 
     @property
     def output(self) -> Output:
         """Whether somebody reads the lines, and when one was last written."""
         with self._lock:
-            problem, kept, lost = self._error, self._kept, self._lost
+            output, kept, lost = self._state.output, self._kept, self._lost
             unread = kept > 0 and time.monotonic() - self._since > _UNREAD_SECONDS
-        if problem is None and (unread or lost):
+        if output.problem is None and (unread or lost):
             problem = f"nobody reads it: {kept} lines wait, {lost} are lost"
-        return _output(problem, self._good)
+            return Output(problem, output.last_good)
+        return output
 
     def write(self, line: str) -> None:
         """Have `line` written, or drop and count it."""
@@ -157,20 +151,20 @@ class LineWriter:
         error = self._write_out(item)
         with self._lock:
             self._kept -= 1
-            self._since, self._error = time.monotonic(), error
+            self._since = time.monotonic()
+            self._state.update(error)
             self._full = self._full and self._kept > 0
             if error is not None:
                 self._lost += 1
                 return
-            self._good = self._since
             if self._lost and not self._full:
                 line = self._on_lost(self._lost)
                 self._lost = 0
                 if line is not None:
                     self._put(line)
 
-    def _write_out(self, line: bytes) -> str | None:
-        """Return what is wrong with the descriptor; None if the line is written."""
+    def _write_out(self, line: bytes) -> OSError | None:
+        """Return what kept the line from being written."""
         rest = memoryview(line)
         try:
             while rest:
@@ -180,5 +174,5 @@ class LineWriter:
                     select.select([], [self._descriptor], [])
         except OSError as exc:
             self._on_error(exc)
-            return exc.strerror or str(exc)
+            return exc
         return None
