@@ -21,12 +21,12 @@ import anyio
 import msgspec
 import pytest
 
-from mbcap_watch import PersistResult, Settings, run
+from mbcap_watch import Settings, run
 from mbcap_watch.telemetry import control as control_socket
 from mbcap_watch.telemetry.control import SILENT_SECONDS, ControlSocket, Peer, ask
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY
-from support import QUIET, offered, open_descriptors, other_process, put, read_line, until
+from support import QUIET, offered, open_descriptors, other_process, put, read_line, result, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,9 +54,7 @@ def root() -> Iterator[Path]:
 def sample(settings: Settings = SETTINGS, error: str = "", results: int = 0) -> Stats:
     metrics = Metrics(settings, version="1", pid=42)
     for number in range(results):
-        metrics.on_result(
-            PersistResult(outcome="failed", reason="once", error=error, changed_active=number)
-        )
+        metrics.on_result(result("failed", error, changed_active=number))
     return metrics.snapshot(time.time())
 
 

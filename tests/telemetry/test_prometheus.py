@@ -27,11 +27,11 @@ from mbcap_watch.cli.http import Endpoint
 from mbcap_watch.doctor.findings import catalogue
 from mbcap_watch.doctor.health import OLD_SNAPSHOT_SECONDS
 from mbcap_watch.errors import SettingsError, printable
-from mbcap_watch.results import PersistResult, Timings, WatchState
+from mbcap_watch.results import Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.prometheus import registry_of
 from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
-from support import TESTS, until
+from support import TESTS, result, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -47,18 +47,16 @@ pytestmark = pytest.mark.anyio
 
 def stats(*, error: str | None = None) -> Stats:
     metrics = Metrics(Settings(Path(DATABASE)), version="1.2.3", pid=42)
-    outcome = "failed" if error else "applied"
     metrics.on_result(
-        PersistResult(
-            outcome=outcome,  # type: ignore[arg-type]
-            reason="rename",
+        result(
+            "failed" if error else "applied",
+            error,
             entries=5,
             unmatched=1,
             matched_active=3,
             changed_active=3,
             set_back=4,
             written_at="2026-07-18T08:47:37Z",
-            error=error,
         )
     )
     metrics.on_state(WatchState(last_sync=1.0, rearms=2))

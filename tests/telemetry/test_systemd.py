@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from mbcap_watch import PersistResult, Settings, WatchState, run
+from mbcap_watch import Settings, WatchState, run
 from mbcap_watch.limits import STUCK_SECONDS
 from mbcap_watch.telemetry.systemd import Notifier
-from support import DEADLINE, document, put, quiet, until, wait_until
+from support import DEADLINE, document, put, quiet, result, until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-RESULT = PersistResult(outcome="applied", reason="start")
+RESULT = result("applied")
 BEFORE = WatchState(mode="inotify", why="because")
 LOOKED = WatchState(mode="inotify", why="because", last_sync=1.0)
 STUCK = WatchState(mode="poll", why="because", last_sync=1.0, stuck_since=1_800_000_000.0)
@@ -113,7 +113,7 @@ def test_ready_once_the_first_look_is_done(path: Path, manager: Manager) -> None
 
 def test_a_status_is_cut_and_has_a_datagram_of_its_own(path: Path, manager: Manager) -> None:
     told = notifier(path, watchdog=1)
-    told.on_result(PersistResult(outcome="malformed", reason="start", error="x" * 300_000))
+    told.on_result(result("malformed", "x" * 300_000))
     told.on_state(LOOKED)
     assert [line.partition("=")[0] for line in manager.read_one()] == ["READY", "WATCHDOG_USEC"]
     (status,) = manager.read_one()
@@ -174,7 +174,7 @@ def test_an_address_that_cannot_be_used_is_named(
 def test_an_error_is_shown_on_one_line(path: Path, manager: Manager) -> None:
     told = notifier(path)
     error = "/a\udcffb: cannot\nREADY=0"
-    told.on_result(PersistResult(outcome="failed", reason="start", error=error))
+    told.on_result(result("failed", error))
     told.on_state(LOOKED)
     assert manager.read() == [
         "READY=1",
@@ -341,7 +341,7 @@ def test_a_manager_that_does_not_read_holds_nobody_up(path: Path, manager: Manag
     told.on_state(LOOKED)
     started = time.monotonic()
     for n in range(2000):
-        told.on_result(PersistResult(outcome="failed", reason="retry", error=f"{n}" * 100))
+        told.on_result(result("failed", f"{n}" * 100))
         told.on_state(LOOKED)
     assert time.monotonic() - started < 5
     assert manager.read()[0] == "READY=1"

@@ -17,14 +17,15 @@ from mbcap_watch.telemetry.logs import (
     Throttle,
     _JsonFormatter,
 )
+from support import result
 
 if TYPE_CHECKING:
     import pytest
 
 HOUR, DAY = 3600, 86_400
-APPLIED = PersistResult(outcome="applied", reason="rename", changed_active=1)
-UNCHANGED = PersistResult(outcome="unchanged", reason="resync")
-BUSY = PersistResult(outcome="busy", reason="retry", error="/db: locked")
+APPLIED = result("applied", changed_active=1)
+UNCHANGED = result("unchanged", reason="resync")
+BUSY = result("busy", "/db: locked", reason="retry")
 
 
 class Clock:
@@ -54,7 +55,7 @@ def results(
 
 
 def torn(number: int) -> PersistResult:
-    return PersistResult(outcome="malformed", reason="retry", error=f"/x: truncated at {number}")
+    return result("malformed", f"/x: truncated at {number}", reason="retry")
 
 
 def test_what_flaps_is_counted_and_every_applied_snapshot_is_logged(
