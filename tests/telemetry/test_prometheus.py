@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import json
+import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -31,7 +35,7 @@ from mbcap_watch.results import Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.prometheus import registry_of
 from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
-from support import TESTS, result, until
+from support import TESTS, open_descriptors, result, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -193,6 +197,7 @@ class Site:
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port, self.stats = host, port, stats()
+        self.endpoint: Endpoint
 
     async def send(self, data: bytes) -> bytes:
         stream = await anyio.connect_tcp(self.host, self.port)
@@ -227,7 +232,7 @@ async def site(
         pytest.skip(f"this machine has no {request.param}")
     caplog.set_level("INFO", "mbcap_watch")
     site = Site(request.param, port)
-    async with Endpoint(Address(request.param, port), lambda: site.stats):
+    async with Endpoint(Address(request.param, port), lambda: site.stats) as site.endpoint:
         await until(lambda: "http: listening" in caplog.text)
         yield site
     assert "Traceback" not in caplog.text
@@ -336,6 +341,32 @@ async def test_a_slow_client_is_sent_away(site: Site, monkeypatch: pytest.Monkey
     async with await anyio.connect_tcp(site.host, site.port) as stream:
         with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
             await stream.receive()
+
+
+async def test_without_a_descriptor_it_says_so_and_answers_later(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_INET6 if ":" in site.host else socket.AF_INET) as client:
+        client.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, open_descriptors())) + 1, hard))
+        taken: list[int] = []
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.append(os.open(os.devnull, os.O_RDONLY))
+            await asyncio.get_running_loop().sock_connect(client, (site.host, site.port))
+            await until(lambda: "Too many open files" in caplog.text)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for descriptor in taken:
+                os.close(descriptor)
+        assert site.endpoint.state.output.problem == "Too many open files"
+        client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        client.setblocking(True)
+        answer = await anyio.to_thread.run_sync(client.recv, 100)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    await until(lambda: site.endpoint.state.output.problem is None)
 
 
 async def test_a_port_in_use_is_said_once_and_tried_again(

@@ -55,7 +55,7 @@ class Endpoint:
     def __init__(self, address: Address, sample: Callable[[], Stats]) -> None:
         self._address, self._sample = address, sample
         cannot, on = f"http: cannot listen at {address}", "the bridge works on, and this is retried"
-        self.state = OutputState(lambda problem: f"{cannot}: {problem}; {on}")
+        self.state = OutputState(lambda problem: f"{cannot}: {problem}; {on}", "http: works now")
         self._applications: dict[str, Any] = {
             "/metrics": make_wsgi_app(registry_of(sample, _verdict)),
             "/healthz": self._healthz,
@@ -63,10 +63,14 @@ class Endpoint:
         self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._serve())
+        loop = asyncio.get_running_loop()
+        self._handler = loop.get_exception_handler()
+        loop.set_exception_handler(self._on_error)
+        self._task = loop.create_task(self._serve())
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._handler)
         for task in (self._task, *self._clients):
             task.cancel()
 
@@ -86,6 +90,15 @@ class Endpoint:
             await asyncio.get_running_loop().create_future()  # until it is cancelled
         finally:
             server.close()
+
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and "socket" in context:  # no descriptor for a client is left
+            self.state.update(error)
+        elif self._handler is not None:
+            self._handler(loop, context)
+        else:
+            loop.default_exception_handler(context)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
