@@ -228,19 +228,19 @@ def test_a_reader_that_stops_is_a_problem_until_it_reads_again(
 ) -> None:
     monkeypatch.setattr("mbcap_watch.telemetry.outputs._UNREAD_SECONDS", 0.05)
     writer = LineWriter(pipe.write_end, str)
-    assert writer.output == Output(None, None)
+    assert writer.output() == Output(None, None)
     before = time.time()
     writer.write("read")
     assert writer.flush(DEADLINE) == 0
-    assert not writer.output.problem
-    assert before - 1 < (writer.output.last_good or 0) < time.time() + 1
+    assert not writer.output().problem
+    assert before - 1 < (writer.output().last_good or 0) < time.time() + 1
     pipe.fill()
     for _ in range(MOST_LINES + 2):
         writer.write("unread")
-    wait_until(lambda: writer.output.problem, "the problem")
-    assert writer.output.problem == f"nobody reads it: {MOST_LINES} lines wait, 2 are lost"
+    wait_until(lambda: writer.output().problem, "the problem")
+    assert writer.output().problem == f"nobody reads it: {MOST_LINES} lines wait, 2 are lost"
     with pipe.read():
-        wait_until(lambda: not writer.output.problem, "the end of it")
+        wait_until(lambda: not writer.output().problem, "the end of it")
         assert writer.flush(DEADLINE) == 0
 
 
@@ -269,14 +269,14 @@ def test_a_full_disk_is_told_and_its_lines_are_counted(tmp_path: Path) -> None:
         writer.write("x")
     assert writer.flush(DEADLINE) == 3
     assert lost == []
-    assert writer.output == Output("No space left on device", None)
+    assert writer.output() == Output("No space left on device", None)
     with file(tmp_path / "log.txt") as healed:
         os.dup2(healed, descriptor)
         writer.write("y")
         assert writer.flush(DEADLINE) == 0
     assert lost == [3]
     assert errors == ["No space left on device"] * 3
-    assert writer.output.problem is None
+    assert writer.output().problem is None
     os.close(descriptor)
 
 

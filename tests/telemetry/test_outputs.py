@@ -67,7 +67,7 @@ def test_a_problem_is_bounded_and_safe_to_print(caplog: pytest.LogCaptureFixture
         None,
     ):
         state.update(problem)
-        said = state.output.problem
+        said = state.output().problem
         assert said is None or (len(said) <= 500 and "\x1b" not in said)
     lines = [record.getMessage() for record in caplog.records]
     assert lines[1:] == ["x: No space", "x: works"]

@@ -361,12 +361,12 @@ async def test_without_a_descriptor_it_says_so_and_answers_later(
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             for descriptor in taken:
                 os.close(descriptor)
-        assert site.endpoint.state.output.problem == "Too many open files"
+        assert site.endpoint.state.output().problem == "Too many open files"
         client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         client.setblocking(True)
         answer = await anyio.to_thread.run_sync(client.recv, 100)
     assert answer.startswith(b"HTTP/1.1 200 ")
-    await until(lambda: site.endpoint.state.output.problem is None)
+    await until(lambda: site.endpoint.state.output().problem is None)
 
 
 async def test_a_port_in_use_is_said_once_and_tried_again(

@@ -43,13 +43,7 @@ _RETRY_SECONDS: Final = 5.0
 class Endpoint:
     """A context within which an asyncio loop serves; until it can listen, it tries again.
 
-    Args:
-        address: to listen at.
-        sample: makes the stats; called in the loop.
-
-    Attributes:
-        state: whether it listens.
-
+    `sample` makes the stats, in the loop, for each answer. `state` tells whether it listens.
     """
 
     def __init__(self, address: Address, sample: Callable[[], Stats]) -> None:

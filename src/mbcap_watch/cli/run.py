@@ -48,7 +48,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     handler, settings = logs.UnblockedHandler(), loaded.settings
     logs.configure(loaded.log_level, loaded.log_format, handler)
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
-    metrics.outputs["log"] = handler.writer
+    metrics.outputs["log"] = handler.writer.output
 
     def sample() -> Stats:
         return metrics.snapshot(time.time())
@@ -68,9 +68,9 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         hooks.append(printer.print)
     if (answers := Ack(settings) if loaded.ack else None) is not None:
         hooks.append(answers.on_result)
-        metrics.outputs["ack"] = answers.state
+        metrics.outputs["ack"] = answers.state.output
     if (endpoint := endpoint_of(loaded, sample)) is not None:
-        metrics.outputs["http"] = endpoint.state
+        metrics.outputs["http"] = endpoint.state.output
 
     def on_result(result: PersistResult) -> None:
         for hook in hooks:

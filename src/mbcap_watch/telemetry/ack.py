@@ -41,15 +41,9 @@ class Ack:
     """A hook for results that answers the publisher; a context that lets the last answer out.
 
     Only news is written: another outcome, another `writtenAt`, another error, or rows that
-    changed. `on_result` returns at once. Writing happens in a thread that lives for as long as
-    there is something to write; one that hangs on a mount keeps neither the bridge nor the
-    process, and meanwhile only the latest answer is kept.
-
-    What cannot be written is logged once, and tried again with the next result.
-
-    Attributes:
-        state: whether the answers arrive.
-
+    changed. Writing happens in a thread that lives for as long as there is something to write; one
+    that hangs on a mount keeps neither the bridge nor the process, and meanwhile only the latest
+    answer is kept. What cannot be written is tried again with the next result; `state` tells.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -139,14 +133,10 @@ def encode(result: PersistResult) -> bytes:
 
 
 def _replace(directory: int, data: bytes) -> None:
-    """Put `data` in place of the answer in the open `directory`.
+    """Put `data` in place of the answer in the open `directory`; if that fails, change nothing.
 
     A link at that name is replaced, never followed: rename(2) does not, and O_EXCL refuses one at
     the temporary name (open(2)).
-
-    Raises:
-        OSError: what was there before is still there.
-
     """
     temporary = f"{RESULT_NAME}.{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -101,15 +101,9 @@ def _peer_of(connection: socket.socket) -> tuple[int, int]:
 class ControlSocket:
     """A context within which an asyncio loop answers whoever connects.
 
-    A host that embeds the bridge can use it as `cli/run` does. Where no socket can be made, that is
-    logged, and the bridge works on without.
-
-    Args:
-        settings: of the bridge.
-        environ: for `RUNTIME_DIRECTORY` and `XDG_RUNTIME_DIR`.
-        sample: makes the stats; called in the loop, once for each answer.
-        root: for tests.
-
+    A host that embeds the bridge can use it as `cli/run` does. `sample` makes the stats, in the
+    loop, once for each answer. Where no socket can be made, that is logged, and the bridge works on
+    without.
     """
 
     def __init__(

@@ -199,7 +199,7 @@ class ResultLog:
         self._trouble = Throttle(calm=None, remind_after=REMINDER)
 
     def __call__(self, result: PersistResult) -> None:
-        """Log `result` if it is news."""
+        """Log it if it is news."""
         data = {"data": result.to_dict()}
         trouble = _trouble(result)
         kind = trouble[0] if trouble else "recovered"
@@ -268,7 +268,7 @@ class StateLog:
         self._stuck = Throttle(calm=False, remind_after=REMINDER)
 
     def __call__(self, state: WatchState) -> None:
-        """Log what is new in `state`."""
+        """Log what of it is news."""
         now, data = self._clock(), {"data": dataclasses.asdict(state)}
         if self._watching.is_news((state.mode, state.why, state.rearms), "watching", now):
             rearmed = state.rearms > self._said_rearms

@@ -12,7 +12,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
@@ -52,23 +52,10 @@ _TIMES: Final[dict[type, tuple[str, ...]]] = {
 }
 
 
-class _HasOutput(Protocol):
-    @property
-    def output(self) -> Output: ...
-
-
 class Metrics:
     """Makes stats of what the hooks of `bridge.run` are told; `on_…` are those hooks.
 
-    Args:
-        settings: what the bridge was told.
-        version: of this package.
-        pid: of the process.
-        clock: the time in monotonic seconds.
-
-    Attributes:
-        outputs: what is asked, when stats are made, how an output does; by its name.
-
+    Each of `outputs` is called when stats are made: how does the output of this name?
     """
 
     def __init__(
@@ -79,7 +66,7 @@ class Metrics:
         pid: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.outputs: dict[str, _HasOutput] = {}
+        self.outputs: dict[str, Callable[[], Output]] = {}
         self._clock = clock
         self._state = WatchState()  # its times are the bridge's; those of `watch` are ours
         self._lags, self._waits, self._holds = _Durations(), _Durations(), _Durations()
@@ -188,7 +175,7 @@ class Metrics:
             lag_ms=self._lags.summary(),
             mbcap_persist=self._lock(),
             history=tuple(map(wall, self._history)),
-            outputs={name: each.output for name, each in self.outputs.items()},
+            outputs={name: output() for name, output in self.outputs.items()},
         )
 
     def _lock(self) -> Lock:

@@ -51,9 +51,8 @@ class OutputState:
             if self._problem != before and self._fails is not None:
                 logger.warning("%s", self._fails(self._problem))
 
-    @property
     def output(self) -> Output:
-        """The state, for the stats."""
+        """Return the state, for the stats."""
         now = time.time() - time.monotonic()
         return Output(self._problem, None if self._good is None else round(now + self._good, 3))
 
@@ -65,12 +64,9 @@ class LineWriter:
     dropped and counted until the reader has caught up; so there is one gap, and one place to tell
     of it. Its methods may be called from any thread, and from a Python signal handler.
 
-    Args:
-        descriptor: where to write; it stays open.
-        on_lost: called with the number of lines that were lost, once there is a reader again. It
-            returns the line to write in their place; None for no line. It must not block.
-        on_error: called from the thread with every error of the descriptor.
-
+    Once there is a reader again, `on_lost` is called with the number of lines that were lost, and
+    may return a line to write in their place. `on_error` is called from the thread with every error
+    of the descriptor. Neither may block.
     """
 
     def __init__(
@@ -90,11 +86,10 @@ class LineWriter:
         self._state = OutputState()
         self._thread: threading.Thread | None = None
 
-    @property
     def output(self) -> Output:
-        """Whether somebody reads the lines, and when one was last written."""
+        """Return whether somebody reads the lines, and when one was last written."""
         with self._lock:
-            output, kept, lost = self._state.output, self._kept, self._lost
+            output, kept, lost = self._state.output(), self._kept, self._lost
             unread = kept > 0 and time.monotonic() - self._since > _UNREAD_SECONDS
         if output.problem is None and (unread or lost):
             problem = f"nobody reads it: {kept} lines wait, {lost} are lost"

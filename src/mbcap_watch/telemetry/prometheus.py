@@ -24,10 +24,8 @@ def registry_of(
 ) -> CollectorRegistry:
     """Return the registry that prometheus-client writes out.
 
-    Args:
-        sample: makes the stats; called whenever somebody asks.
-        judge: tells whether they are healthy, and the code of each problem.
-
+    `sample` makes the stats whenever somebody asks; `judge` tells whether they are healthy, and the
+    code of each problem.
     """
 
     class Collector:

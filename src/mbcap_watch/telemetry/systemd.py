@@ -48,13 +48,7 @@ _OUTCOME_LENGTH: Final = 200
 
 
 class Notifier:
-    """Hooks for `run` that keep the service manager informed. Never blocks, never raises.
-
-    Args:
-        environ: where `NOTIFY_SOCKET`, `WATCHDOG_USEC` and `WATCHDOG_PID` are looked up.
-        settings: `sweep_interval` is how far apart syncs may be.
-
-    """
+    """Hooks for `run` that keep the service manager informed. Never blocks, never raises."""
 
     def __init__(self, environ: Mapping[str, str], settings: Settings) -> None:
         # A path, or `@` and a name in the abstract namespace, for which the kernel wants a NUL.
