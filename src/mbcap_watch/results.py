@@ -48,7 +48,9 @@ class PersistResult:
         changed_active: rows of `nodes` that were written.
         changed_inactive: the same of `inactive_nodes`.
         failed_rows: rows that could not be written (a trigger or a constraint refused).
-        set_back: rows that somebody had set back since the last sync of this snapshot.
+        set_back: rows that were written again although this bridge had applied the same snapshot
+            before, and that held another value meanwhile: a trigger or another writer has set
+            them back. A row without a value (0 and no evidence) is a node that returned.
         written_at: `writtenAt` as in the file.
         error: what went wrong, for people; None if nothing did.
         seconds: how long all of it took.
@@ -129,7 +131,7 @@ class WatchState:
         rearms: how often a watch had to be armed anew.
         last_problem: what was wrong with the last watch that was lost; None if none was.
         sweep_hits: changes of the file that the watch did not tell of, found by the sweep.
-        last_sweep_hit: when the sweep last found one; None if it never has.
+        last_sweep_hit: when the latest of them was found; None if there was none.
         read_errors: syncs to which the operating system refused the file.
         last_sync: when a sync last ended; None before the first.
         last_progress: when a sync that takes more than a few seconds, or a call that was stuck,

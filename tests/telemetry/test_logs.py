@@ -81,7 +81,7 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
         [WAITING, LOST, LOST],
         [
             ("INFO", "waiting for a snapshot"),
-            ("INFO", "waiting for a snapshot; there is no database either"),
+            ("INFO", "waiting for a snapshot"),
         ],
     ),
     "a snapshot of another mesh is said once": (
@@ -128,6 +128,7 @@ def test_changes_of_state(
 
 def test_a_warning_tells_the_error(caplog: pytest.LogCaptureFixture) -> None:
     assert logged(caplog, TORN) == [("WARNING", "malformed: /x: truncated")]
+    assert logged(caplog, LOST) == [("INFO", "waiting for a snapshot: there is no database either")]
     assert logged(caplog, MISPLACED) == [("INFO", "waiting for a snapshot: /x: is not a directory")]
 
 
@@ -139,20 +140,22 @@ class Explanation(NamedTuple):
 
 def test_trouble_is_told_in_the_words_of_the_catalogue(caplog: pytest.LogCaptureFixture) -> None:
     words = {
-        TORN: Explanation("malformed", "/x: is torn", "repair it"),
+        TORN: Explanation("torn", "/x: is torn", "repair it"),
+        UNCHANGED: Explanation("no_usable_entry", "no entry can be used"),
         WAITING: Explanation("no_snapshot", "nobody has published yet"),
     }
     log = ResultLog(explain=words.get)
     with caplog.at_level(logging.INFO, logger="mbcap_watch"):
-        for each in (TORN, WAITING, BUSY):
+        for each in (TORN, TORN, WAITING, UNCHANGED, APPLIED):
             log(each)
     assert [record.getMessage() for record in caplog.records] == [
-        "malformed: /x: is torn; repair it",
+        "torn: /x: is torn; repair it",
         "waiting for a snapshot: nobody has published yet",
-        "busy: /db: locked",
+        "no_usable_entry: no entry can be used",
+        summary(APPLIED),
     ]
     fields = [json.loads(_JsonFormatter().format(record)) for record in caplog.records]
-    assert [each.get("code") for each in fields] == ["malformed", "no_snapshot", None]
+    assert [each.get("code") for each in fields] == ["torn", "no_snapshot", "no_usable_entry", None]
 
 
 def test_every_look_is_logged_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
@@ -249,6 +252,7 @@ def test_json_has_the_fields_of_the_result(caplog: pytest.LogCaptureFixture) -> 
     assert fields.pop("level") == "warning"
     assert fields.pop("logger") == "mbcap_watch"
     assert fields.pop("message") == printable(f"malformed: {each.error}")
+    assert fields.pop("code") == "malformed"
     assert fields.pop("error") == printable(str(each.error))
     others = json.loads(each.to_json())
     del others["error"]

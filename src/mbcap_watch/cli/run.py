@@ -53,7 +53,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     def sample() -> Stats:
         return metrics.snapshot(time.time())
 
-    # The place for `doctor.health.explain`, as a partial with the installation: `explain=`.
+    # The place for the catalogue: `explain=lambda result: doctor.health.explain(result, …)`.
     result_log, state_log = logs.ResultLog(), logs.StateLog()
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)

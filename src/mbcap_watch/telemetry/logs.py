@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -183,17 +183,34 @@ class Explained(Protocol):
     def remedy(self) -> str: ...  # noqa: D102 - what to do; empty if there is nothing
 
 
+class _Plain(NamedTuple):
+    code: str
+    text: str
+    remedy: str = ""
+
+
+def explain_plainly(result: PersistResult) -> Explained | None:
+    """Explain a result that is not well by what it says itself, for want of a catalogue."""
+    compared = result.outcome in ("applied", "unchanged")
+    if result.error or not compared:
+        nothing = "there is no database either" if result.cause == "no_database" else ""
+        return _Plain(result.outcome, "; ".join(filter(None, (result.error, nothing))))
+    if result.matches_nothing:
+        return _Plain("no_match", "not one key of the snapshot is in the database")
+    return _Plain("set_back", f"{result.set_back} rows") if result.set_back else None
+
+
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
     Lines on applied snapshots are the record, and are never suppressed; all others are when they
-    repeat. `explain` finds words for a result that is trouble.
+    repeat. `explain` finds words for a result that is not well.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        explain: Callable[[PersistResult], Explained | None] = lambda _: None,
+        explain: Callable[[PersistResult], Explained | None] = explain_plainly,
     ) -> None:
         self._clock, self._explain = clock, explain
         self._trouble = Throttle(calm=None, remind_after=REMINDER)
@@ -201,48 +218,28 @@ class ResultLog:
     def __call__(self, result: PersistResult) -> None:
         """Log it if it is news."""
         data = {"data": result.to_dict()}
-        trouble = _trouble(result)
-        kind = trouble[0] if trouble else "recovered"
-        news = self._trouble.is_news(trouble, kind, self._clock())
+        trouble, state = self._explain(result), None
+        if trouble is not None:
+            data["data"]["code"] = trouble.code
+            # Rows are named once: which and how many they are may change each time.
+            state = trouble.code, "rows" if result.failed_rows else result.error or result.cause
+        news = self._trouble.is_news(state, trouble.code if trouble else "recovered", self._clock())
         if result.outcome == "applied":
             logger.info("%s", summary(result), extra=data)
         if not news:
             logger.debug("%s: %s", result.reason, result.outcome, extra=data)
         elif trouble is not None:
-            self._log_trouble(result, kind, data)
+            waits = result.outcome == "no_snapshot"
+            start = "waiting for a snapshot" if waits else trouble.code
+            text = "; ".join(filter(None, (trouble.text, trouble.remedy)))
+            level = logging.INFO if waits else logging.WARNING
+            logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
         elif result.outcome != "applied":  # that line says it already
             logger.info("recovered: the database is as the snapshot says", extra=data)
-
-    def _log_trouble(self, result: PersistResult, kind: str, data: dict[str, Any]) -> None:
-        text, level, start = result.error or "", logging.WARNING, kind
-        if result.outcome == "no_snapshot":
-            level, start = logging.INFO, "waiting for a snapshot"
-        if (explained := self._explain(result)) is not None:
-            text = "; ".join(filter(None, (explained.text, explained.remedy)))
-            data["data"]["code"] = explained.code
-        elif kind == "no_match":
-            text = "not one key of the snapshot is in the database"
-        elif kind == "set_back":
-            text = f"others had set back {result.set_back} rows that were as the snapshot says"
-        elif result.cause == "no_database":
-            start += "; there is no database either"
-        logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
 
     def end(self) -> None:
         """Say what is left to say of lines that were not logged."""
         self._trouble.count_suppressed()
-
-
-def _trouble(result: PersistResult) -> tuple[str, str | None] | None:
-    """Return the kind of trouble, and what of it is worth a line when it changes; None if well."""
-    if result.failed_rows:
-        # They are named once: which and how many they are may change each time.
-        return result.outcome, "rows"
-    if result.error or result.outcome not in ("applied", "unchanged"):
-        return result.outcome, result.error or result.cause
-    if result.matches_nothing:
-        return "no_match", None
-    return ("set_back", None) if result.set_back else None
 
 
 def summary(result: PersistResult) -> str:
