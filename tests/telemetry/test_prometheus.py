@@ -385,6 +385,15 @@ async def test_a_port_in_use_is_said_once_and_tried_again(
     assert "in use" in caplog.text
 
 
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "a" * 70])
+async def test_a_host_that_cannot_be_looked_up_is_said(
+    host: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Endpoint(Address(host, 9464), stats) as endpoint:
+        await until(lambda: endpoint.state.output().problem)
+    assert f"http: cannot listen at {host}:9464: " in caplog.text
+
+
 def load(**options: Any) -> config.Config:
     return config.load(options, {})
 

@@ -74,7 +74,7 @@ class Endpoint:
         while server is None:
             try:
                 server = await asyncio.start_server(self._client, host, port, limit=_HEAD_BYTES)
-            except OSError as exc:  # gaierror is one
+            except (OSError, UnicodeError) as exc:  # no address, or no name of a host
                 self.state.update(exc)
                 await asyncio.sleep(_RETRY_SECONDS)
         self.state.update()
