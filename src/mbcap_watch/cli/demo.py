@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import sqlite3
 import statistics
 import sys
@@ -22,18 +23,21 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from rich.console import Console
 
 from mbcap_watch.bridge.run import run
-from mbcap_watch.cli import mesh
-from mbcap_watch.settings import Settings
+from mbcap_watch.cli import config
 from mbcap_watch.snapshot.files import (
     SNAPSHOT_NAME,
+    Entry,
+    Snapshot,
     ensure_snapshot_dir,
     snapshot_path,
     write_snapshot,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mbcap_watch.results import PersistResult, WatchState
-    from mbcap_watch.snapshot.codec import Snapshot
+    from mbcap_watch.settings import Settings
 
 SEED: Final = 20261122
 LANDING_SECONDS: Final = 30.0
@@ -56,20 +60,18 @@ class Landing(NamedTuple):
     right: bool
 
 
-def main(*, nodes: int, snapshots: int, mode: str, poll_interval: str) -> bool:
+def main(*, nodes: int, snapshots: int, **given: str | None) -> bool:
     """Run the demo in a temporary directory; return whether every row was right.
 
     Raises:
-        SettingsError: `mode` or `poll_interval` is unusable.
+        SettingsError: one of the settings that are `given` is unusable.
 
     """
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="mbcap-watch-demo-") as directory:
         database = Path(directory) / "meshcore.db"
-        settings = Settings.from_mapping(
-            {"database": database, "mode": mode, "poll_interval": poll_interval}
-        )
-        mesh.create_database(database, nodes, SEED)
+        settings = config.load({**given, "database": database}, {}, os.devnull).settings
+        create_database(database, nodes, SEED)
         ensure_snapshot_dir(database)
         console.print(f"A mesh of {nodes:,} nodes in {database}")
         landings = anyio.run(_watch, settings, nodes, snapshots, console)
@@ -78,7 +80,7 @@ def main(*, nodes: int, snapshots: int, mode: str, poll_interval: str) -> bool:
 
 async def _watch(settings: Settings, nodes: int, snapshots: int, console: Console) -> list[Landing]:
     results: asyncio.Queue[tuple[PersistResult, int]] = asyncio.Queue()
-    wanted: dict[str, tuple[int, str | None]] = dict.fromkeys(mesh.keys(nodes, SEED), (0, None))
+    wanted: dict[str, tuple[int, str | None]] = dict.fromkeys(keys(nodes, SEED), (0, None))
     landings: list[Landing] = []
     said: set[str] = set()
 
@@ -104,7 +106,7 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
         await group.start(bridge)
         results.get_nowait()  # of the start: there was no snapshot yet
         console.print("A publisher in another process replaces the snapshot by rename:\n")
-        for number, snapshot in enumerate(mesh.snapshots(nodes, snapshots, SEED), 1):
+        for number, snapshot in enumerate(series(nodes, snapshots, SEED), 1):
             await anyio.sleep(_PAUSE_SECONDS)
             renamed_at = await _ask(publisher, answers)
             with anyio.move_on_after(LANDING_SECONDS):
@@ -163,6 +165,68 @@ def _summarize(landings: list[Landing], snapshots: int, console: Console) -> boo
     return right
 
 
+# ------------------------------------------------------------------------------ the mesh
+
+# The two tables of CoreScope, with the columns that matter here and a few that make rows as wide
+# as real ones.
+_SCHEMA = """
+CREATE TABLE {table} (
+    public_key TEXT PRIMARY KEY,
+    name TEXT,
+    role TEXT,
+    lat REAL,
+    lon REAL,
+    last_seen TEXT,
+    first_seen TEXT,
+    advert_count INTEGER DEFAULT 0,
+    multibyte_sup INTEGER NOT NULL DEFAULT 0,
+    multibyte_evidence TEXT
+)
+"""
+_INACTIVE_SHARE = 0.1
+_STATUSES = (("unknown", None), ("suspected", "path"), ("confirmed", "advert"))
+_WEIGHTS = (70, 20, 10)
+
+
+def keys(nodes: int, seed: int) -> list[str]:
+    """Return the public keys of the mesh: 64 hex digits each."""
+    source = random.Random(seed)
+    return [f"{source.getrandbits(256):064x}" for _ in range(nodes)]
+
+
+def create_database(path: Path, nodes: int, seed: int) -> None:
+    """Create a database in WAL mode with `nodes` nodes, a tenth of them in `inactive_nodes`."""
+    inactive = int(nodes * _INACTIVE_SHARE)
+    rows = [
+        (key, f"node {key[:6]}", "repeater", 52.5, 13.4, "2026-11-01T00:00:00Z", "2026-01-01", 7)
+        for key in keys(nodes, seed)
+    ]
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode = wal")
+        for table, part in (("nodes", rows[inactive:]), ("inactive_nodes", rows[:inactive])):
+            connection.execute(_SCHEMA.format(table=table))
+            connection.executemany(
+                f"INSERT INTO {table} (public_key, name, role, lat, lon, last_seen, first_seen,"
+                " advert_count) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                part,
+            )
+
+
+def series(nodes: int, count: int, seed: int) -> Iterator[Snapshot]:
+    """Yield `count` snapshots; from one to the next about every hundredth node changes."""
+    source = random.Random(seed + 1)
+    statuses = {key: _pick(source) for key in keys(nodes, seed)}
+    for number in range(count):
+        if number:
+            for key in source.sample(sorted(statuses), max(1, nodes // 100)):
+                statuses[key] = _pick(source)
+        yield Snapshot(tuple(Entry(key, *status) for key, status in statuses.items()))
+
+
+def _pick(source: random.Random) -> tuple[str, str | None]:
+    return source.choices(_STATUSES, _WEIGHTS)[0]
+
+
 # ------------------------------------------------------------------------------ the publisher
 
 
@@ -179,7 +243,7 @@ def publish(database: Path, nodes: int, count: int) -> None:
     Each snapshot is first written in full in another directory, so that the rename alone is timed.
     """
     staging = database.parent / "staging"
-    for _, snapshot in zip(sys.stdin, mesh.snapshots(nodes, count, SEED), strict=False):
+    for _, snapshot in zip(sys.stdin, series(nodes, count, SEED), strict=False):
         write_snapshot(database, snapshot, snapshot_dir=staging)
         renamed_at = time.monotonic_ns()
         os.replace(staging / SNAPSHOT_NAME, snapshot_path(database))
