@@ -140,7 +140,6 @@ class Choice(Setting[Value, Value]):
 class _Quantity(Setting[float | str, Value]):
     """A number, or text of a number and a unit; both ends of the range are right."""
 
-    noun: str
     most: str
     units: ClassVar[Mapping[str, float]] = {}
     kept: Callable[[float], Value]
@@ -149,7 +148,7 @@ class _Quantity(Setting[float | str, Value]):
         super().__init__(help)
         self.default = default
         self._range = self._number(least), self._number(self.most)
-        self.accepts = f"{self.noun}, from {least} to {self.most}"
+        self.accepts = f"a {self.metavar.lower()} from {least} to {self.most}"
 
     def _read(self, value: Any) -> Value:
         number = self._number(value)
@@ -178,17 +177,15 @@ class Duration(_Quantity[float]):
     """Seconds."""
 
     metavar = "DURATION"
-    noun = "seconds or text such as '250ms', '5s', '10m'"
     most = "168h"
     units: ClassVar = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
     kept = float
 
 
 class Rows(_Quantity[int]):
-    """A number of rows."""
+    """A whole number."""
 
-    metavar = "ROWS"
-    noun = "a whole number"
+    metavar = "NUMBER"
     most = str(MAX_BATCH_ROWS)
     kept = int
 
@@ -197,7 +194,6 @@ class Size(_Quantity[int]):
     """Bytes."""
 
     metavar = "SIZE"
-    noun = "a number of bytes or text such as '64MiB'"
     most = "1024GiB"
     units: ClassVar = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
     kept = int

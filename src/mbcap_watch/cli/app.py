@@ -159,8 +159,12 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
 
 
 @command("demo", "mode", "poll_interval", configured=False)
-@click.option("--nodes", default=2400, type=click.IntRange(1), help="Nodes of the mesh.")
-@click.option("--snapshots", default=12, type=click.IntRange(1), help="Snapshots to publish.")
+@click.option(
+    "--nodes", metavar="NUMBER", default=2400, type=click.IntRange(1), help="Of the mesh."
+)
+@click.option(
+    "--snapshots", metavar="NUMBER", default=12, type=click.IntRange(1), help="To publish."
+)
 def demo(**given: Any) -> int:
     """Show the whole chain at work on generated data.
 
