@@ -7,44 +7,23 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
 import anyio
 import click
-import msgspec
 
+from mbcap_watch import __version__
 from mbcap_watch.bridge.run import persist_once, preview_once
-from mbcap_watch.cli import config, output
+from mbcap_watch.cli import config, inspection, output
 from mbcap_watch.cli import run as daemon
-from mbcap_watch.cli.options import AS_JSON, app, command
+from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
 from mbcap_watch.cli.signals import Stop
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.results import PersistResult
-from mbcap_watch.settings import SETTING_NAMES, Duration, Settings
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse_entries, write_snapshot
 from mbcap_watch.telemetry import logs
 
-if TYPE_CHECKING:
-    from mbcap_watch.doctor.health import Health
-    from mbcap_watch.telemetry.stats import Stats
-
-__all__ = ["app", "main"]
-
 logger = logging.getLogger("mbcap_watch")
-
-_PATHS: Final = ("database", "snapshot_dir")
-_MAX_AGE: Final = Duration(
-    "",
-    "100ms",
-    "Unhealthy if the last comparison is older. Default: three times the resync and 5m.",
-)
-
-
-def _load(given: dict[str, Any]) -> config.Config:
-    return config.load(given, os.environ, given["config"])
-
-
-# ------------------------------------------------------------------------------ they write
 
 
 @command("run", *config.DECLARED)
@@ -65,12 +44,12 @@ def run(*, as_json: bool, **given: Any) -> None:
       2  usage or configuration
     """
     stop = Stop()  # first: until here a signal ends the process at once (__main__)
-    daemon.serve(_load(given), stop, as_json=as_json)
+    daemon.serve(load(given), stop, as_json=as_json)
 
 
 @command(
     "apply",
-    *(*_PATHS, "batch_rows", "busy_deadline", "wal_grace", "max_bytes", "downgrade"),
+    *(*PATHS, "batch_rows", "busy_deadline", "wal_grace", "max_bytes", "downgrade"),
     *("log_level", "log_format"),
 )
 @AS_JSON
@@ -92,7 +71,7 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
       4  the database, or every table with both columns, is missing
       5  still busy at --busy-deadline
     """
-    loaded = _load(given)
+    loaded = load(given)
     logs.configure(loaded.log_level, loaded.log_format)
     if dry_run:
         result, changes = anyio.run(preview_once, loaded.settings)
@@ -111,7 +90,7 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
     return output.EXIT_CODES[result.outcome]
 
 
-@command("publish", *_PATHS, "max_bytes")
+@command("publish", *PATHS, "max_bytes")
 @AS_JSON
 @click.argument("file", metavar="FILE|-")
 def publish(*, file: str, as_json: bool, **given: Any) -> None:
@@ -130,7 +109,7 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
       2  usage or configuration
       3  it is no snapshot; nothing was published
     """
-    settings = _load(given).settings
+    settings = load(given).settings
     source = "standard input" if file == "-" else file
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -184,152 +163,32 @@ def demo(**given: Any) -> int:
     return 0 if main(**given) else 1
 
 
-# ------------------------------------------------------------------------------ they only read
+# ------------------------------------------------------------------------------ all of them
 
 
-@command("config", *config.DECLARED)
-@AS_JSON
-def show_config(*, as_json: bool, **given: Any) -> None:
-    """Print the settings in effect, and where each came from.
-
-    Examples:
-      mbcap-watch config --config /etc/mbcap-watch/mbcap-watch.toml
-
-    Exit codes:
-      0  the settings are usable
-      2  usage or configuration
-    """
-    loaded = _load(given)
-    values = {
-        name: getattr(loaded.settings if name in SETTING_NAMES else loaded, name)
-        for name in config.DECLARED
-    }
-    output.print_config(values, loaded.origins, as_json=as_json)
+class _Group(click.Group):
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they are written
 
 
-@command("status", *_PATHS)
-@AS_JSON
-@click.option("--max-age", metavar=_MAX_AGE.metavar, help=_MAX_AGE.help)
-def status(*, as_json: bool, max_age: str | None, **given: Any) -> int:
-    """Tell how the running bridge is, and what to do if it is not well.
-
-    Finds it by its settings, however it was started; where none are given, the only one that runs.
-
-    Examples:
-      mbcap-watch status --json --max-age 15m
-      docker exec CONTAINER mbcap-watch status
-      sudo -u corescope mbcap-watch status --database /app/data/meshcore.db
-
-    Exit codes:
-      0  healthy; there may be warnings
-      1  not healthy, not running, or another user's
-      2  usage or configuration
-    """
-    from mbcap_watch.doctor import status as shown
-
-    most = None if max_age is None else _MAX_AGE.read("--max-age", max_age)
-    stats, health = _look(_load(given), most)
-    if as_json:
-        output.print_json(shown.as_json(stats, health))
-    else:
-        from rich.console import Console
-
-        with output.written():
-            shown.render(stats, health, Console())
-    return 0 if health.healthy else 1
-
-
-@command("check", *_PATHS, "mode", "max_bytes", "downgrade")
-@AS_JSON
-def check(*, as_json: bool, **given: Any) -> int:
-    """Examine the installation; say what is wrong and what to do.
-
-    Changes nothing. Run it as the user that runs the service.
-
-    Examples:
-      sudo -u corescope mbcap-watch check --database /app/data/meshcore.db
-
-    Exit codes:
-      0  no problem; there may be warnings
-      1  at least one problem
-      2  usage or configuration
-    """
-    from mbcap_watch.doctor import check as doctor
-
-    loaded = _load(given)
-    findings = anyio.run(doctor.examine, loaded.settings, os.environ, loaded.file)
-    code = doctor.exit_code(findings)
-    if as_json:
-        output.print_json({"ok": not code, "findings": msgspec.to_builtins(findings)})
-    else:
-        output.print_findings(findings)
-    return code
-
-
-@command("top", *_PATHS)
-def show_top(**given: Any) -> None:
-    """Show live how the running bridge is.
-
-    q or Ctrl-C quits. Without a terminal, it prints what there is once.
-
-    Examples:
-      ssh -t HOST mbcap-watch top --database /app/data/meshcore.db
-
-    Exit codes:
-      0  ended by q or Ctrl-C; or printed once
-      2  usage or configuration
-    """
-    from mbcap_watch.cli import top
-
-    loaded = _load(given)
-    top.show(lambda: _look(loaded))
-
-
-@command("plot", *_PATHS)
-@click.option("-o", "--out", metavar="FILE.svg", help="Where to. Default: standard output.")
-def show_plot(*, out: str | None, **given: Any) -> None:
-    """Draw lag and lock holds of the latest results, as an SVG.
-
-    Examples:
-      mbcap-watch plot -o lags.svg
-
-    Exit codes:
-      0  drawn
-      1  nothing runs, or the file cannot be written
-      2  usage or configuration
-    """
-    from mbcap_watch.cli import plot
-
-    stats, health = _look(_load(given))
-    if stats is None:
-        output.fail((health.problems or health.warnings)[0].text, 1)
-    drawing = plot.svg(stats)
-    if out is None:
-        for line in drawing.splitlines():
-            output.print_line(line)
-        return
-    try:
-        Path(out).write_text(drawing, encoding="utf-8")
-    except OSError as exc:
-        output.fail(f"{out}: cannot be written: {exc.strerror}", 1)
-
-
-def _look(loaded: config.Config, max_age: float | None = None) -> tuple[Stats | None, Health]:
-    """Ask the daemon with these settings; if they name no database, else the only one there is."""
-    from mbcap_watch.doctor import service
-    from mbcap_watch.telemetry.ask import ask
-
-    stats, health = service.look(loaded.settings, os.environ, max_age)
-    if health.state == "not running" and {loaded.origins[name] for name in _PATHS} == {"default"}:
-        others = [
-            peer.stats
-            for peer in ask(loaded.settings, os.environ, everyone=True)
-            if peer.stats and peer.uid in (0, os.geteuid())  # anybody can offer a socket
-        ]
-        if len(others) == 1:
-            its = Settings(others[0].database, others[0].snapshot_dir)
-            return service.look(its, os.environ, max_age)
-    return stats, health
+@click.group(
+    cls=_Group,
+    commands={str(each.name): each for each in (run, apply, publish, demo, *inspection.COMMANDS)},
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+    epilog="""\b
+COMMAND --help says more. Completion, in ~/.bashrc (zsh: zsh_source), fish:
+  eval "$(_MBCAP_WATCH_COMPLETE=bash_source mbcap-watch)"
+  _MBCAP_WATCH_COMPLETE=fish_source mbcap-watch | source""",
+)
+@click.version_option(__version__, message="mbcap-watch %(version)s", help="Print the version.")
+@click.pass_context
+def app(context: click.Context) -> int | None:
+    """Persist CoreScope's multi-byte capability snapshots when they are published."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        return output.EXIT_USAGE
+    return None
 
 
 # ------------------------------------------------------------------------------ the way out

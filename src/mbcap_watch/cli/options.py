@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.shell_completion import CompletionItem
 
-from mbcap_watch import __version__
-from mbcap_watch.cli import config, output
+from mbcap_watch.cli import config
 from mbcap_watch.settings import CONFIG_FILE, Choice, Location
 
 if TYPE_CHECKING:
@@ -52,32 +52,9 @@ def option(name: str, setting: Setting[Any, Any]) -> click.Option:
     return click.Option(names, metavar=setting.metavar, help=text, shell_complete=complete)
 
 
+PATHS: Final = ("database", "snapshot_dir")
 _CONFIG: Final = Location("FILE", "A TOML file with settings.", usual=str(CONFIG_FILE))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per result.")
-
-
-class _Group(click.Group):
-    def list_commands(self, _: click.Context) -> list[str]:
-        return list(self.commands)  # in the order in which they are written
-
-
-@click.group(
-    cls=_Group,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    invoke_without_command=True,
-    epilog="""\b
-COMMAND --help says more. Completion, in ~/.bashrc (zsh: zsh_source), fish:
-  eval "$(_MBCAP_WATCH_COMPLETE=bash_source mbcap-watch)"
-  _MBCAP_WATCH_COMPLETE=fish_source mbcap-watch | source""",
-)
-@click.version_option(__version__, message="mbcap-watch %(version)s", help="Print the version.")
-@click.pass_context
-def app(context: click.Context) -> int | None:
-    """Persist CoreScope's multi-byte capability snapshots when they are published."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help(), err=True)
-        return output.EXIT_USAGE
-    return None
 
 
 def command(
@@ -100,7 +77,7 @@ def command(
         options = [option(each, config.DECLARED[each]) for each in settings]
         if configured:
             options.append(option("config", _CONFIG))
-        return app.command(
+        return click.command(
             name,
             help=text,
             epilog="\n\n".join(f"\b\n{section}" for section in sections),
@@ -108,3 +85,8 @@ def command(
         )(function)
 
     return make
+
+
+def load(given: dict[str, Any]) -> config.Config:
+    """Merge the options that a command was given with all other sources."""
+    return config.load(given, os.environ, given["config"])
