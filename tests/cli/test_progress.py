@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NODES = 12_000
-BAR = re.compile(rf"applying.*[━╸╺].* \d+/{NODES}")
+BAR = re.compile(r"applying.*[━╸╺].* \d+%")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def apply(database: Path, *arguments: str, least: int) -> tuple[str, str]:
 
     """
     script = (
-        f"import mbcap_watch.cli.output as p; p._LARGE, p._LONG_SECONDS = {least}, 1e9;"
+        f"import mbcap_watch.cli.output as p; p._LARGE = {least};"
         "from mbcap_watch.cli.app import main; main()"
     )
     ours, theirs = pty.openpty()

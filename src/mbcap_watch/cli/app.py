@@ -126,15 +126,16 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)
-    path, count, at = (
-        settings.snapshot_dir / SNAPSHOT_NAME,
-        len(snapshot.entries),
-        snapshot.written_at,
-    )
+    fields = {
+        "path": str(settings.snapshot_dir / SNAPSHOT_NAME),
+        "entries": len(snapshot.entries),
+        "written_at": snapshot.written_at,
+    }
     if as_json:
-        output.print_json({"path": str(path), "entries": count, "written_at": at})
+        output.print_json(fields)
     else:
-        output.print_line(f"published {count} entries to {path}, written at {at}")
+        text = "published {entries} entries to {path}, written at {written_at}"
+        output.print_line(text.format_map(fields))
 
 
 @command("demo", "mode", "poll_interval", configured=False)
@@ -197,13 +198,7 @@ def app(context: click.Context) -> int | None:
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
     try:
-        sys.exit(app.main(prog_name="mbcap-watch", standalone_mode=False))
-    except SettingsError as exc:
-        _refuse(str(exc))
-    except click.ClickException as exc:
-        _refuse(exc.format_message())
-    except click.Abort:
-        sys.exit(1)
+        sys.exit(_run())
     except output.OutputError as exc:
         output.say(str(exc))
         # Else Python, while it ends, tries again to write what is left in its buffer.
@@ -211,9 +206,18 @@ def main() -> None:
         sys.exit(1)
 
 
-def _refuse(problem: str) -> None:
-    """Say what is wrong; print an object for `apply --json` although there was no sync."""
+def _run() -> int | None:
+    try:
+        code: int | None = app.main(prog_name="mbcap-watch", standalone_mode=False)
+    except click.Abort:
+        return 1
+    except SettingsError as exc:
+        problem = str(exc)
+    except click.ClickException as exc:
+        problem = exc.format_message()
+    else:
+        return code
     output.say(problem)
-    if {"apply", "--json"} <= set(sys.argv):
+    if {"apply", "--json"} <= set(sys.argv):  # an object even though there was no sync
         output.print_line(PersistResult(outcome="failed", reason="once", error=problem).to_json())
-    sys.exit(output.EXIT_USAGE)
+    return output.EXIT_USAGE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
@@ -180,38 +179,25 @@ def fail(message: str, code: int) -> NoReturn:
     raise click.exceptions.Exit(code)
 
 
-# ------------------------------------------------------------------------------ progress
-
 # Less work is done before a person could read the bar.
 _LARGE: Final = 50_000
-_LONG_SECONDS: Final = 1.0
 
 
 @contextlib.contextmanager
 def progress(*, wanted: bool) -> Iterator[OnProgress | None]:
-    """Yield a hook for `persist_once` that shows a bar on standard error, if anybody would see it.
-
-    The bar appears once the work turns out to be long, and is removed at the end of the block.
-    """
+    """Yield a hook that shows a bar on standard error for a large snapshot, if somebody sees it."""
     stderr: TextIO | None = sys.stderr  # None if it was closed before we started
     if not wanted or stderr is None or not stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import Progress
 
-    bar = Progress(
-        *Progress.get_default_columns()[:3],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    bar = Progress(console=Console(stderr=True), transient=True)
     task = bar.add_task("applying", total=None)
-    started = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
-        if total > _LARGE or time.monotonic() - started > _LONG_SECONDS:
+        if total > _LARGE:
             with contextlib.suppress(OSError):  # the terminal is gone: nobody sees it
                 bar.start()  # has no effect the second time
                 bar.update(task, completed=done, total=total)
