@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, overload
 
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,7 +72,7 @@ class Setting(Generic[Given, Value]):
         try:
             return self._read(value)
         except (ValueError, TypeError, OverflowError) as exc:
-            raise SettingsError(name, f"expected {self.accepts}, got {value!r}") from exc
+            raise SettingsError(name, f"expected {self.accepts}, got {quoted(value)}") from exc
 
     def _read(self, value: Any) -> Value:
         raise NotImplementedError
@@ -208,6 +208,7 @@ class Settings:
 
     Durations are seconds, sizes are bytes; both may be given as text with a unit (`"250ms"`,
     `"5s"`, `"10m"`, `"64MiB"`). Relative paths are taken from the working directory of the moment.
+    What each is for stands beside it.
 
     Raises:
         SettingsError: a value is out of range or of the wrong type; names the setting.

@@ -122,6 +122,7 @@ BAD: list[tuple[list[str], dict[str, str], str, str]] = [
     (["run"], {"DB_PATH": "a\n"}, "batch_rows = 'x'", "TOML: batch_rows: expected a number"),
     (["run"], {}, "mod = 'poll'", "TOML: mod: unknown setting"),
     (["run"], {}, "resync = 0.01", "TOML: resync: expected a duration from 100ms to 168h"),
+    (["run"], {}, f"mode = '{'x' * 9999}'", "TOML: mode: expected one of auto, inotify, poll, got"),
     (["run"], {}, "ack = 1", "TOML: ack: expected true or false"),
     (["run"], {}, "mode = poll", "TOML: is not valid TOML: "),
     (["run"], {}, "mode = 'poll\n\nx'", "TOML: is not valid TOML: "),
@@ -141,6 +142,7 @@ def test_bad_input_is_one_line_in_the_users_words(
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("mbcap-watch: ")
+    assert len(line) < 500
     assert named.replace("TOML:", f"{file}:", 1) in line
 
 

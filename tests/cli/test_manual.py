@@ -58,22 +58,22 @@ def test_the_examples_use_options_that_there_are(command: str) -> None:
     assert set(re.findall(r" (--[a-z-]+)", examples)) <= options_of(options)
 
 
+WATCHING = {"mode", "poll_interval", "sweep_interval", "resync", "debounce", "max_wait"}
+
+
 @pytest.mark.parametrize(
     "command, unused",
     [
         ("run", set()),
         ("config", set()),
-        ("apply", {"mode", "poll_interval", "sweep_interval", "resync", "debounce", "max_wait"}),
+        ("apply", WATCHING | {"ack", "http"}),
         ("publish", set(DECLARED) - {"database", "snapshot_dir", "max_bytes"}),
         ("status", set(DECLARED) - {"database", "snapshot_dir"}),
     ],
 )
-def test_a_command_takes_what_it_uses(command: str, unused: set[str]) -> None:
-    """Of the settings; which of them a command does without is known from its code."""
+def test_a_command_takes_only_what_it_uses(command: str, unused: set[str]) -> None:
     taken = {option.removeprefix("--").replace("-", "_") for option in options_of(help_of(command))}
-    assert taken & set(DECLARED) == set(DECLARED) - unused - (
-        {"ack", "http"} if command == "apply" else set()
-    )
+    assert taken & set(DECLARED) == set(DECLARED) - unused
 
 
 def test_the_first_help_fits_a_screen() -> None:
