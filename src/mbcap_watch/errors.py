@@ -1,22 +1,5 @@
 """Every error of this package, as types.
 
-    MbcapWatchError
-    ├── SettingsError              a setting's name or value
-    ├── EventLoopError             no asyncio or trio, or not asyncio where aiosqlite needs it
-    ├── SnapshotError
-    │   ├── SnapshotNotFound       nothing to persist; a state to wait in
-    │   ├── SnapshotMalformed      its bytes are no snapshot
-    │   ├── SnapshotRefused        not a regular file, too large, or behind a foreign link
-    │   ├── SnapshotUnreadable     the operating system would not let us read it
-    │   └── SnapshotNotPublished   the new snapshot could not be put in place
-    └── DatabaseError
-        ├── TransactionOpen        the host's connection is in a transaction of the host's
-        ├── DatabaseMissing        no file; never created
-        ├── SchemaMissing          no table has the two columns yet
-        ├── ForeignWal             the `-wal` beside it is not its own, or may not be
-        ├── DatabaseBusy           somebody else held the lock
-        └── DatabaseFailed         anything else SQLite or the disk refused
-
 A message names the file, says what is wrong, and what happens next (`hint`). Nothing in this
 package decides by the text of a message.
 """
