@@ -8,7 +8,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.cli import mesh
+from mbcap_watch.cli import demo
 from mbcap_watch.snapshot.encoder import encode
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, Entry, Snapshot, ensure_snapshot_dir
 
@@ -44,9 +44,9 @@ class Site:
         self.target = ensure_snapshot_dir(self.database) / SNAPSHOT_NAME
         template = root / f"template-{nodes}.db"
         if not template.exists():
-            mesh.create_database(template, nodes, SEED)
+            demo.create_database(template, nodes, SEED)
         shutil.copyfile(template, self.database)
-        keys = mesh.keys(nodes, SEED)
+        keys = demo.keys(nodes, SEED)
         self.moving = keys[:: nodes // moving][:moving] if moving else []
         self._masters = [directory / f"version-{version}.json" for version in range(3)]
         moves = set(self.moving)

@@ -1,22 +1,5 @@
 """Every error of this package, as types.
 
-    MbcapWatchError
-    ├── SettingsError              a setting's name or value
-    ├── EventLoopError             no asyncio or trio, or not asyncio where aiosqlite needs it
-    ├── SnapshotError
-    │   ├── SnapshotNotFound       nothing to persist; a state to wait in
-    │   ├── SnapshotMalformed      its bytes are no snapshot
-    │   ├── SnapshotRefused        not a regular file, too large, or behind a foreign link
-    │   ├── SnapshotUnreadable     the operating system would not let us read it
-    │   └── SnapshotNotPublished   the new snapshot could not be put in place
-    └── DatabaseError
-        ├── TransactionOpen        the host's connection is in a transaction of the host's
-        ├── DatabaseMissing        no file; never created
-        ├── SchemaMissing          no table has the two columns yet
-        ├── ForeignWal             the `-wal` beside it is not its own, or may not be
-        ├── DatabaseBusy           somebody else held the lock
-        └── DatabaseFailed         anything else SQLite or the disk refused
-
 A message names the file, says what is wrong, and what happens next (`hint`). Nothing in this
 package decides by the text of a message.
 """
@@ -41,7 +24,7 @@ Cause = Literal[
     "wal_left_behind",
     "nodes_not_served",
 ]
-"""What is behind a `DatabaseFailed`, as far as it can be told, for programs.
+"""What is behind an error, as far as it can be told, for programs.
 
 `no_database` is behind no error: there is no snapshot yet, and no database either. `wal_replaced`
 and `wal_left_behind` are those of `ForeignWal`. `nodes_not_served` is behind no error, either: the
@@ -117,14 +100,25 @@ class EventLoopError(MbcapWatchError):
 
 
 class _FileError(MbcapWatchError):
-    """What is wrong with a file, and what happens next."""
+    """What is wrong with a file, and what happens next.
+
+    Attributes:
+        path: of the file.
+        problem: what is wrong.
+        cause: what is behind it; None if that cannot be told.
+
+    """
 
     hint: ClassVar[str] = ""
+    cause: Cause | None = None
 
-    def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], problem: str, cause: Cause | None = None
+    ) -> None:
         super().__init__(path, problem)
         self.path = os.fspath(path)
         self.problem = problem
+        self.cause = cause or self.cause
 
     @property
     def what(self) -> str:
@@ -164,10 +158,7 @@ class SnapshotMalformed(SnapshotError):
 
 
 class SnapshotRefused(SnapshotError):
-    """What is at the path is not read.
-
-    It is not a regular file, larger than allowed, or behind a link of another user (`links`).
-    """
+    """The file is not regular, larger than allowed, or behind a link of another user (`links`)."""
 
     hint = "it is not decoded; it is tried again when it is replaced"
 
@@ -175,21 +166,10 @@ class SnapshotRefused(SnapshotError):
 class SnapshotUnreadable(SnapshotError):
     """The operating system refused to read the file (permission, I/O, a stale handle).
 
-    Attributes:
-        cause: `limit`: not the file is refused, but a descriptor or memory; else None.
-
+    If its `cause` is `limit`, not the file is refused, but a descriptor or memory.
     """
 
     hint = "the database stays as it is and the file is tried again"
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        problem: str,
-        cause: Literal["limit"] | None = None,
-    ) -> None:
-        super().__init__(path, problem)
-        self.cause = cause
 
 
 class SnapshotNotPublished(SnapshotError):
@@ -223,11 +203,9 @@ class SchemaMissing(DatabaseError):
 class ForeignWal(DatabaseError):
     """The `-wal` beside the database is not its own, or may not be; the database is not opened.
 
-    Attributes:
-        cause: `wal_replaced`: it belongs to the file that was at the path before, and that somebody
-            still has open. `wal_left_behind`: nobody has the database open, and its files were
-            touched a moment ago.
-
+    Its `cause` is `wal_replaced` if it belongs to the file that was at the path before, and that
+    somebody still has open; `wal_left_behind` if nobody has the database open, and its files were
+    touched a moment ago.
     """
 
     hint = (
@@ -235,15 +213,6 @@ class ForeignWal(DatabaseError):
         " ingestor has opened the file, or the -wal was left alone for wal_grace; if a backup was"
         " restored, stop the ingestor and remove the -wal and -shm, which belong to the old file"
     )
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        problem: str,
-        cause: Literal["wal_replaced", "wal_left_behind"],
-    ) -> None:
-        super().__init__(path, problem)
-        self.cause = cause
 
 
 class DatabaseBusy(DatabaseError):
@@ -253,17 +222,6 @@ class DatabaseBusy(DatabaseError):
 
 
 class DatabaseFailed(DatabaseError):
-    """SQLite or the disk refused: corrupt, read-only, full, out of reach, or replaced.
-
-    Attributes:
-        cause: what is behind it; None if that cannot be told.
-
-    """
+    """SQLite or the disk refused: corrupt, read-only, full, out of reach, or replaced."""
 
     hint = "the snapshot stays pending and is tried again"
-
-    def __init__(
-        self, path: str | os.PathLike[str], problem: str, cause: Cause | None = None
-    ) -> None:
-        super().__init__(path, problem)
-        self.cause = cause

@@ -1,18 +1,20 @@
-"""`Settings`: what the bridge can be told, with defaults and validation."""
+"""`Settings`: what the bridge can be told. Each setting is declared here, and nowhere else.
+
+The command line, the environment, the TOML file and the pages about settings are made from it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, overload
 
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 Mode = Literal["auto", "inotify", "poll"]
 Downgrade = Literal["allow", "never"]
@@ -22,6 +24,7 @@ SNAPSHOT_DIR_NAME = "mbcap-snapshot"
 # The environment of the command line. `check` reads that of a running daemon, too.
 ENV_PREFIX = "MBCAP_WATCH_"
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+CONFIG_FILE = Path("/etc/mbcap-watch/mbcap-watch.toml")  # read if it is there and none is named
 DATABASE_VARIABLE = "DB_PATH"  # CoreScope's own
 DEFAULT_DATABASE = "data/meshcore.db"  # likewise
 
@@ -29,102 +32,232 @@ DEFAULT_DATABASE = "data/meshcore.db"  # likewise
 # process 45 MiB besides: MemoryMax= of the units and mem_limit in compose allow for that.
 DEFAULT_MAX_BYTES = 12 << 20
 
-_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-_SIZE_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
-
 # A batch is one hold of the write lock. Larger ones gain nothing and hurt the other writers: of
 # 50,000 changed rows, batches of 500, 2,000 and 10,000 held it for 1.7, 3.9 and 17 ms at most, and
 # all took 0.27 s (to repeat: `apply --json` with `--batch-rows`, and look at `lock_seconds`). And a
 # statement takes 32,766 parameters (https://www.sqlite.org/limits.html), of which a row has four.
 MAX_BATCH_ROWS = 8_000
-_MAX_SECONDS = 7 * 24 * 3600.0
+
+# ------------------------------------------------------------------------------ kinds of settings
+
+Given = TypeVar("Given")
+Value = TypeVar("Value")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, init=False)
+class Setting(Generic[Given, Value]):
+    """A setting, as a descriptor: what is assigned to it is checked and converted.
+
+    Attributes:
+        default: as a person writes it.
+        help: what it is for.
+        metavar: what stands for a value in `--help`.
+        accepts: which values are right.
+
+    """
+
+    default: Given
+    metavar: str
+    accepts: str
+
+    def __init__(self, help: str) -> None:
+        self.help = help
+
+    def read(self, name: str, value: object) -> Value:
+        """Return a value as it is kept.
+
+        Raises:
+            SettingsError: it is not right; names `name`.
+
+        """
+        try:
+            return self._read(value)
+        except (ValueError, TypeError, OverflowError) as exc:
+            raise SettingsError(name, f"expected {self.accepts}, got {quoted(value)}") from exc
+
+    def _read(self, value: Any) -> Value:
+        raise NotImplementedError
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Given: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Value: ...
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        if instance is None:
+            return self.default  # AttributeError tells a dataclass that there is none
+        return vars(instance)[self._name]
+
+    def __set__(self, instance: object, value: Given) -> None:
+        vars(instance)[self._name] = self.read(self._name, value)
+
+
+class Location(Setting[str | os.PathLike[str] | None, Path]):
+    """A path. Kept absolute, so that a later `chdir` changes nothing.
+
+    Attributes:
+        usual: where the command line looks, in words.
+
+    """
+
+    accepts = "a path"
+
+    def __init__(self, metavar: str, help: str, *, usual: str, required: bool = False) -> None:
+        super().__init__(help)
+        self.metavar, self.usual = metavar, usual
+        if not required:
+            self.default = None
+
+    def _read(self, value: Any) -> Path:
+        if value is None and hasattr(self, "default"):
+            return NO_PATH
+        if not (text := os.fspath(value)) or not isinstance(text, str) or "\0" in text:
+            raise ValueError
+        try:
+            return Path(os.path.abspath(text))
+        except OSError as exc:
+            problem = f"{text} is relative to a directory that is gone"
+            raise SettingsError(self._name, problem) from exc
+
+
+NO_PATH = Path()
+
+
+class Choice(Setting[Value, Value]):
+    """One of a few words."""
+
+    def __init__(self, default: Value, choices: tuple[Value, ...], help: str) -> None:
+        super().__init__(help)
+        self.default, self.choices = default, choices
+        self.metavar = "|".join(map(str, choices))
+        self.accepts = f"one of {', '.join(map(str, choices))}"
+
+    def _read(self, value: Any) -> Value:
+        return self.choices[self.choices.index(value)]
+
+
+class _Quantity(Setting[float | str, Value]):
+    """A number, or text of a number and a unit; both ends of the range are right."""
+
+    most: str
+    units: ClassVar[Mapping[str, float]] = {}
+    kept: Callable[[float], Value]
+
+    def __init__(self, default: str, least: str, help: str) -> None:
+        super().__init__(help)
+        self.default = default
+        self._range = self._number(least), self._number(self.most)
+        self.accepts = f"a {self.metavar.lower()} from {least} to {self.most}"
+
+    def _read(self, value: Any) -> Value:
+        number = self._number(value)
+        if not self._range[0] <= number <= self._range[1]:  # nor is NaN
+            raise ValueError
+        if (kept := type(self).kept(number)) != number:
+            raise ValueError
+        return kept
+
+    def _number(self, value: Any) -> float:
+        unit = 1.0
+        if isinstance(value, str):
+            match = _QUANTITY.fullmatch(value.strip())
+            if match is None or (match[2] and match[2] not in self.units):
+                raise ValueError
+            value, unit = float(match[1]), self.units.get(match[2], 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError
+        return value * unit
+
+
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)", re.ASCII)
+
+
+class Duration(_Quantity[float]):
+    """Seconds."""
+
+    metavar = "DURATION"
+    most = "168h"
+    units: ClassVar = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+    kept = float
+
+
+class Rows(_Quantity[int]):
+    """A whole number."""
+
+    metavar = "NUMBER"
+    most = str(MAX_BATCH_ROWS)
+    kept = int
+
+
+class Size(_Quantity[int]):
+    """Bytes."""
+
+    metavar = "SIZE"
+    most = "1024GiB"
+    units: ClassVar = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    kept = int
+
+
+# ------------------------------------------------------------------------------ the settings
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything the bridge can be told. Frozen, and validated when made.
 
     Durations are seconds, sizes are bytes; both may be given as text with a unit (`"250ms"`,
-    `"5s"`, `"10m"`, `"64MiB"`). Relative paths are taken from the working directory of the moment
-    and kept absolute, so that a later `chdir` changes nothing.
-
-    Attributes:
-        database: the SQLite database that CoreScope's ingestor owns. Never created.
-        snapshot_dir: the directory of `snapshot.json`; by default `mbcap-snapshot` beside the
-            database.
-        mode: how changes are noticed: `auto` (inotify where the filesystem delivers it, polling
-            elsewhere), `inotify` or `poll`.
-        poll_interval: seconds between two syncs when polling.
-        sweep_interval: seconds between two checks, under inotify, that the watch is alive and that
-            no change was missed; also the slow pace of retries.
-        resync: seconds between two comparisons with the database although the file did not
-            change: nodes that appear later get their value then.
-        debounce: seconds of quiet that a burst of changes is given before the next sync; the first
-            change of a burst is served at once.
-        max_wait: seconds by which an unending burst can postpone a sync at most; `debounce`, if
-            that is longer.
-        batch_rows: rows written per hold of the write lock.
-        busy_deadline: seconds for which a busy database is tried before that is reported.
-        wal_grace: seconds for which a `-wal` that nobody has open is left alone before SQLite may
-            recover it: time for an operator who restores a backup to remove it.
-        max_bytes: a larger snapshot is refused without being read.
-        downgrade: whether `suspected` may replace a stored `confirmed`: `allow` or `never`.
+    `"5s"`, `"10m"`, `"64MiB"`). Relative paths are taken from the working directory of the moment.
+    What each is for stands beside it.
 
     Raises:
         SettingsError: a value is out of range or of the wrong type; names the setting.
 
     """
 
-    database: Path
-    snapshot_dir: Path
-    mode: Mode
-    poll_interval: float
-    sweep_interval: float
-    resync: float
-    debounce: float
-    max_wait: float
-    batch_rows: int
-    busy_deadline: float
-    wal_grace: float
-    max_bytes: int
-    downgrade: Downgrade
+    database: Location = Location(
+        "FILE", "CoreScope's SQLite database. Never created.", usual=DEFAULT_DATABASE, required=True
+    )
+    snapshot_dir: Location = Location(
+        "DIR",
+        "Where snapshot.json is.",
+        usual=f"{SNAPSHOT_DIR_NAME} beside the database",
+    )
+    mode: Choice[Mode] = Choice(
+        "auto", get_args(Mode), "How changes are noticed; auto: inotify where it works, else poll."
+    )
+    poll_interval: Duration = Duration("1s", "10ms", "Between two syncs when polling.")
+    sweep_interval: Duration = Duration(
+        "5s", "10ms", "Between checks for a dead watch or a missed change, and between retries."
+    )
+    resync: Duration = Duration(
+        "5m", "100ms", "Between comparisons although the file is the same: nodes may be new."
+    )
+    debounce: Duration = Duration(
+        "100ms", "0s", "Quiet that a burst of changes is given; its first is served at once."
+    )
+    max_wait: Duration = Duration(
+        "1s", "0s", "How long a burst can postpone a sync; debounce, if that is longer."
+    )
+    batch_rows: Rows = Rows("500", "1", "Rows written per hold of the write lock.")
+    busy_deadline: Duration = Duration(
+        "30s", "0s", "How long a locked database is tried before that is reported."
+    )
+    wal_grace: Duration = Duration(
+        "1m", "0s", "How long a -wal that nobody has open is left alone: time to restore a backup."
+    )
+    max_bytes: Size = Size(
+        f"{DEFAULT_MAX_BYTES >> 20}MiB",
+        "1B",
+        "Refuse larger snapshots. Reading takes ten times the size in memory.",
+    )
+    downgrade: Choice[Downgrade] = Choice(
+        "allow", get_args(Downgrade), "Whether suspected may replace a stored confirmed."
+    )
 
-    def __init__(
-        self,
-        database: str | os.PathLike[str],
-        snapshot_dir: str | os.PathLike[str] | None = None,
-        mode: Mode = "auto",
-        poll_interval: float | str = 1.0,
-        sweep_interval: float | str = 5.0,
-        resync: float | str = 300.0,
-        debounce: float | str = 0.1,
-        max_wait: float | str = 1.0,
-        batch_rows: int = 500,
-        busy_deadline: float | str = 30.0,
-        wal_grace: float | str = 60.0,
-        max_bytes: int | str = DEFAULT_MAX_BYTES,
-        downgrade: Downgrade = "allow",
-    ) -> None:
-        path = _path("database", database)
-        beside = path.parent / SNAPSHOT_DIR_NAME
-        values = {
-            "database": path,
-            "snapshot_dir": beside if snapshot_dir is None else _path("snapshot_dir", snapshot_dir),
-            "mode": choice("mode", mode, get_args(Mode)),
-            "poll_interval": duration("poll_interval", poll_interval, 0.01),
-            "sweep_interval": duration("sweep_interval", sweep_interval, 0.01),
-            "resync": duration("resync", resync, 0.1),
-            "debounce": duration("debounce", debounce, 0.0),
-            "max_wait": duration("max_wait", max_wait, 0.0),
-            "batch_rows": _whole("batch_rows", batch_rows, 1, MAX_BATCH_ROWS),
-            "busy_deadline": duration("busy_deadline", busy_deadline, 0.0),
-            "wal_grace": duration("wal_grace", wal_grace, 0.0),
-            "max_bytes": _size("max_bytes", max_bytes),
-            "downgrade": choice("downgrade", downgrade, get_args(Downgrade)),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # the way into a frozen dataclass
+    def __post_init__(self) -> None:
+        if self.snapshot_dir == NO_PATH:
+            self.__dict__["snapshot_dir"] = self.database.parent / SNAPSHOT_DIR_NAME
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -142,76 +275,9 @@ class Settings:
         return cls(**values)
 
 
-SETTING_NAMES = tuple(field.name for field in dataclasses.fields(Settings))
+def declared(owner: type) -> dict[str, Setting[Any, Any]]:
+    """Return the settings that a class declares, by name."""
+    return {name: each for name, each in vars(owner).items() if isinstance(each, Setting)}
 
 
-def _path(name: str, value: object) -> Path:
-    if not isinstance(value, (str, os.PathLike)) or not (text := os.fspath(value)):
-        raise SettingsError(name, f"expected a path, got {value!r}")
-    if not isinstance(text, str) or "\0" in text:
-        raise SettingsError(name, f"not a usable path: {value!r}")
-    try:
-        return Path(os.path.abspath(text))
-    except OSError as exc:
-        raise SettingsError(name, f"{text} is relative to a directory that is gone") from exc
-
-
-def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """Return `value`, which is one of `choices`.
-
-    Raises:
-        SettingsError: it is not; names `name`.
-
-    """
-    if value not in choices:
-        raise SettingsError(name, f"expected one of {', '.join(choices)}, got {value!r}")
-    return str(value)
-
-
-def duration(name: str, value: object, least: float) -> float:
-    """Return a duration in seconds; `least` is the shortest that is right.
-
-    Raises:
-        SettingsError: it is none, or out of range; names `name`.
-
-    """
-    seconds = _number(name, value, _DURATION_UNITS, "seconds or text such as '250ms', '5s', '10m'")
-    if not least <= seconds <= _MAX_SECONDS:
-        raise SettingsError(
-            name, f"must be between {least:g} s and {_MAX_SECONDS:g} s, got {value!r}"
-        )
-    return seconds
-
-
-def _size(name: str, value: object) -> int:
-    expected = "a number of bytes or text such as '64MiB'"
-    size = _number(name, value, _SIZE_UNITS, expected)
-    if size < 1 or size != int(size):
-        raise SettingsError(name, f"expected {expected}, at least one byte, got {value!r}")
-    return int(size)
-
-
-def _whole(name: str, value: object, least: int, most: int) -> int:
-    number = _number(name, value, {}, "a whole number")
-    if number != int(number) or not least <= number <= most:
-        raise SettingsError(name, f"expected a whole number from {least} to {most}, got {value!r}")
-    return int(number)
-
-
-def _number(name: str, value: object, units: Mapping[str, float], expected: str) -> float:
-    """Read a number, or text of a number and one of `units`."""
-    number, unit = value, 1.0
-    if isinstance(value, str):
-        match = _QUANTITY.fullmatch(value.strip())
-        if match is None or (match[2] and match[2] not in units):
-            raise SettingsError(name, f"expected {expected}, got {value!r}")
-        number, unit = float(match[1]), units.get(match[2], 1)
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise SettingsError(name, f"expected {expected}, got {value!r}")
-    try:
-        result = float(number) * unit
-    except OverflowError:
-        result = math.inf
-    if not math.isfinite(result):
-        raise SettingsError(name, f"expected {expected}, got {value!r}")
-    return result
+SETTING_NAMES = tuple(declared(Settings))

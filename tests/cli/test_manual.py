@@ -1,4 +1,4 @@
-"""`--help` as a manual page, and completion in a real shell."""
+"""`--help` as a manual page, and completion in real shells."""
 
 from __future__ import annotations
 
@@ -7,28 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 import pytest
 
-from mbcap_watch.cli import manual, output
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from mbcap_watch.cli import output
+from mbcap_watch.cli.app import app
+from mbcap_watch.cli.config import DECLARED
 
 pytestmark = pytest.mark.slow  # it starts the program for every page
 
-COMMANDS = {
-    "run": manual.RUN,
-    "apply": manual.APPLY,
-    "publish": manual.PUBLISH,
-    "demo": manual.DEMO,
-    "config": manual.CONFIG,
-    "status": manual.STATUS,
-    "check": manual.CHECK,
-    "top": manual.TOP,
-    "plot": manual.PLOT,
-}
 PROGRAMS = os.path.dirname(sys.executable)
 
 
@@ -45,7 +32,11 @@ def help_of(*command: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def options_of(text: str) -> set[str]:
+    return set(re.findall(r"^  (?:-o, )?(--[a-z-]+)", text.partition("Options:")[2], re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", app.commands)
 def test_help_is_plain_text_of_80_columns_with_every_section(command: str) -> None:
     text = help_of(command)
     assert text.isascii()
@@ -55,59 +46,94 @@ def test_help_is_plain_text_of_80_columns_with_every_section(command: str) -> No
     assert sections[:2] == ["Examples", "Exit codes"]
     assert sections[2:] == ([] if command == "demo" else ["Environment", "Files"])
     # Lines are where they were written: nothing was wrapped.
-    for line in COMMANDS[command].replace("\b\n", "").splitlines():
+    for line in str(app.commands[command].epilog).replace("\b\n", "").splitlines():
         assert f"  {line}".rstrip() in text.splitlines()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", app.commands)
 def test_the_examples_use_options_that_there_are(command: str) -> None:
     options, _, rest = help_of(command).partition("  Examples:\n")
     examples = rest.partition("  Exit codes:\n")[0]
     assert f"mbcap-watch {command}" in examples
-    used = set(re.findall(r" (--[a-z-]+)", examples))
-    assert used <= set(re.findall(r"^  (--[a-z-]+)", options, re.MULTILINE))
+    assert set(re.findall(r" (--[a-z-]+)", examples)) <= options_of(options)
 
 
-def test_the_commands_are_listed_in_one_line_each() -> None:
-    text = help_of()
-    listed = re.findall(r"^  ([a-z]+)  .*\.$", text.partition("Commands:")[2], re.MULTILINE)
-    assert set(COMMANDS) <= set(listed)
-    assert max(map(len, text.splitlines())) <= 80
+WATCHING = {"mode", "poll_interval", "sweep_interval", "resync", "debounce", "max_wait"}
+
+
+@pytest.mark.parametrize(
+    "command, unused",
+    [
+        ("run", set()),
+        ("config", set()),
+        ("apply", WATCHING | {"ack", "http"}),
+        ("publish", set(DECLARED) - {"database", "snapshot_dir", "max_bytes"}),
+        ("status", set(DECLARED) - {"database", "snapshot_dir"}),
+    ],
+)
+def test_a_command_takes_only_what_it_uses(command: str, unused: set[str]) -> None:
+    taken = {option.removeprefix("--").replace("-", "_") for option in options_of(help_of(command))}
+    assert taken & set(DECLARED) == set(DECLARED) - unused
+
+
+def test_the_first_help_fits_a_screen() -> None:
+    lines = help_of().splitlines()
+    assert len(lines) < 24  # the prompt takes one
+    assert max(map(len, lines)) <= 80
+    listed = re.findall(r"^  ([a-z]+)  .*\.$", "\n".join(lines), re.MULTILINE)
+    assert listed == list(app.commands)
 
 
 def test_the_exit_codes_of_apply_are_those_of_the_outcomes() -> None:
-    codes = {int(code) for code in re.findall(r"^  (\d)  ", manual.APPLY, re.MULTILINE)}
+    epilog = str(app.commands["apply"].epilog)
+    codes = {int(code) for code in re.findall(r"^  (\d)  ", epilog, re.MULTILINE)}
     assert codes == {output.EXIT_USAGE, *output.EXIT_CODES.values()}
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+# The start of a shell as the help says it, and how it is asked what comes after a command line.
+SHELLS = {
+    "bash": """
+        {line}
+        COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+        $(complete -p mbcap-watch | sed 's/.* -F \\([^ ]*\\) .*/\\1/') mbcap-watch
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """,
+    # Its function for it only works within its line editor.
+    "zsh": """
+        autoload -U compinit; compinit -D
+        {line}
+        test $_comps[mbcap-watch] = _mbcap_watch_completion || exit
+        words=({words})
+        COMP_WORDS="$words" COMP_CWORD=$(($#words - 1)) _MBCAP_WATCH_COMPLETE=zsh_complete \\
+            mbcap-watch | sed -n '2~3p'
+    """,
+    "fish": """
+        {line}
+        complete -C "{words}" | cut -f1
+    """,
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.skipif(shutil.which("mbcap-watch", path=PROGRAMS) is None, reason="not installed")
-def test_completion_can_be_installed_and_works_in_a_new_bash(tmp_path: Path) -> None:
-    environ = os.environ | {"HOME": str(tmp_path), "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
-
-    def bash(*arguments: str) -> str:
-        return subprocess.run(
-            ["bash", *arguments],
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=60,
-        ).stdout
-
-    # "; true": else bash becomes the program, and there is no shell to be found around it.
-    assert "installed" in bash("-c", "mbcap-watch --install-completion; true")
+def test_completion_works_as_the_help_says(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    by_eval, by_source = re.findall(r"^ *(.*_MBCAP_WATCH_COMPLETE.*)$", help_of(), re.MULTILINE)
+    line = by_source if shell == "fish" else by_eval.replace("bash_source", f"{shell}_source")
 
     def completed(*words: str) -> list[str]:
-        line = " ".join(f"'{word}'" for word in words)
-        script = (
-            f"COMP_WORDS=(mbcap-watch {line}); COMP_CWORD={len(words)};"
-            "$(complete -p mbcap-watch | sed 's/.* -F \\([^ ]*\\) .*/\\1/') mbcap-watch;"
-            "printf '%s\\n' \"${COMPREPLY[@]}\""
+        given = " ".join(["mbcap-watch", *words, "" if shell == "fish" else "''"])
+        done = subprocess.run(
+            [shell, "-c", SHELLS[shell].format(line=line, words=given)],
+            env=os.environ | {"PATH": f"{PROGRAMS}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
-        return bash("-ic", script).split()
+        assert done.stderr == ""
+        return done.stdout.split()
 
-    assert set(completed("")) >= set(COMMANDS)
-    assert completed("run", "--sweep") == ["--sweep-interval"]
-    assert completed("run", "--mode", "") == ["auto", "inotify", "poll"]
+    assert sorted(completed()) == sorted(app.commands)
+    assert completed("run", "--mode") == ["auto", "inotify", "poll"]

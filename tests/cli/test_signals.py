@@ -61,7 +61,7 @@ def test_a_signal_at_any_moment_of_the_start(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("module", ["mbcap_watch.cli.app", "typer", "mbcap_watch.cli.signals"])
+@pytest.mark.parametrize("module", ["mbcap_watch.cli.app", "click", "mbcap_watch.cli.signals"])
 def test_a_signal_while_this_module_is_loaded(
     database: Path, module: str, signum: signal.Signals
 ) -> None:

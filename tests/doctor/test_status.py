@@ -472,7 +472,7 @@ def test_an_age_that_is_none(database: Path) -> None:
     arguments = ["status", "--max-age", "old", "--database", str(database)]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, check=False)
     assert done.returncode == 2
-    assert b"--max-age: expected seconds or text" in done.stderr
+    assert b"--max-age: expected a duration" in done.stderr
 
 
 def test_a_terminal_that_knows_no_unicode(database: Path) -> None:

@@ -589,7 +589,7 @@ def test_a_publisher_killed_at_any_moment_leaves_a_whole_snapshot(
 def test_the_hand_off_needs_neither_aiosqlite_nor_watchdog(database: Path) -> None:
     code = """
 import sys
-for name in ("aiosqlite", "anyio", "rich", "sqlite3", "_sqlite3", "typer", "watchdog"):
+for name in ("aiosqlite", "anyio", "rich", "sqlite3", "_sqlite3", "click", "watchdog"):
     sys.modules[name] = None  # makes an import of it fail
 import mbcap_watch
 from mbcap_watch.snapshot.files import read_snapshot, write_snapshot

@@ -1,4 +1,4 @@
-"""The commands `run`, `apply`, `publish` and `demo`, and the way from an error to an exit code."""
+"""The commands, and the way from an error to an exit code."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
-import typer
+import click
 
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import persist_once, preview_once
-from mbcap_watch.cli import config, inspection, manual, options, output, progress
+from mbcap_watch.cli import config, inspection, output
 from mbcap_watch.cli import run as daemon
+from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
 from mbcap_watch.cli.signals import Stop
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.results import PersistResult
@@ -24,66 +25,61 @@ from mbcap_watch.telemetry import logs
 
 logger = logging.getLogger("mbcap_watch")
 
-app = typer.Typer(
-    name="mbcap-watch",
-    help="Persist CoreScope's multi-byte capability snapshots the moment they are published.",
-    epilog=manual.MAIN,
-    no_args_is_help=True,
-    rich_markup_mode=None,  # plain text: nothing of it is cut off at 80 columns, or in a pager
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-def _show_version(value: bool) -> None:
-    if value:
-        typer.echo(f"mbcap-watch {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command(epilog=manual.RUN)
-@options.takes(options.PATHS, options.JSON, options.LOG, options.SETTINGS, options.DAEMON)
-def run(context: typer.Context, **_: Any) -> None:
+@command("run", *config.DECLARED)
+@AS_JSON
+def run(*, as_json: bool, **given: Any) -> None:
     """Watch and persist until SIGTERM or SIGINT (the daemon).
 
-    Whatever is missing or broken, database, directory, columns or snapshot, is waited for. Ends
-    with exit code 0 within 5 seconds of a signal.
+    Whatever is missing or broken, database, directory, columns or snapshot, is waited for.
+
+    Examples:
+      mbcap-watch run --database /app/data/meshcore.db
+      mbcap-watch run --snapshot-dir /mnt/nfs/mbcap-snapshot --poll-interval 5s
+      DB_PATH=/app/data/meshcore.db mbcap-watch run --json 2>run.log
+
+    Exit codes:
+      0  ended by SIGTERM or SIGINT, within 5 seconds
+      1  standard output, written with --json, is gone
+      2  usage or configuration
     """
     stop = Stop()  # first: until here a signal ends the process at once (__main__)
-    daemon.serve(_load(context), stop, as_json=context.params["json"])
+    daemon.serve(load(given), stop, as_json=as_json)
 
 
-@app.command(epilog=manual.APPLY)
-@options.takes(options.PATHS, options.JSON, options.LOG, options.SETTINGS)
-def apply(
-    context: typer.Context,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would change, and touch nothing.")
-    ] = False,
-    **_: Any,
-) -> None:
+@command(
+    "apply",
+    *(*PATHS, "batch_rows", "busy_deadline", "wal_grace", "max_bytes", "downgrade"),
+    *("log_level", "log_format"),
+)
+@AS_JSON
+@click.option("--dry-run", is_flag=True, help="Show what would change, and touch nothing.")
+def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
     """Sync once: apply the snapshot, then exit.
 
     On a terminal, a large snapshot shows a progress bar.
+
+    Examples:
+      mbcap-watch apply --dry-run --database /app/data/meshcore.db
+      mbcap-watch apply --json --busy-deadline 5s
+
+    Exit codes:
+      0  applied, unchanged, or no snapshot yet
+      1  anything else, such as a database that cannot be written
+      2  usage or configuration
+      3  the snapshot is malformed or refused
+      4  the database, or every table with both columns, is missing
+      5  still busy at --busy-deadline
     """
-    settings = _configure(context).settings
+    loaded = load(given)
+    logs.configure(loaded.log_level, loaded.log_format)
     if dry_run:
-        result, changes = anyio.run(preview_once, settings)
-        output.print_preview(result, changes, as_json=context.params["json"])
+        result, changes = anyio.run(preview_once, loaded.settings)
+        output.print_preview(result, changes, as_json=as_json)
     else:
-        with progress.shown(wanted=not context.params["json"]) as on_progress:
-            result = anyio.run(partial(persist_once, settings, on_progress=on_progress))
-        if context.params["json"]:
+        with output.progress(wanted=not as_json) as on_progress:
+            result = anyio.run(partial(persist_once, loaded.settings, on_progress=on_progress))
+        if as_json:
             output.print_line(result.to_json())
         elif result.outcome in ("applied", "unchanged"):
             output.print_line(logs.summary(result))
@@ -91,23 +87,29 @@ def apply(
             output.print_line(output.NOTHING_TO_DO)
     if result.error:
         logger.warning("%s: %s", result.outcome, result.error)
-    raise typer.Exit(output.EXIT_CODES[result.outcome])
+    return output.EXIT_CODES[result.outcome]
 
 
-@app.command(epilog=manual.PUBLISH)
-@options.takes(options.PATHS, options.JSON, options.LOG)
-def publish(
-    context: typer.Context,
-    file: Annotated[
-        str, typer.Argument(metavar="FILE|-", help="A snapshot or a bare list of entries, as JSON.")
-    ],
-    **_: Any,
-) -> None:
+@command("publish", *PATHS, "max_bytes")
+@AS_JSON
+@click.argument("file", metavar="FILE|-")
+def publish(*, file: str, as_json: bool, **given: Any) -> None:
     """Validate a snapshot and publish it atomically.
 
-    The database is not opened; its path only tells where the snapshot directory is.
+    FILE is a snapshot or a bare list of entries, as JSON. The database is not opened.
+
+    Examples:
+      mbcap-watch publish snapshot.json --database /app/data/meshcore.db
+      echo '[{"public_key": "5f3a", "status": "confirmed"}]' |
+          mbcap-watch publish - --snapshot-dir /app/data/mbcap-snapshot
+
+    Exit codes:
+      0  published
+      1  it could not be written or renamed into place
+      2  usage or configuration
+      3  it is no snapshot; nothing was published
     """
-    settings = _configure(context).settings
+    settings = load(given).settings
     source = "standard input" if file == "-" else file
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -124,73 +126,98 @@ def publish(
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)
-    path = settings.snapshot_dir / SNAPSHOT_NAME
-    if context.params["json"]:
-        fields = {
-            "path": str(path),
-            "entries": len(snapshot.entries),
-            "written_at": snapshot.written_at,
-        }
+    fields = {
+        "path": str(settings.snapshot_dir / SNAPSHOT_NAME),
+        "entries": len(snapshot.entries),
+        "written_at": snapshot.written_at,
+    }
+    if as_json:
         output.print_json(fields)
     else:
-        output.print_line(
-            f"published {len(snapshot.entries)} entries to {path}, written at {snapshot.written_at}"
-        )
+        text = "published {entries} entries to {path}, written at {written_at}"
+        output.print_line(text.format_map(fields))
 
 
-@app.command(name="demo", epilog=manual.DEMO)
-def demo_command(
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the synthetic mesh.")] = 2400,
-    snapshots: Annotated[int, typer.Option(min=1, help="Snapshots to publish.")] = 12,
-    mode: Annotated[str, typer.Option(metavar="auto|inotify|poll", help="How to watch.")] = "auto",
-    poll_interval: Annotated[
-        str, typer.Option(metavar="DURATION", help="Between two syncs when polling.")
-    ] = "1s",
-) -> None:
+@command("demo", "mode", "poll_interval", configured=False)
+@click.option(
+    "--nodes", metavar="NUMBER", default=2400, type=click.IntRange(1), help="Of the mesh."
+)
+@click.option(
+    "--snapshots", metavar="NUMBER", default=12, type=click.IntRange(1), help="To publish."
+)
+def demo(**given: Any) -> int:
     """Show the whole chain at work on generated data.
 
     In a temporary directory, another process publishes a series of changing snapshots; each is
     timed from its rename to its committed rows.
+
+    Examples:
+      mbcap-watch demo --nodes 100000 --snapshots 3 --mode poll
+
+    Exit codes:
+      0  every row is right
+      1  one is not, or a snapshot did not arrive
+      2  usage
     """
-    from mbcap_watch.cli import demo  # noqa: PLC0415 - its libraries take 2 MB that `run` can do without
+    from mbcap_watch.cli.demo import main  # its libraries take 2 MB that `run` can do without
 
-    right = demo.main(nodes=nodes, snapshots=snapshots, mode=mode, poll_interval=poll_interval)
-    raise typer.Exit(0 if right else 1)
-
-
-inspection.register(app)
+    return 0 if main(**given) else 1
 
 
-def _load(context: typer.Context) -> config.Config:
-    return config.load(context.params, os.environ, context.params.get("config_file"))
+# ------------------------------------------------------------------------------ all of them
 
 
-def _configure(context: typer.Context) -> config.Config:
-    loaded = _load(context)
-    logs.configure(loaded.log_level, loaded.log_format)
-    return loaded
+class _Group(click.Group):
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)  # in the order in which they are written
+
+
+@click.group(
+    cls=_Group,
+    commands={str(each.name): each for each in (run, apply, publish, demo, *inspection.COMMANDS)},
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+    epilog="""\b
+COMMAND --help says more. Completion, in ~/.bashrc (zsh: zsh_source), fish:
+  eval "$(_MBCAP_WATCH_COMPLETE=bash_source mbcap-watch)"
+  _MBCAP_WATCH_COMPLETE=fish_source mbcap-watch | source""",
+)
+@click.version_option(__version__, message="mbcap-watch %(version)s", help="Print the version.")
+@click.pass_context
+def app(context: click.Context) -> int | None:
+    """Persist CoreScope's multi-byte capability snapshots when they are published."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        return output.EXIT_USAGE
+    return None
+
+
+# ------------------------------------------------------------------------------ the way out
 
 
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
     try:
-        app()
-    except SettingsError as exc:
-        output.say(str(exc))
-        _print_refusal(str(exc))
-        sys.exit(output.EXIT_USAGE)
+        sys.exit(_run())
     except output.OutputError as exc:
         output.say(str(exc))
         # Else Python, while it ends, tries again to write what is left in its buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except SystemExit as exc:
-        if exc.code == output.EXIT_USAGE:
-            _print_refusal("wrong usage; standard error says what")
-        raise
 
 
-def _print_refusal(message: str) -> None:
-    """Print an object for `apply --json` even when there was no sync to report."""
-    if {"apply", "--json"} <= set(sys.argv):
-        output.print_line(PersistResult(outcome="failed", reason="once", error=message).to_json())
+def _run() -> int | None:
+    try:
+        code: int | None = app.main(prog_name="mbcap-watch", standalone_mode=False)
+    except click.Abort:
+        return 1
+    except SettingsError as exc:
+        problem = str(exc)
+    except click.ClickException as exc:
+        problem = exc.format_message()
+    else:
+        return code
+    output.say(problem)
+    if {"apply", "--json"} <= set(sys.argv):  # an object even though there was no sync
+        output.print_line(PersistResult(outcome="failed", reason="once", error=problem).to_json())
+    return output.EXIT_USAGE

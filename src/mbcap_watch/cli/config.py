@@ -10,33 +10,26 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.settings import (
+    CONFIG_FILE,
     CONFIG_VARIABLE,
     DATABASE_VARIABLE,
     DEFAULT_DATABASE,
     ENV_PREFIX,
-    SETTING_NAMES,
+    Choice,
+    Setting,
     Settings,
-    choice,
+    declared,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-LOG_LEVELS: Final = ("debug", "info", "warning", "error")
-LOG_FORMATS: Final = ("text", "json")
-
-# Settings of the command line alone.
-_CLI_DEFAULTS: Final = {
-    "log_level": "info",
-    "log_format": "text",
-    "ack": False,
-    "http": "",
-}
-CLI_ONLY: Final = tuple(_CLI_DEFAULTS)
-_NAMES: Final = (*SETTING_NAMES, *CLI_ONLY)
-
 # Kubernetes puts such variables into every container when a service is called "mbcap-watch".
 _KUBERNETES = re.compile(r"(SERVICE_(HOST|PORT\w*)|PORT(_\w+)?)")
+
+_ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^][:\/\s]+)):([0-9]{1,5})", re.ASCII)
+_LAST_PORT: Final = 65535
+_FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 class Address(NamedTuple):
@@ -49,28 +42,61 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ListenAt(Setting[str, Address | None]):
+    """An address and a port; none if empty."""
+
+    default = ""
+    metavar = "ADDRESS:PORT"
+    accepts = "ADDRESS:PORT, such as 127.0.0.1:9464 or [::1]:9464"
+
+    def _read(self, value: Any) -> Address | None:
+        if value == "":
+            return None
+        if (match := _ADDRESS.fullmatch(value)) is None or int(match[3]) > _LAST_PORT:
+            raise ValueError
+        return Address(match[1] or match[2], int(match[3]))
+
+
+class Flag(Setting[bool | str, bool]):
+    """Yes or no."""
+
+    default = False
+    metavar = "true|false"
+    accepts = "true or false"
+
+    def _read(self, value: Any) -> bool:
+        flag = _FLAGS.get(value.lower()) if isinstance(value, str) else value
+        if not isinstance(flag, bool):
+            raise TypeError
+        return flag
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings, and where each came from.
+    """All settings, those of the command line alone declared here, and where each came from.
 
     Attributes:
         settings: for the library.
-        log_level: one of `LOG_LEVELS`.
-        log_format: one of `LOG_FORMATS`.
-        ack: whether `run` answers the publisher with a `result.json`.
-        http: where `run` serves its figures: an address and a port; None: nowhere.
         origins: for every name, where its value came from.
         file: the TOML file that was read; None if there is none.
 
     """
 
     settings: Settings
-    log_level: str
-    log_format: str
-    ack: bool
-    http: Address | None
+    log_level: Choice[str] = Choice(
+        "info", ("debug", "info", "warning", "error"), "What is logged on standard error."
+    )
+    log_format: Choice[str] = Choice("text", ("text", "json"), "How it is logged.")
+    ack: Flag = Flag("Answer the publisher: result.json beside the snapshot.")
+    http: ListenAt = ListenAt(
+        "Serve /metrics and /healthz here, as 127.0.0.1:9464; needs the extra `metrics`."
+    )
     origins: Mapping[str, str]
     file: Path | None = None
+
+
+CLI_ONLY: Final = tuple(declared(Config))
+DECLARED: Final = declared(Settings) | declared(Config)
 
 
 def load(
@@ -81,45 +107,53 @@ def load(
     Args:
         options: values by setting name; None where the option was not given.
         environ: the environment. An empty variable counts as not set.
-        config_file: a TOML file; else the one that `MBCAP_WATCH_CONFIG` names, if any.
+        config_file: a TOML file; else the one that `MBCAP_WATCH_CONFIG` names; else `CONFIG_FILE`
+            if it is there.
 
     Raises:
         SettingsError: an unknown name or a bad value; names the option, the variable, or the
             file and the key.
 
     """
-    values: dict[str, Any] = {"database": DEFAULT_DATABASE, **_CLI_DEFAULTS}
-    origins = dict.fromkeys(_NAMES, "default")
+    values: dict[str, Any] = {"database": DEFAULT_DATABASE}
+    origins = dict.fromkeys(DECLARED, "default")
 
     def take(name: str, value: Any, origin: str) -> None:
+        if name not in DECLARED:
+            raise SettingsError(origin, "unknown setting; known: " + ", ".join(DECLARED))
         values[name] = value
         origins[name] = origin
 
-    path = config_file or environ.get(CONFIG_VARIABLE)
-    file = Path(path) if path else None
-    for name, value in (_read_toml(file) if file else {}).items():
-        take(name, value, f"{path}: {name}")
+    named = config_file or environ.get(CONFIG_VARIABLE)
+    file = Path(named or CONFIG_FILE)
+    table = _read_toml(file, required=bool(named))
+    for name, value in (table or {}).items():
+        take(name, value, f"{named or file}: {name}")
     if environ.get(DATABASE_VARIABLE):
         take("database", environ[DATABASE_VARIABLE], DATABASE_VARIABLE)
-    for variable, name in _variables(environ).items():
-        take(name, environ[variable], variable)
-    for name in _NAMES:
+    for variable, value in environ.items():
+        name = variable.removeprefix(ENV_PREFIX)
+        if name != variable != CONFIG_VARIABLE and value and not _KUBERNETES.fullmatch(name):
+            take(name.lower(), value, variable)
+    for name in DECLARED:
         if options.get(name) is not None:
-            take(name, options[name], "--" + name.replace("_", "-"))
+            take(name, options[name], option_name(name))
 
-    ours = {name: values.pop(name) for name in _CLI_DEFAULTS}
+    ours = {name: values.pop(name) for name in CLI_ONLY if name in values}
     try:
         return Config(
             settings=Settings.from_mapping(values),
-            log_level=choice("log_level", ours["log_level"], LOG_LEVELS),
-            log_format=choice("log_format", ours["log_format"], LOG_FORMATS),
-            ack=_flag("ack", ours["ack"]),
-            http=_address("http", ours["http"]),
             origins=origins,
-            file=file,
+            file=None if table is None else file,
+            **ours,
         )
     except SettingsError as exc:
         raise in_users_words(exc, origins) from exc
+
+
+def option_name(name: str) -> str:
+    """Return the option for a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def in_users_words(error: SettingsError, origins: Mapping[str, str]) -> SettingsError:
@@ -128,50 +162,13 @@ def in_users_words(error: SettingsError, origins: Mapping[str, str]) -> Settings
     return SettingsError(error.setting if origin == "default" else origin, error.problem)
 
 
-def _flag(name: str, value: Any) -> bool:
-    flag = _FLAGS.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(flag, bool):
-        raise SettingsError(name, f"expected true or false, got {value!r}")
-    return flag
-
-
-def _address(name: str, value: Any) -> Address | None:
-    if value == "":
-        return None
-    match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if match is None or int(match[3]) > _LAST_PORT:
-        problem = f"expected ADDRESS:PORT, such as 127.0.0.1:9464 or [::1]:9464, got {value!r}"
-        raise SettingsError(name, problem)
-    return Address(match[1] or match[2], int(match[3]))
-
-
-_ADDRESS: Final = re.compile(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^][:\/\s]+)):([0-9]{1,5})", re.ASCII)
-_LAST_PORT: Final = 65535
-_FLAGS: Final = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of settings that are not empty, each with the name of its setting."""
-    found = {}
-    for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE or not value:
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if name in _NAMES:
-            found[variable] = name
-        elif not _KUBERNETES.fullmatch(variable.removeprefix(ENV_PREFIX)):
-            raise SettingsError(variable, "unknown setting; known: " + ", ".join(_NAMES))
-    return found
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path, *, required: bool) -> dict[str, Any] | None:
+    """Read a file; return None if it is not there and need not be."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
+        if isinstance(exc, FileNotFoundError | NotADirectoryError) and not required:
+            return None
         raise SettingsError(str(path), f"cannot be read: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:  # TOMLDecodeError and more are ValueErrors
         raise SettingsError(str(path), f"is not valid TOML: {exc}") from exc
-    for name in values:
-        if name not in _NAMES:
-            raise SettingsError(f"{path}: {name}", "unknown setting; known: " + ", ".join(_NAMES))
-    return values

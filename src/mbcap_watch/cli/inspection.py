@@ -1,124 +1,147 @@
-"""The commands that only read: the configuration, how a daemon does, what is wrong."""
+"""The commands that only read: the settings, how a daemon does, what is wrong."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import click
 import msgspec
-import typer
 
-from mbcap_watch.cli import config, manual, options, output
-from mbcap_watch.doctor import service, status
-from mbcap_watch.settings import duration
+from mbcap_watch.cli import config, output
+from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
+from mbcap_watch.settings import SETTING_NAMES, Duration, Settings
 
+if TYPE_CHECKING:
+    from mbcap_watch.doctor.health import Health
+    from mbcap_watch.telemetry.stats import Stats
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command(name="config", epilog=manual.CONFIG)(show_config)
-    app.command(name="status", epilog=manual.STATUS)(show_status)
-    app.command(name="check", epilog=manual.CHECK)(check)
-    app.command(name="top", epilog=manual.TOP)(show_top)
-    app.command(name="plot", epilog=manual.PLOT)(show_plot)
-
-
-@options.takes(options.PATHS, options.JSON, options.LOG, options.SETTINGS, options.DAEMON)
-def show_config(context: typer.Context, **_: Any) -> None:
-    """Print the settings in effect, and where each came from."""
-    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
-    values: dict[str, Any] = dataclasses.asdict(loaded.settings)
-    values |= {name: getattr(loaded, name) for name in config.CLI_ONLY}
-    if context.params["json"]:
-        fields = {
-            name: {
-                "value": str(value) if isinstance(value, os.PathLike | config.Address) else value,
-                "origin": loaded.origins[name],
-            }
-            for name, value in values.items()
-        }
-        output.print_json(fields)
-        return
-    from rich.console import Console  # noqa: PLC0415 - 17 ms and 2 MB that `run` can do without
-    from rich.table import Table  # noqa: PLC0415 - as above
-
-    table, console = Table("setting", "value", "from"), Console(soft_wrap=True)
-    for name, value in values.items():
-        origin = status.plain(loaded.origins[name], console)
-        table.add_row(name, status.plain(str(value), console), origin)
-    console.print(table)
+_MAX_AGE: Final = Duration(
+    "",
+    "100ms",
+    "Unhealthy if the last comparison is older. Default: three times the resync and 5m.",
+)
 
 
-@options.takes(options.PATHS, options.MAX_AGE, options.JSON)
-def show_status(context: typer.Context, **_: Any) -> None:
+@command("config", *config.DECLARED)
+@AS_JSON
+def show_config(*, as_json: bool, **given: Any) -> None:
+    """Print the settings in effect, and where each came from.
+
+    Examples:
+      mbcap-watch config --config /etc/mbcap-watch/mbcap-watch.toml
+
+    Exit codes:
+      0  the settings are usable
+      2  usage or configuration
+    """
+    loaded = load(given)
+    values = {
+        name: getattr(loaded.settings if name in SETTING_NAMES else loaded, name)
+        for name in config.DECLARED
+    }
+    output.print_config(values, loaded.origins, as_json=as_json)
+
+
+@command("status", *PATHS)
+@AS_JSON
+@click.option("--max-age", metavar=_MAX_AGE.metavar, help=_MAX_AGE.help)
+def status(*, as_json: bool, max_age: str | None, **given: Any) -> int:
     """Tell how the running bridge is, and what to do if it is not well.
 
-    Finds it by its settings, however it was started. Fit for a container's HEALTHCHECK.
+    Finds it by its settings, however it was started; where none are given, the only one that runs.
+
+    Examples:
+      mbcap-watch status --json --max-age 15m
+      docker exec CONTAINER mbcap-watch status
+      sudo -u corescope mbcap-watch status --database /app/data/meshcore.db
+
+    Exit codes:
+      0  healthy; there may be warnings
+      1  not healthy, not running, or another user's
+      2  usage or configuration
     """
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    max_age = context.params["max_age"]
-    most = None if max_age is None else duration("--max-age", max_age, 0.1)
-    stats, found = service.look(settings, os.environ, most)
-    if context.params["json"]:
-        output.print_json(status.as_json(stats, found))
+    from mbcap_watch.doctor import status as shown
+
+    most = None if max_age is None else _MAX_AGE.read("--max-age", max_age)
+    stats, health = _look(load(given), most)
+    if as_json:
+        output.print_json(shown.as_json(stats, health))
     else:
-        from rich.console import Console  # noqa: PLC0415 - as above
+        from rich.console import Console
 
-        try:
-            status.render(stats, found, Console())
-        except OSError as exc:  # its disk is full, say, which is when this command is needed
-            raise output.OutputError(f"standard output cannot be written: {exc}") from exc
-    raise typer.Exit(0 if found.healthy else 1)
+        with output.written():
+            shown.render(stats, health, Console())
+    return 0 if health.healthy else 1
 
 
-@options.takes(
-    options.PATHS,
-    options.JSON,
-    {name: options.SETTINGS[name] for name in ("mode", "max_bytes", "downgrade")},
-)
-def check(context: typer.Context, **_: Any) -> None:
+@command("check", *PATHS, "mode", "max_bytes", "downgrade")
+@AS_JSON
+def check(*, as_json: bool, **given: Any) -> int:
     """Examine the installation; say what is wrong and what to do.
 
-    Changes nothing.
-    Run it as the user that runs the service.
-    """
-    from mbcap_watch.doctor import check as doctor  # noqa: PLC0415 - `run` can do without
+    Changes nothing. Run it as the user that runs the service.
 
-    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    Examples:
+      sudo -u corescope mbcap-watch check --database /app/data/meshcore.db
+
+    Exit codes:
+      0  no problem; there may be warnings
+      1  at least one problem
+      2  usage or configuration
+    """
+    from mbcap_watch.doctor import check as doctor
+
+    loaded = load(given)
     findings = anyio.run(doctor.examine, loaded.settings, os.environ, loaded.file)
     code = doctor.exit_code(findings)
-    if context.params["json"]:
+    if as_json:
         output.print_json({"ok": not code, "findings": msgspec.to_builtins(findings)})
     else:
         output.print_findings(findings)
-    raise typer.Exit(code)
+    return code
 
 
-@options.takes(options.PATHS)
-def show_top(context: typer.Context, **_: Any) -> None:
+@command("top", *PATHS)
+def show_top(**given: Any) -> None:
     """Show live how the running bridge is.
 
-    q or Ctrl-C quits. When nothing runs, it says so and goes on asking. Without a terminal on
-    standard input and output, it prints what there is once.
+    q or Ctrl-C quits. Without a terminal, it prints what there is once.
+
+    Examples:
+      ssh -t HOST mbcap-watch top --database /app/data/meshcore.db
+
+    Exit codes:
+      0  ended by q or Ctrl-C; or printed once
+      2  usage or configuration
     """
-    from mbcap_watch.cli import top  # noqa: PLC0415 - rich, as above
+    from mbcap_watch.cli import top
 
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    top.show(lambda: service.look(settings, os.environ))
+    loaded = load(given)
+    top.show(lambda: _look(loaded))
 
 
-@options.takes(options.PATHS, options.OUT)
-def show_plot(context: typer.Context, **_: Any) -> None:
-    """Draw lag and lock holds of the latest results, as an SVG."""
-    from mbcap_watch.cli import plot  # noqa: PLC0415 - its html is 0.3 MB that `run` can do without
+@command("plot", *PATHS)
+@click.option("-o", "--out", metavar="FILE.svg", help="Where to. Default: standard output.")
+def show_plot(*, out: str | None, **given: Any) -> None:
+    """Draw lag and lock holds of the latest results, as an SVG.
 
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    stats, found = service.look(settings, os.environ)
+    Examples:
+      mbcap-watch plot -o lags.svg
+
+    Exit codes:
+      0  drawn
+      1  nothing runs, or the file cannot be written
+      2  usage or configuration
+    """
+    from mbcap_watch.cli import plot
+
+    stats, health = _look(load(given))
     if stats is None:
-        output.fail((found.problems or found.warnings)[0].text, 1)
-    drawing, out = plot.svg(stats), context.params["out"]
+        output.fail((health.problems or health.warnings)[0].text, 1)
+    drawing = plot.svg(stats)
     if out is None:
         for line in drawing.splitlines():
             output.print_line(line)
@@ -127,3 +150,24 @@ def show_plot(context: typer.Context, **_: Any) -> None:
         Path(out).write_text(drawing, encoding="utf-8")
     except OSError as exc:
         output.fail(f"{out}: cannot be written: {exc.strerror}", 1)
+
+
+def _look(loaded: config.Config, max_age: float | None = None) -> tuple[Stats | None, Health]:
+    """Ask the daemon with these settings; if they name no database, else the only one there is."""
+    from mbcap_watch.doctor import service
+    from mbcap_watch.telemetry.ask import ask
+
+    stats, health = service.look(loaded.settings, os.environ, max_age)
+    if health.state == "not running" and {loaded.origins[name] for name in PATHS} == {"default"}:
+        others = [
+            peer.stats
+            for peer in ask(loaded.settings, os.environ, everyone=True)
+            if peer.stats and peer.uid in (0, os.geteuid())  # anybody can offer a socket
+        ]
+        if len(others) == 1:
+            its = Settings(others[0].database, others[0].snapshot_dir)
+            return service.look(its, os.environ, max_age)
+    return stats, health
+
+
+COMMANDS: Final = (show_config, status, check, show_top, show_plot)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
-import typer
+import click
 
 from mbcap_watch.errors import QUOTED, MbcapWatchError, printable, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import Console
     from rich.text import Text
 
+    from mbcap_watch.bridge.sync import OnProgress
     from mbcap_watch.doctor.findings import Finding
     from mbcap_watch.results import Outcome, PersistResult
     from mbcap_watch.store.plan import Change
@@ -53,11 +55,43 @@ def _safe(value: Any) -> Any:
 
 def print_line(text: str) -> None:
     """Print one line at once, in UTF-8 whatever the locale."""
-    try:
+    with written():
         sys.stdout.buffer.write(printable(text).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def written() -> Iterator[None]:
+    """Turn what goes wrong when standard output is written into an `OutputError`."""
+    try:
+        yield
     except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
         raise OutputError(f"standard output cannot be written: {exc}") from exc
+
+
+def print_config(values: Mapping[str, Any], origins: Mapping[str, str], *, as_json: bool) -> None:
+    """Print settings, and where each came from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mbcap_watch.doctor.status import plain
+
+    if as_json:
+        print_json(
+            {
+                name: {
+                    "value": value if isinstance(value, bool | int | float | None) else str(value),
+                    "origin": origins[name],
+                }
+                for name, value in values.items()
+            }
+        )
+        return
+    table, console = Table("setting", "value", "from"), Console(soft_wrap=True)
+    for name, value in values.items():
+        table.add_row(name, plain(str(value), console), plain(origins[name], console))
+    with written():
+        console.print(table)
 
 
 def print_preview(
@@ -95,18 +129,16 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
     Long lines are left to the terminal, so that a remedy can be copied.
     """
-    from rich.console import Console  # noqa: PLC0415 - 17 ms and 2 MB that `run` can do without
-    from rich.text import Text  # noqa: PLC0415 - as above
+    from rich.console import Console  # 17 ms and 2 MB that `run` can do without
+    from rich.text import Text
 
-    from mbcap_watch.doctor.status import plain  # noqa: PLC0415 - as above
+    from mbcap_watch.doctor.status import plain
 
     console = console or Console()
 
     def show(*parts: str | Text | tuple[str, str]) -> None:
-        try:
+        with written():
             console.print(Text.assemble(*parts), soft_wrap=True)
-        except OSError as exc:  # its disk is full, say, which is when this command is needed
-            raise OutputError(f"standard output cannot be written: {exc}") from exc
 
     width = max((len(finding.subject) for finding in findings), default=0)
     for each in findings:
@@ -138,10 +170,40 @@ class OutputError(MbcapWatchError):
 
 def say(message: str) -> None:
     """Print a message for people, on standard error."""
-    typer.echo(f"mbcap-watch: {printable(message)}", err=True)
+    click.echo(f"mbcap-watch: {printable(message)}", err=True)
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print a message for people, on standard error, and end with an exit code."""
     say(message)
-    raise typer.Exit(code)
+    raise click.exceptions.Exit(code)
+
+
+# Less work is done before a person could read the bar.
+_LARGE: Final = 50_000
+
+
+@contextlib.contextmanager
+def progress(*, wanted: bool) -> Iterator[OnProgress | None]:
+    """Yield a hook that shows a bar on standard error for a large snapshot, if somebody sees it."""
+    stderr: TextIO | None = sys.stderr  # None if it was closed before we started
+    if not wanted or stderr is None or not stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("applying", total=None)
+
+    def on_progress(done: int, total: int) -> None:
+        if total > _LARGE:
+            with contextlib.suppress(OSError):  # the terminal is gone: nobody sees it
+                bar.start()  # has no effect the second time
+                bar.update(task, completed=done, total=total)
+
+    try:
+        yield on_progress
+    finally:
+        with contextlib.suppress(OSError):
+            bar.stop()
