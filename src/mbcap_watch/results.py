@@ -48,6 +48,9 @@ class PersistResult:
         changed_active: rows of `nodes` that were written.
         changed_inactive: the same of `inactive_nodes`.
         failed_rows: rows that could not be written (a trigger or a constraint refused).
+        set_back: rows that were written again although this bridge had applied the same snapshot
+            before, and that held another value meanwhile: a trigger or another writer has set
+            them back. A row without a value (0 and no evidence) is a node that returned.
         written_at: `writtenAt` as in the file.
         error: what went wrong, for people; None if nothing did.
         seconds: how long all of it took.
@@ -70,6 +73,7 @@ class PersistResult:
     changed_active: int = 0
     changed_inactive: int = 0
     failed_rows: int = 0
+    set_back: int = 0
     written_at: str | None = None
     error: str | None = None
     seconds: float = 0.0
@@ -103,8 +107,10 @@ class Timings:
     """The times of a sync that compared the database, in seconds.
 
     Attributes:
-        lag: from the rename to the last committed row; None if no new snapshot was written, or
-            if the clocks of the filesystem and of this machine disagree.
+        lag: from the rename, or from the start of the bridge if that was later, to the last
+            committed row. Where the clock of the filesystem is behind that of this machine, it
+            counts at most from when the file was last seen to be another one. None if no new
+            snapshot was written, or if the clock of the filesystem is ahead.
         waits: for the write lock, one per transaction.
         holds: of the write lock, one per transaction.
 
@@ -127,6 +133,7 @@ class WatchState:
         rearms: how often a watch had to be armed anew.
         last_problem: what was wrong with the last watch that was lost; None if none was.
         sweep_hits: changes of the file that the watch did not tell of, found by the sweep.
+        last_sweep_hit: when the latest of them was found; None if there was none.
         read_errors: syncs to which the operating system refused the file.
         last_sync: when a sync last ended; None before the first.
         last_progress: when a sync that takes more than a few seconds, or a call that was stuck,
@@ -144,6 +151,7 @@ class WatchState:
     rearms: int = 0
     last_problem: str | None = None
     sweep_hits: int = 0
+    last_sweep_hit: float | None = None
     read_errors: int = 0
     last_sync: float | None = None
     last_progress: float | None = None

@@ -36,6 +36,9 @@ LONGEST_PAUSE: Final = 1.0
 # Whose the `-wal` is may be asked every second: asking takes no lock and reads nothing.
 _WAL_PAUSE: Final = 1.0
 
+# An event takes a millisecond from the kernel to the scheduler, on a busy machine perhaps 100.
+_EVENT_SECONDS: Final = 0.5
+
 
 class Bridge:
     """Watches, syncs and reports, until it is cancelled.
@@ -56,7 +59,7 @@ class Bridge:
         self._scheduler = Scheduler(settings, time.monotonic())
         self._watch = Watch(settings, self._on_change)
         self._syncer = Syncer(settings, border.alive)
-        self._wake: anyio.Event | None = None
+        self._wake = anyio.Event()
         self._error: Exception | None = None  # of the last sync
         self._attempt = 0
         self._busy_since: float | None = None
@@ -74,8 +77,7 @@ class Bridge:
 
         def note() -> None:
             what(at)
-            if self._wake is not None:
-                self._wake.set()
+            self._wake.set()
 
         self._call(note)
 
@@ -95,15 +97,19 @@ class Bridge:
             at, reason = self._scheduler.next(polling=self._watch.polling)
             if at <= time.monotonic():
                 return reason
-            self._wake = anyio.Event()
-            with anyio.CancelScope(deadline=at):
-                await self._wake.wait()
+            await self._sleep_until(at)
+
+    async def _sleep_until(self, deadline: float) -> None:
+        """Return at the deadline, or when the scheduler has been told something."""
+        self._wake = anyio.Event()
+        with anyio.CancelScope(deadline=deadline):
+            await self._wake.wait()
 
     async def _serve(self, reason: Reason) -> None:
         """Sync for `reason`, tell what came of it, and decide when to sync next."""
         self._border.alive()
         scheduler, watch = self._scheduler, self._watch
-        unnoticed = reason == "sweep" and not scheduler.pending and not watch.polling
+        unnoticed = reason == "sweep" and not scheduler.pending
         scheduler.begin(reason, time.monotonic())
         refresh = reason in ("start", "sweep") or watch.awaits_directory
         only_if_changed = reason in ("poll", "sweep") or (
@@ -116,9 +122,10 @@ class Bridge:
             trust_stat=reason == "sweep" and watch.sees_every_change,
         )
         self._error = report.error
+        if unnoticed and report.is_new and not watch.polling:
+            await self._count_sweep_hit(time.time())
         watch.update(
             last_sync=time.time(),
-            sweep_hits=watch.state.sweep_hits + (unnoticed and report.is_new),
             read_errors=watch.state.read_errors + isinstance(report.error, SnapshotUnreadable),
         )
         scheduler.end(
@@ -128,6 +135,14 @@ class Bridge:
             retry_in=self._retry_in(reason, report),
         )
         self._border.tell(watch.state, report if self._is_worth_telling(report) else None)
+
+    async def _count_sweep_hit(self, at: float) -> None:
+        """Count a change that the watch did not tell of; its event may only be on its way."""
+        if not self._scheduler.pending:
+            await self._sleep_until(time.monotonic() + _EVENT_SECONDS)
+        if not self._scheduler.pending:
+            hits = self._watch.state.sweep_hits + 1
+            self._watch.update(sweep_hits=hits, last_sweep_hit=at)
 
     def _retry_in(self, reason: Reason, report: SyncReport) -> float | None:
         """Return the seconds until the next retry; None leaves a retry that is planned alone."""

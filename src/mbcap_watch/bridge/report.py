@@ -42,6 +42,7 @@ def describe(
     tally: Tally,
     error: SnapshotError | DatabaseError | None,
     seconds: float,
+    set_back: int = 0,
 ) -> PersistResult:
     """Return the result of a sync. Pure."""
     desired = desired or plan.DesiredState({}, 0, 0, 0)
@@ -57,6 +58,7 @@ def describe(
         changed_active=tally.changed["nodes"],
         changed_inactive=tally.changed["inactive_nodes"],
         failed_rows=len(tally.failed),
+        set_back=set_back,
         written_at=written_at and printable(written_at, QUOTED),
         error=_error_text(tally, error),
         cause=_cause(tally, error),

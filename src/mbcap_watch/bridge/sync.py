@@ -15,7 +15,13 @@ from mbcap_watch.bridge.loading import (
     load,
 )
 from mbcap_watch.bridge.report import Unforeseen, describe
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseFailed,
+    SnapshotError,
+    SnapshotUnreadable,
+)
 from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan, wal
 from mbcap_watch.store.connection import open_database
@@ -93,6 +99,10 @@ class Syncer:
         self._unfinished: _Attempt | None = None
         self._owes_checkpoint = False
         self._behind = False  # whether there was a new snapshot since the last full comparison
+        self._whole: Fingerprint | None = None  # of the files when every row was last as wanted
+        # By time.monotonic(): when the file was last seen, and when it was last seen to be another
+        # than the present one. At the start there was no bridge to see it.
+        self._seen_at = self._replaced_after = time.monotonic()
         self._applied: dict[str, plan.Value] | None = None
         self._sample: dict[str, plan.Value] = {}  # of what the last comparison left
         self._database_stamp: tuple[object, ...] = ()
@@ -121,17 +131,24 @@ class Syncer:
         attempt = self._unfinished or _Attempt(owed, time.perf_counter())
         self._alive()
         before = self._seen
+        looked_at = time.monotonic()
         known, stamp = before if only_if_changed else None, self._snapshot_stamp
         loaded = self._load(known, first, stamp if trust_stat else None)
         if only_if_changed and loaded.fingerprint == before:
             self._snapshot_stamp = loaded.stamp
+            if not isinstance(self._error, SnapshotUnreadable):
+                self._seen_at = looked_at
             if reason != "sweep" or not self._was_overwritten():
                 return SyncReport(result=None, error=self._error)
             loaded = self._load()
         now = self._seen = loaded.fingerprint
         self._snapshot_stamp = loaded.stamp
         is_new = before is None or before.snapshot != now.snapshot
-        self._behind |= is_new
+        if is_new:
+            self._behind, self._whole, self._replaced_after = True, None, self._seen_at
+        if not isinstance(loaded.error, SnapshotUnreadable):
+            self._seen_at = looked_at
+        was_whole = self._whole == now
         error: SnapshotError | DatabaseError | None = loaded.error
         timings: Timings | None = None
         if loaded.desired is not None:
@@ -140,11 +157,13 @@ class Syncer:
                 timings = self._timings(loaded, attempt.tally)
                 self._applied = loaded.desired.values if loaded.size <= KEPT_BYTES else None
                 self._behind = False
+                is_whole = not (attempt.tally.failed or attempt.tally.waiting)
+                self._whole = now if is_whole else None
         self._error = error
         self._owes_checkpoint = attempt.tally.owes_checkpoint
         self._unfinished = attempt if isinstance(error, DatabaseBusy) else None
         return SyncReport(
-            result=_describe(reason, loaded, attempt, error),
+            result=_describe(reason, loaded, attempt, error, was_whole=was_whole),
             timings=timings,
             is_new=is_new,
             error=error,
@@ -269,11 +288,12 @@ class Syncer:
 
     def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:
         lag = None
-        committed, changed = tally.committed_at, tally.changed.total()
-        if self._behind and loaded.changed_at and committed and changed:
-            lag = committed - loaded.changed_at
+        if self._behind and loaded.changed_at and tally.committed_at and tally.changed.total():
+            since_commit = time.time() - tally.committed_at
+            longest = time.monotonic() - since_commit - self._replaced_after
+            lag = min(tally.committed_at - loaded.changed_at, longest)
         return Timings(
-            lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
+            lag=lag if lag is None or lag >= 0 else None,
             waits=tuple(tally.waits),
             holds=tuple(tally.holds),
         )
@@ -291,9 +311,12 @@ def _describe(
     loaded: LoadedSnapshot,
     attempt: _Attempt,
     error: SnapshotError | DatabaseError | None,
+    *,
+    was_whole: bool = False,
 ) -> PersistResult:
-    seconds = time.perf_counter() - attempt.started
-    result = describe(reason, loaded.desired, loaded.written_at, attempt.tally, error, seconds)
+    tally, seconds = attempt.tally, time.perf_counter() - attempt.started
+    set_back = tally.revalued if was_whole else 0
+    result = describe(reason, loaded.desired, loaded.written_at, tally, error, seconds, set_back)
     if result.outcome == "no_snapshot" and loaded.fingerprint.database is None:
         # A wrong path of the database moves the directory of the snapshot along.
         return dataclasses.replace(result, cause="no_database")
