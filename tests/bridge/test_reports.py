@@ -247,7 +247,7 @@ async def test_the_lag_counts_through_a_busy_database(database: Path) -> None:
 async def test_the_sweep_tells_when_it_last_found_a_change(database: Path) -> None:
     put(document(("aa11", "suspected")), snapshot_path(database))
     async with bridge(database, mode="inotify", sweep_interval="50ms") as results:
-        assert results.state.last_sweep_hit is None
+        assert [state.last_sweep_hit for state in results.states] == [None] * len(results.states)
         before = time.time()
         snapshot_path(database).write_bytes(document(("aa11", "confirmed")))  # no event
         await until(lambda: results.state.sweep_hits)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch.bridge.border import Border
+from mbcap_watch.bridge.service import Border
 from mbcap_watch.bridge.sync import SyncReport
 from mbcap_watch.bridge.thread import BridgeThread, in_daemon_thread
 from mbcap_watch.results import PersistResult, WatchState

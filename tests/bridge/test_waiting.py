@@ -23,7 +23,7 @@ from mbcap_watch import (
     run,
     snapshot_path,
 )
-from mbcap_watch.bridge import border
+from mbcap_watch.bridge import service
 from mbcap_watch.watcher import inotify
 from processes import daemon
 from support import (
@@ -396,8 +396,8 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 async def test_a_long_sync_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(border, "STUCK_SECONDS", 0.2)
-    life = border.Border(lambda _: None)
+    monkeypatch.setattr(service, "STUCK_SECONDS", 0.2)
+    life = service.Border(lambda _: None)
 
     def stuck_since() -> float | None:
         return life.state.stuck_since

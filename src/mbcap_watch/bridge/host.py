@@ -86,7 +86,7 @@ async def apply_snapshot(
     except DatabaseError as exc:
         error = exc
     seconds = time.perf_counter() - started
-    result = describe("once", desired, snapshot.written_at, tally, error, seconds)
+    result = describe("once", tally, error, seconds, desired, snapshot.written_at)
     # Nothing is pending and nothing is tried again here: that is the host's to decide.
     return result if error is None else dataclasses.replace(result, error=error.what)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import anyio
@@ -24,7 +25,7 @@ from mbcap_watch.watcher.supervisor import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mbcap_watch.bridge.border import Border
+    from mbcap_watch.bridge.service import Border
     from mbcap_watch.bridge.sync import SyncReport
     from mbcap_watch.results import Reason
     from mbcap_watch.settings import Settings
@@ -57,7 +58,7 @@ class Bridge:
         self._border = border
         self._call = call
         self._scheduler = Scheduler(settings, time.monotonic())
-        self._watch = Watch(settings, self._on_change)
+        self._watch = Watch(settings, partial(self._tell_scheduler, self._scheduler.notify))
         self._syncer = Syncer(settings, border.alive)
         self._wake = anyio.Event()
         self._error: Exception | None = None  # of the last sync
@@ -66,20 +67,16 @@ class Bridge:
 
     def sync_now(self) -> None:
         """Ask for a sync, from any thread."""
-        self._note(self._scheduler.request)
+        self._tell_scheduler(self._scheduler.request)
 
-    def _on_change(self) -> None:
-        """Note a replacement of the snapshot, from a thread of watchdog."""
-        self._note(self._scheduler.notify)
-
-    def _note(self, what: Callable[[float], None]) -> None:
+    def _tell_scheduler(self, tell: Callable[[float], None]) -> None:
         at = time.monotonic()
 
-        def note() -> None:
-            what(at)
+        def tell_and_wake() -> None:
+            tell(at)
             self._wake.set()
 
-        self._call(note)
+        self._call(tell_and_wake)
 
     async def run(self) -> NoReturn:
         """Sync for one reason after the other."""
@@ -117,7 +114,7 @@ class Bridge:
         )
         report = await self._syncer.sync(
             reason,
-            first=watch.refresh if refresh else lambda: None,
+            before_reading=watch.refresh if refresh else lambda: None,
             only_if_changed=only_if_changed,
             trust_stat=reason == "sweep" and watch.sees_every_change,
         )
@@ -131,7 +128,7 @@ class Bridge:
         scheduler.end(
             time.monotonic(),
             idle=report.result is None,
-            compared=report.compared,
+            compared=report.timings is not None,
             retry_in=self._retry_in(reason, report),
         )
         self._border.tell(watch.state, report if self._is_worth_telling(report) else None)

@@ -1,4 +1,4 @@
-"""`run`, `persist_once` and `preview_once`: the host's side of the bridge."""
+"""`run`, `persist_once` and `preview_once`: what hosts and the command line call."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio
 
-from mbcap_watch.bridge.border import DEFAULT_BUFFER, Border
-from mbcap_watch.bridge.loop import LONGEST_PAUSE, Bridge, busy_pause
-from mbcap_watch.bridge.report import describe
+from mbcap_watch.bridge.loop import LONGEST_PAUSE, busy_pause
+from mbcap_watch.bridge.report import out_of_resources
+from mbcap_watch.bridge.service import Service
 from mbcap_watch.bridge.sync import Syncer
 from mbcap_watch.bridge.thread import BridgeThread
-from mbcap_watch.bridge.trigger import Trigger
-from mbcap_watch.errors import DatabaseFailed
-from mbcap_watch.store.reconcile import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from typing import NoReturn
+    from collections.abc import Awaitable, Callable, Iterator
 
     from anyio.abc import TaskStatus
 
     from mbcap_watch.bridge.sync import OnProgress
-    from mbcap_watch.results import PersistResult, Reason, Timings, WatchState
+    from mbcap_watch.results import PersistResult, Timings, WatchState
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Change
 
@@ -129,6 +125,32 @@ async def _until_not_busy(
         return await thread.outcome()
 
 
+class Trigger:
+    """Asks running bridges for a sync: `run(settings, trigger=trigger)`, `trigger.sync_now()`."""
+
+    def __init__(self) -> None:
+        self._requests: list[Callable[[], None]] = []
+
+    def sync_now(self) -> None:
+        """Have every bridge with this trigger sync and compare at once; from any thread.
+
+        A sync costs a comparison with the database; calls within `debounce` of one merge into one
+        more. Does not wait: what comes of it goes to `on_result`, with the reason `request`. A
+        bridge that does not run yet syncs when it starts.
+        """
+        for request in tuple(self._requests):
+            request()
+
+    @contextlib.contextmanager
+    def connected(self, request: Callable[[], None]) -> Iterator[None]:
+        """Have `sync_now` call `request` for as long as the context lasts."""
+        self._requests.append(request)
+        try:
+            yield
+        finally:
+            self._requests.remove(request)
+
+
 async def run(
     settings: Settings,
     *,
@@ -162,60 +184,22 @@ async def run(
         EventLoopError: no asyncio or trio runs here.
 
     """
-    service = Service(settings)
-    while (result := service.start()) is not None:
-        await _call(on_result, result)
-        await service.pause()
-    border, thread, started = service.border, service.thread, False
-    async with thread:
+    service, told = Service(settings), False
+    border = service.border
+    async with service:
         with (trigger or Trigger()).connected(service.sync_now):
             while True:
-                woken = await border.wait()
+                woken = await service.news()
                 while (report := border.take()) is not None:
                     await _call(on_result, report.result)
                     await _call(on_timings, report.timings)
-                if thread.ended.is_set():
-                    await thread.outcome()
+                if not service.started or service.ended.is_set():
+                    continue
                 if woken or border.takes_long:
                     await _call(on_state, border.state)
-                if woken and not started:
-                    started = True
+                if woken and not told:
+                    told = True
                     task_status.started()
-
-
-class Service:
-    """A bridge in a thread of its own, which `run` and `watch` have in common."""
-
-    def __init__(self, settings: Settings, buffer: int = DEFAULT_BUFFER) -> None:
-        self._settings = settings
-        self.thread: BridgeThread[NoReturn] = BridgeThread(self._run)
-        self.border = Border(self.thread.call_host, buffer)
-        self.thread.on_ended = self.border.wake
-        self._bridge = Bridge(settings, self.border, self.thread.call)
-        self.sync_now = self._bridge.sync_now
-
-    def start(self) -> PersistResult | None:
-        """Start it; return what to report if there is no thread or no descriptor for it now."""
-        try:
-            self.thread.start()
-        except OSError as exc:
-            return out_of_resources(self._settings, "start", exc)
-        return None
-
-    async def pause(self) -> None:
-        """Wait before it is started again."""
-        await anyio.sleep(self._settings.sweep_interval)
-
-    async def _run(self) -> NoReturn:
-        await self._bridge.run()
-
-
-def out_of_resources(settings: Settings, reason: Reason, error: OSError) -> PersistResult:
-    """Return the result of a sync for which there was no thread or no descriptor."""
-    problem = f"cannot be served now: {error.strerror}"
-    return describe(
-        reason, None, None, Tally(), DatabaseFailed(settings.database, problem, "limit"), 0.0
-    )
 
 
 async def _call(hook: Callable[[T], Any] | None, value: T | None) -> None:
