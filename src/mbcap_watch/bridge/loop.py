@@ -106,7 +106,7 @@ class Bridge:
         """Sync for `reason`, tell what came of it, and decide when to sync next."""
         self._border.alive()
         scheduler, watch = self._scheduler, self._watch
-        unnoticed = reason == "sweep" and not scheduler.pending
+        unnoticed = reason == "sweep" and not scheduler.pending and not watch.polling
         scheduler.begin(reason, time.monotonic())
         refresh = reason in ("start", "sweep") or watch.awaits_directory
         only_if_changed = reason in ("poll", "sweep") or (
@@ -119,7 +119,7 @@ class Bridge:
             trust_stat=reason == "sweep" and watch.sees_every_change,
         )
         self._error = report.error
-        if unnoticed and report.is_new and not watch.polling:
+        if unnoticed and report.is_new:
             await self._count_sweep_hit(time.time())
         watch.update(
             last_sync=time.time(),
@@ -147,23 +147,21 @@ class Bridge:
             return None
         if reason != "retry":
             self._attempt = 0
-        error, growth = report.error, 2.0 ** min(self._attempt, 20)
+        error, attempt = report.error, self._attempt
         self._attempt += 1
         if isinstance(error, DatabaseBusy) or report.owes_checkpoint:
-            return busy_pause(growth)
+            return busy_pause(attempt)
         if isinstance(error, DatabaseError):
             pause = _WAL_PAUSE if isinstance(error, ForeignWal) else math.inf
             return min(pause, self._settings.sweep_interval)
         if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
             # A torn file is repaired without a rename. The pauses grow until the sweep, or the
             # poll, is soon enough.
-            pause = _FIRST_PAUSE * growth
-            return pause if pause < self._settings.sweep_interval else None
+            return _growing(_FIRST_PAUSE, attempt, self._settings.sweep_interval)
         if error is None and report.result is not None and report.result.error:
             # A table still waits for its columns, or a row was refused: that may change soon, or
             # never. The pauses grow until the resync is soon enough.
-            pause = self._settings.sweep_interval * growth
-            return pause if pause < self._settings.resync else None
+            return _growing(self._settings.sweep_interval, attempt, self._settings.resync)
         return None
 
     def _is_worth_telling(self, report: SyncReport) -> bool:
@@ -182,6 +180,13 @@ class Bridge:
         return True
 
 
-def busy_pause(growth: float) -> float:
+def busy_pause(attempt: int) -> float:
     """Return a growing pause with jitter, so that two waiters do not meet again and again."""
-    return min(LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)
+    pause = _growing(_FIRST_PAUSE, attempt, LONGEST_PAUSE) or LONGEST_PAUSE
+    return pause * random.uniform(0.5, 1.0)
+
+
+def _growing(first: float, attempt: int, longest: float) -> float | None:
+    """Return a pause that doubles with each attempt; None once it is as long as `longest`."""
+    pause = first * 2.0 ** min(attempt, 30)
+    return pause if pause < longest else None

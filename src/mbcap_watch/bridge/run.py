@@ -65,15 +65,14 @@ async def persist_once(
 
     syncer = Syncer(settings, on_progress=tell)
 
-    async def persist() -> tuple[PersistResult, None]:
+    async def persist() -> PersistResult:
         report = await syncer.sync("once")
         for error in errors:
             raise error
         assert report.result is not None
-        return report.result, None
+        return report.result
 
-    result, _ = await _until_not_busy(settings, syncer, persist)
-    return result
+    return await _until_not_busy(settings, syncer, persist)
 
 
 async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[str, Change]]]:
@@ -83,36 +82,35 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
         EventLoopError: no asyncio or trio runs here.
 
     """
-    syncer = Syncer(settings)
+    syncer, changes = Syncer(settings), list[tuple[str, "Change"]]()
 
-    async def compare() -> tuple[PersistResult, list[tuple[str, Change]]]:
-        return syncer.preview()
+    async def compare() -> PersistResult:
+        result, changes[:] = syncer.preview()
+        return result
 
-    result, changes = await _until_not_busy(settings, syncer, compare)
-    return result, changes or []
+    return await _until_not_busy(settings, syncer, compare), changes
 
 
 async def _until_not_busy(
-    settings: Settings, syncer: Syncer, sync: Callable[[], Awaitable[tuple[PersistResult, T]]]
-) -> tuple[PersistResult, T | None]:
-    async def repeat() -> tuple[PersistResult, T]:
+    settings: Settings, syncer: Syncer, sync: Callable[[], Awaitable[PersistResult]]
+) -> PersistResult:
+    async def repeat() -> PersistResult:
         started, attempt, waiting = time.monotonic(), 0, False
         while True:
-            answer = await sync()
-            result, pause = answer[0], busy_pause(2.0 ** min(attempt, 10))
+            result, pause = await sync(), busy_pause(attempt)
             patience = settings.busy_deadline
             if result.cause == "wal_left_behind":
                 patience += settings.wal_grace + LONGEST_PAUSE
             spent = time.monotonic() + pause - started
             if result.outcome not in ("busy", "foreign_wal") or spent > patience:
-                return answer
+                return result
             if result.outcome == "foreign_wal" and not waiting:
                 waiting = True
                 logger.warning("waiting: %s", result.error)
             await anyio.sleep(pause)
             attempt += 1
 
-    async def repeat_and_close() -> tuple[PersistResult, T]:
+    async def repeat_and_close() -> PersistResult:
         with contextlib.closing(syncer):
             return await repeat()
 
@@ -120,7 +118,7 @@ async def _until_not_busy(
     try:
         thread.start()
     except OSError as exc:
-        return out_of_resources(settings, "once", exc), None
+        return out_of_resources(settings, "once", exc)
     async with thread:
         return await thread.outcome()
 
@@ -184,9 +182,9 @@ async def run(
         EventLoopError: no asyncio or trio runs here.
 
     """
-    service, told = Service(settings), False
-    border = service.border
-    async with service:
+    is_up = False
+    async with Service(settings) as service:
+        border = service.border
         with (trigger or Trigger()).connected(service.sync_now):
             while True:
                 woken = await service.news()
@@ -197,8 +195,8 @@ async def run(
                     continue
                 if woken or border.takes_long:
                     await _call(on_state, border.state)
-                if woken and not told:
-                    told = True
+                if woken and not is_up:
+                    is_up = True
                     task_status.started()
 
 

@@ -33,6 +33,8 @@ DEFAULT_BUFFER: Final = 64
 class Border:
     """Carries what the bridge tells to the host's loop, and never holds up either of them.
 
+    The bridge calls `alive` and `tell`, the host's loop all else.
+
     Args:
         call_host: has a function called in the host's loop.
         buffer: reports kept for a slow host; when there are more, the oldest are dropped.
@@ -52,8 +54,6 @@ class Border:
         self._began: float | None = None
         self._alive_at = self._alive_since = 0.0
         self._last_progress: float | None = None
-
-    # ---- the bridge's side
 
     def alive(self) -> None:
         """Show a sign of life: a sync begins, or gets on."""
@@ -82,8 +82,6 @@ class Border:
             self._waking = True
             self._call_host(self.wake)
 
-    # ---- the host's side, in its loop
-
     def wake(self) -> None:
         """Wake whoever waits."""
         self._wake.set()
@@ -108,12 +106,6 @@ class Border:
             return self._reports.popleft() if self._reports else None
 
     @property
-    def dropped(self) -> int:
-        """How many reports the host was too slow for."""
-        with self._lock:
-            return self._dropped
-
-    @property
     def takes_long(self) -> bool:
         """Whether a sync has been under way for `STUCK_SECONDS`."""
         began = self._began
@@ -128,7 +120,7 @@ class Border:
             self._state,
             last_progress=self._last_progress,
             stuck_since=self._alive_since if stuck else None,
-            reports_dropped=self.dropped,
+            reports_dropped=self._dropped,
         )
 
 
@@ -181,7 +173,7 @@ class Results:
     @property
     def dropped(self) -> int:
         """Results that the host was too slow for."""
-        return self._service.border.dropped
+        return self.state.reports_dropped
 
     @property
     def state(self) -> WatchState:

@@ -12,6 +12,7 @@ import contextlib
 import math
 import sys
 import threading
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, TypeAlias, TypeVar
 
@@ -23,7 +24,6 @@ from mbcap_watch.limits import no_thread, require_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
-    from types import TracebackType
     from typing import Self
 
 # Stopping an observer takes up to half a second, a batch of rows milliseconds. What takes longer
@@ -60,24 +60,18 @@ class DaemonThread(Generic[T]):
 
     Attributes:
         call_host: as `host_caller` returns it.
+        started: whether there is a thread.
         ended: set in the loop once the function has ended.
-        on_ended: called in the loop then.
 
     """
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.call_host = host_caller()
+        self.started = False
         self.ended = anyio.Event()
-        self.on_ended: Callable[[], None] = lambda: None
         self._function = function
-        self._result: T | None = None
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether there is a thread."""
-        return self._thread is not None
+        self._outcome: Future[T] = Future()
+        self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
 
     def start(self) -> None:
         """Start the thread.
@@ -86,37 +80,28 @@ class DaemonThread(Generic[T]):
             OSError: EAGAIN, there can be no more threads.
 
         """
-        thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
         try:
-            thread.start()
+            self._thread.start()
         except RuntimeError as exc:
             raise no_thread() from exc
-        self._thread = thread
-
-    def join(self) -> None:
-        """Wait for the last moments of a thread that has told of its end."""
-        if self._thread is not None and self.ended.is_set():
-            self._thread.join()
+        self.started = True
 
     async def outcome(self) -> T:
         """Wait for the end; return what the function has returned, or raise what it has raised."""
         await self.ended.wait()
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]  # it is a T: there was no error
+        self._thread.join()  # its last moments
+        return self._outcome.result()
 
     def _run(self) -> None:
         try:
-            self._result = self._function()
+            self._outcome.set_result(self._function())
         except BaseException as exc:  # noqa: BLE001 - `outcome` raises it
-            self._error = exc
+            self._outcome.set_exception(exc)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self.call_host(self._end)
 
     def _end(self) -> None:
         self.ended.set()
-        self.on_ended()
 
 
 async def in_daemon_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -132,12 +117,12 @@ async def in_daemon_thread(function: Callable[P, T], /, *args: P.args, **kwargs:
 class BridgeThread(DaemonThread[T]):
     """Runs `main` in an event loop and a daemon thread of its own.
 
-    As a context, once started, it ends `main` when it is left, and waits for that for no longer
-    than `patience` seconds, whatever cancels the caller meanwhile. `main` sees one cancellation,
-    and ends between two of its steps.
+    As a context, it ends `main` when it is left, and waits for that for no longer than `patience`
+    seconds, whatever cancels the caller meanwhile. `main` sees one cancellation, and ends between
+    two of its steps.
 
     Attributes:
-        stopped: whether `stop` was called.
+        stopped: whether the context was left.
 
     """
 
@@ -175,25 +160,17 @@ class BridgeThread(DaemonThread[T]):
             with contextlib.suppress(RuntimeError):  # it is closed: `main` has ended
                 self._loop.call_soon_threadsafe(function)
 
-    def stop(self) -> None:
-        """Cancel `main`; from any thread."""
-        self.stopped = True
-        self.call(self._cancel)
-
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self.stopped = True
+        self.call(self._cancel)
         if exc_type is GeneratorExit or not self.started:
             return  # a coroutine that is being closed may not wait
         await wait_shielded(self.ended, self._patience)
-        self.join()
+        if self.ended.is_set():
+            self._thread.join()
 
     def _run_loop(self) -> T:
         options = {"loop_factory": lambda: self._loop}
@@ -228,19 +205,6 @@ async def wait_shielded(event: anyio.Event, seconds: float = math.inf) -> None:
     if cancelled is not None:
         # What goes on must be the native one: an anyio scope would swallow its own.
         raise cancelled
-
-
-def require_asyncio() -> None:
-    """Raise unless asyncio runs here.
-
-    Raises:
-        EventLoopError: trio does, or nothing.
-
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError as exc:
-        raise EventLoopError("a connection of aiosqlite works on asyncio only") from exc
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
