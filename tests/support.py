@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mbcap_watch import Settings, run
+from mbcap_watch import Settings, Trigger, run
 from mbcap_watch.store import wal
 from mbcap_watch.telemetry.socket import ROOT, ControlSocket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-    from mbcap_watch import PersistResult, WatchState
+    from mbcap_watch import PersistResult, Timings, WatchState
     from mbcap_watch.telemetry.stats import Stats
 
 TESTS = Path(__file__).parent
@@ -204,11 +204,13 @@ def at_rest() -> list[str]:
 
 
 class Results:
-    """Hooks that keep every result and every state, and wait for one."""
+    """What a bridge tells: every result, state and timing; and `trigger`, to ask it for a sync."""
 
     def __init__(self) -> None:
         self.all: list[PersistResult] = []
         self.states: list[WatchState] = []
+        self.timings: list[Timings] = []
+        self.trigger = Trigger()
 
     def __call__(self, result: PersistResult) -> None:
         self.all.append(result)
@@ -225,6 +227,13 @@ class Results:
         """Wait for the first result with `outcome` from number `after` on."""
         await until(lambda: outcome in self.outcomes[after:], f"outcome {outcome}")
         return self.all[self.outcomes.index(outcome, after)]
+
+    async def sync(self) -> PersistResult:
+        """Ask for a sync; return the next result."""
+        known = len(self.all)
+        self.trigger.sync_now()
+        await until(lambda: len(self.all) > known, "a result")
+        return self.all[known]
 
     async def count(self, outcome: str, number: int) -> None:
         """Wait until `outcome` was reported `number` times."""
@@ -277,6 +286,9 @@ async def bridge(database: Path, **settings: Any) -> AsyncIterator[Results]:
     results = Results()
     made = quiet(database, **settings)
     async with anyio.create_task_group() as group:
-        await group.start(partial(run, made, on_result=results, on_state=results.states.append))
+        hooked = partial(run, made, on_result=results, on_state=results.states.append)
+        await group.start(
+            partial(hooked, on_timings=results.timings.append, trigger=results.trigger)
+        )
         yield results
         group.cancel_scope.cancel()

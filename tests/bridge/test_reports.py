@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
-from mbcap_watch import PersistResult, Settings, Timings, Trigger, persist_once, run, snapshot_path
+from mbcap_watch import Settings, persist_once, snapshot_path
 from mbcap_watch.snapshot import files
 from mbcap_watch.watcher.inotify import InotifyWatch
 from support import (
-    QUIET,
-    Results,
     bridge,
     connect,
     document,
     locked,
     other_process,
     put,
-    quiet,
     read_line,
     read_rows,
     rename_from_another_process,
@@ -32,7 +26,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
     from typing import Any
 
@@ -44,26 +38,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 SNAPSHOT = document(
     ("aa11", "confirmed", "advert"), ("bb22", "suspected", "path"), ("cc33", "confirmed", "advert")
 )
-
-
-@contextlib.asynccontextmanager
-async def asked(
-    database: Path, **settings: Any
-) -> AsyncIterator[tuple[Callable[[], Any], list[PersistResult]]]:
-    """Run a bridge; yields what has it sync and returns the result, and all results."""
-    results, trigger = Results(), Trigger()
-    made = quiet(database, debounce=0, **settings)
-
-    async def sync() -> PersistResult:
-        known = len(results.all)
-        trigger.sync_now()
-        await until(lambda: len(results.all) > known, "a result")
-        return results.all[-1]
-
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, made, on_result=results, trigger=trigger))
-        yield sync, results.all
-        group.cancel_scope.cancel()
 
 
 def write_from_another_process(database: Path, sql: str) -> None:
@@ -80,17 +54,17 @@ def write_from_another_process(database: Path, sql: str) -> None:
 
 async def test_rows_that_another_writer_sets_back_are_counted(database: Path) -> None:
     put(SNAPSHOT, snapshot_path(database))
-    async with asked(database) as (sync, results):
+    async with bridge(database, debounce=0) as results:
         write_from_another_process(
             database,
             "UPDATE nodes SET multibyte_sup = 1, multibyte_evidence = 'path'"
             " WHERE public_key IN ('aa11', 'cc33');"
             "UPDATE inactive_nodes SET multibyte_evidence = 'old' WHERE public_key = 'bb22'",
         )
-        result = await sync()
+        result = await results.sync()
         assert (result.outcome, result.changed, result.set_back) == ("applied", 3, 3)
         assert result.to_dict()["set_back"] == 3
-        assert ((await sync()).outcome, results[-1].set_back) == ("unchanged", 0)
+        assert ((await results.sync()).outcome, results.all[-1].set_back) == ("unchanged", 0)
 
 
 async def test_a_trigger_that_sets_rows_back_is_counted_at_every_resync(database: Path) -> None:
@@ -139,23 +113,23 @@ async def test_a_row_that_is_written_at_last_was_not_set_back(database: Path) ->
             "CREATE TRIGGER no BEFORE UPDATE ON nodes BEGIN SELECT RAISE(ABORT, 'no'); END"
         )
     put(SNAPSHOT, snapshot_path(database))
-    async with asked(database) as (sync, results):
-        assert (results[0].failed_rows, results[0].changed_active) == (1, 0)
+    async with bridge(database, debounce=0) as results:
+        assert (results.all[0].failed_rows, results.all[0].changed_active) == (1, 0)
         write_from_another_process(database, "DROP TRIGGER no")
-        result = await sync()
+        result = await results.sync()
         assert (result.changed_active, result.set_back) == (1, 0)
 
 
 async def test_a_node_that_returns_was_not_set_back(database: Path) -> None:
     put(SNAPSHOT, snapshot_path(database))
-    async with asked(database) as (sync, _):
+    async with bridge(database, debounce=0) as results:
         write_from_another_process(
             database,
             "DELETE FROM nodes WHERE public_key = 'aa11';"
             "INSERT INTO nodes (public_key) VALUES ('aa11');"
             "INSERT INTO nodes (public_key, multibyte_evidence) VALUES ('bb22', '')",
         )
-        result = await sync()
+        result = await results.sync()
         assert (result.changed_active, result.set_back) == (2, 0)
 
 
@@ -163,11 +137,11 @@ async def test_another_file_at_the_path_was_not_set_back(database: Path) -> None
     backup = database.with_name("backup.db")
     shutil.copy(database, backup)
     put(document(("cc33", "suspected", "path")), snapshot_path(database))
-    async with asked(database) as (sync, results):
+    async with bridge(database, debounce=0) as results:
         os.replace(backup, database)
-        result = await sync()
+        result = await results.sync()
         assert (result.changed_active, result.set_back) == (1, 0)
-        assert results[0].changed_active == 1
+        assert results.all[0].changed_active == 1
 
 
 async def test_the_first_sync_after_a_start_sets_nothing_back(database: Path) -> None:
@@ -181,17 +155,6 @@ async def test_the_first_sync_after_a_start_sets_nothing_back(database: Path) ->
 # ------------------------------------------------------------------------------ lag
 
 
-@contextlib.asynccontextmanager
-async def timed(database: Path, **settings: Any) -> AsyncIterator[list[Timings]]:
-    """Run a bridge; yields its timings."""
-    timings: list[Timings] = []
-    made = Settings.from_mapping({"database": database, **QUIET, **settings})
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, made, on_timings=timings.append))
-        yield timings
-        group.cancel_scope.cancel()
-
-
 async def test_the_lag_of_a_snapshot_older_than_the_bridge_counts_from_the_start(
     database: Path,
 ) -> None:
@@ -199,8 +162,8 @@ async def test_the_lag_of_a_snapshot_older_than_the_bridge_counts_from_the_start
     put_at = snapshot_path(database).stat().st_ctime
     await until(lambda: time.time() > put_at + 0.3)
     before = time.time()
-    async with timed(database) as timings:
-        (first,) = timings
+    async with bridge(database) as results:
+        (first,) = results.timings
         assert first.lag is not None
         assert 0 < first.lag <= time.time() - before
 
@@ -219,26 +182,26 @@ async def test_the_lag_is_not_what_a_clock_ahead_makes_of_it(
     monkeypatch.setattr("mbcap_watch.bridge.loading.read_file", read_with_their_clock)
     put(document(("aa11", "suspected")), snapshot_path(database))
     before = time.monotonic()
-    async with timed(database) as timings:
+    async with bridge(database) as results:
         put(document(("aa11", "confirmed")), snapshot_path(database))
-        await until(lambda: len(timings) > 1)
+        await until(lambda: len(results.timings) > 1)
         elapsed = time.monotonic() - before
-        lags = [timing.lag for timing in timings]
+        lags = [timing.lag for timing in results.timings]
         assert all(lag is None or 0 <= lag <= elapsed for lag in lags), lags
         assert ahead < 0 or lags == [None, None]
 
 
 async def test_the_lag_counts_through_a_busy_database(database: Path) -> None:
-    async with timed(database, busy_deadline=0) as timings:
+    async with bridge(database, busy_deadline=0) as results:
         with locked(database) as release:
             put_at = time.time()
             put(document(("aa11", "confirmed")), snapshot_path(database))
             await until(lambda: time.time() > put_at + 0.5)
             release()
             released = time.time()
-        await until(lambda: timings)
-        assert timings[0].lag is not None
-        assert released - put_at - 0.1 <= timings[0].lag
+        await until(lambda: results.timings)
+        assert results.timings[0].lag is not None
+        assert released - put_at - 0.1 <= results.timings[0].lag
 
 
 # ------------------------------------------------------------------------------ the sweep

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -16,11 +15,9 @@ import pytest
 
 from mbcap_watch import (
     Settings,
-    Timings,
     WatchState,
     ensure_snapshot_dir,
     persist_once,
-    run,
     snapshot_path,
 )
 from mbcap_watch.bridge import service
@@ -335,11 +332,8 @@ async def test_large_evidence_makes_smaller_batches(tmp_path: Path) -> None:
     keys = [f"{number:04}" for number in range(600)]
     database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
     put(document(*((key, "confirmed", "x" * 4_000) for key in keys)), snapshot_path(database))
-    timings: list[Timings] = []
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, Settings(database), on_timings=timings.append))
-        group.cancel_scope.cancel()
-    assert len(timings[0].holds) == 10  # 66 rows are over a quarter of a megabyte
+    async with bridge(database) as results:
+        assert len(results.timings[0].holds) == 10  # 66 rows are over a quarter of a megabyte
 
 
 @pytest.mark.system
