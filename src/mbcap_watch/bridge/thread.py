@@ -60,18 +60,21 @@ class DaemonThread(Generic[T]):
 
     Attributes:
         call_host: as `host_caller` returns it.
-        started: whether there is a thread.
         ended: set in the loop once the function has ended.
 
     """
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.call_host = host_caller()
-        self.started = False
         self.ended = anyio.Event()
         self._function = function
         self._outcome: Future[T] = Future()
-        self._thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether there is a thread."""
+        return self._thread is not None
 
     def start(self) -> None:
         """Start the thread.
@@ -80,17 +83,24 @@ class DaemonThread(Generic[T]):
             OSError: EAGAIN, there can be no more threads.
 
         """
+        # One that could not be started cannot be tried again (Python 3.13).
+        thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError as exc:
             raise no_thread() from exc
-        self.started = True
+        self._thread = thread
 
     async def outcome(self) -> T:
         """Wait for the end; return what the function has returned, or raise what it has raised."""
         await self.ended.wait()
-        self._thread.join()  # its last moments
+        self._join()
         return self._outcome.result()
+
+    def _join(self) -> None:
+        """Wait for the last moments of a thread that has told of its end."""
+        if self._thread is not None and self.ended.is_set():
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -169,8 +179,7 @@ class BridgeThread(DaemonThread[T]):
         if exc_type is GeneratorExit or not self.started:
             return  # a coroutine that is being closed may not wait
         await wait_shielded(self.ended, self._patience)
-        if self.ended.is_set():
-            self._thread.join()
+        self._join()
 
     def _run_loop(self) -> T:
         options = {"loop_factory": lambda: self._loop}
