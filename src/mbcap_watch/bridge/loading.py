@@ -28,8 +28,7 @@ class Fingerprint(NamedTuple):
 
     Attributes:
         snapshot: of its bytes, or of what kept them from being read. 64 bits of SipHash with a key
-            of this process: it tells one state from the next, and nothing is stored. Measured on
-            12 MB: 2.5 ms, BLAKE2b 11 ms, SHA-256 9 ms.
+            of this process: nothing is stored. Of 12 MB it takes 2.5 ms, SHA-256 9 ms.
         database: which file is at the database's path (device and inode); None if there is none.
             A backup that was moved into place wants the snapshot anew.
 

@@ -44,11 +44,7 @@ _EVENT_SECONDS: Final = 0.5
 class Bridge:
     """Watches, syncs and reports, until it is cancelled.
 
-    Args:
-        settings: what to watch, and how.
-        border: carries the reports to the host.
-        call: has a function called in the bridge's loop, from any thread and without waiting.
-
+    `call` has a function called in the bridge's loop, from any thread and without waiting.
     """
 
     def __init__(

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Change
 
-OnResult: TypeAlias = "Callable[[PersistResult], Any]"
-OnState: TypeAlias = "Callable[[WatchState], Any]"
-OnTimings: TypeAlias = "Callable[[Timings], Any]"
 T = TypeVar("T")
+Hook: TypeAlias = "Callable[[T], Any] | None"
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -152,9 +150,9 @@ class Trigger:
 async def run(
     settings: Settings,
     *,
-    on_result: OnResult | None = None,
-    on_state: OnState | None = None,
-    on_timings: OnTimings | None = None,
+    on_result: Hook[PersistResult] = None,
+    on_state: Hook[WatchState] = None,
+    on_timings: Hook[Timings] = None,
     trigger: Trigger | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -200,7 +198,7 @@ async def run(
                     task_status.started()
 
 
-async def _call(hook: Callable[[T], Any] | None, value: T | None) -> None:
+async def _call(hook: Hook[T], value: T | None) -> None:
     if hook is not None and value is not None:
         answer = hook(value)
         if inspect.isawaitable(answer):

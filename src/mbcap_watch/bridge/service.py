@@ -33,12 +33,8 @@ DEFAULT_BUFFER: Final = 64
 class Border:
     """Carries what the bridge tells to the host's loop, and never holds up either of them.
 
-    The bridge calls `alive` and `tell`, the host's loop all else.
-
-    Args:
-        call_host: has a function called in the host's loop.
-        buffer: reports kept for a slow host; when there are more, the oldest are dropped.
-
+    The bridge calls `alive` and `tell`, the host's loop all else. When a slow host has more than
+    `buffer` reports to take, the oldest are dropped.
     """
 
     def __init__(self, call_host: CallHost, buffer: int = DEFAULT_BUFFER) -> None:
@@ -67,9 +63,7 @@ class Border:
     def tell(self, state: WatchState, report: SyncReport | None) -> None:
         """Tell of a sync that has ended, and what came of it if that is worth telling.
 
-        Raises:
-            RuntimeError: the host's loop is closed.
-
+        RuntimeError is raised if the host's loop is closed, which ends the bridge.
         """
         self.alive()
         self._began = None
@@ -188,14 +182,10 @@ class Results:
         return self
 
     async def __anext__(self) -> PersistResult:
-        """Return the next result, in order.
+        """Return the next result, in order, until the context is left.
 
         While the machine has no thread for the bridge, that is the result, and asking for the next
         one tries again.
-
-        Raises:
-            StopAsyncIteration: the context was left.
-
         """
         while True:
             report = self._service.border.take()

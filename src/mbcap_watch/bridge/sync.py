@@ -58,9 +58,7 @@ class SyncReport:
     owes_checkpoint: bool = False
 
 
-class _Attempt(NamedTuple):
-    """The applying of a snapshot that took, or takes, more than one sync."""
-
+class _Attempt(NamedTuple):  # to apply a snapshot, in one sync or more
     tally: Tally
     started: float
 
@@ -68,11 +66,7 @@ class _Attempt(NamedTuple):
 class Syncer:
     """Syncs one database with one snapshot, and remembers what it has seen of the files.
 
-    Args:
-        settings: which files, and how.
-        alive: called whenever a sync gets on.
-        on_progress: called as `persist_once` says.
-
+    `alive` is called whenever a sync gets on, `on_progress` as `persist_once` says.
     """
 
     def __init__(

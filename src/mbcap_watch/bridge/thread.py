@@ -41,11 +41,7 @@ CallHost: TypeAlias = "Callable[[Callable[[], object]], object]"
 def host_caller() -> CallHost:
     """Return what has a function called in the running loop, from any thread, without waiting.
 
-    It raises RuntimeError once that loop is closed.
-
-    Raises:
-        EventLoopError: no loop runs here.
-
+    It raises RuntimeError once that loop is closed. Without a loop, EventLoopError is raised here.
     """
     with contextlib.suppress(RuntimeError):
         return asyncio.get_running_loop().call_soon_threadsafe
@@ -56,13 +52,7 @@ def host_caller() -> CallHost:
 
 
 class DaemonThread(Generic[T]):
-    """A function that runs in a daemon thread, and whose end the present loop can wait for.
-
-    Attributes:
-        call_host: as `host_caller` returns it.
-        ended: set in the loop once the function has ended.
-
-    """
+    """A function that runs in a daemon thread, and whose end the present loop can wait for."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.call_host = host_caller()
@@ -77,12 +67,7 @@ class DaemonThread(Generic[T]):
         return self._thread is not None
 
     def start(self) -> None:
-        """Start the thread.
-
-        Raises:
-            OSError: EAGAIN, there can be no more threads.
-
-        """
+        """Start the thread; OSError (EAGAIN) is raised if there can be no more threads."""
         # One that could not be started cannot be tried again (Python 3.13).
         thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
         try:
@@ -130,10 +115,6 @@ class BridgeThread(DaemonThread[T]):
     As a context, it ends `main` when it is left, and waits for that for no longer than `patience`
     seconds, whatever cancels the caller meanwhile. `main` sees one cancellation, and ends between
     two of its steps.
-
-    Attributes:
-        stopped: whether the context was left.
-
     """
 
     def __init__(
@@ -141,18 +122,13 @@ class BridgeThread(DaemonThread[T]):
     ) -> None:
         super().__init__(self._run_loop)
         self._patience = patience
-        self.stopped = False
+        self.stopped = False  # whether the context was left
         self._main = main
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: anyio.CancelScope | None = None
 
     def start(self) -> None:
-        """Make the loop and start the thread.
-
-        Raises:
-            OSError: no more descriptors can be opened, or threads be started.
-
-        """
+        """Make the loop and start the thread; raise OSError without descriptors or threads left."""
         require_descriptors(_DESCRIPTORS)
         # A plain one, whatever the host's policy: nothing here needs more.
         self._loop = asyncio.SelectorEventLoop()
