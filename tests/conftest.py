@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from mbcap_watch import ensure_snapshot_dir, snapshot_path
-from mbcap_watch.bridge import border
+from mbcap_watch.bridge import service
 from mbcap_watch.store import plan, reconcile
 from support import (
     Row,
@@ -95,7 +95,7 @@ def slow_pages(database: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int
             snapshot_path(database),
         )
 
-    monkeypatch.setattr(border, "STUCK_SECONDS", 1.2)
+    monkeypatch.setattr(service, "STUCK_SECONDS", 1.2)
     monkeypatch.setattr(plan, "compare", compare_slowly)
     return publish
 

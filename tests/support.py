@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mbcap_watch import PersistResult, Settings, run
+from mbcap_watch import PersistResult, Settings, Trigger, run
 from mbcap_watch.store import wal
 from mbcap_watch.telemetry.control import ROOT, ControlSocket
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-    from mbcap_watch import WatchState
+    from mbcap_watch import Timings, WatchState
     from mbcap_watch.results import Outcome
     from mbcap_watch.telemetry.stats import Stats
 
@@ -210,11 +210,13 @@ def result(outcome: Outcome = "applied", error: str | None = None, **fields: Any
 
 
 class Results:
-    """Hooks that keep every result and every state, and wait for one."""
+    """What a bridge tells: every result, state and timing; and `trigger`, to ask it for a sync."""
 
     def __init__(self) -> None:
         self.all: list[PersistResult] = []
         self.states: list[WatchState] = []
+        self.timings: list[Timings] = []
+        self.trigger = Trigger()
 
     def __call__(self, result: PersistResult) -> None:
         self.all.append(result)
@@ -231,6 +233,13 @@ class Results:
         """Wait for the first result with `outcome` from number `after` on."""
         await until(lambda: outcome in self.outcomes[after:], f"outcome {outcome}")
         return self.all[self.outcomes.index(outcome, after)]
+
+    async def sync(self) -> PersistResult:
+        """Ask for a sync; return the next result."""
+        known = len(self.all)
+        self.trigger.sync_now()
+        await until(lambda: len(self.all) > known, "a result")
+        return self.all[known]
 
     async def count(self, outcome: str, number: int) -> None:
         """Wait until `outcome` was reported `number` times."""
@@ -283,6 +292,9 @@ async def bridge(database: Path, **settings: Any) -> AsyncIterator[Results]:
     results = Results()
     made = quiet(database, **settings)
     async with anyio.create_task_group() as group:
-        await group.start(partial(run, made, on_result=results, on_state=results.states.append))
+        hooked = partial(run, made, on_result=results, on_state=results.states.append)
+        await group.start(
+            partial(hooked, on_timings=results.timings.append, trigger=results.trigger)
+        )
         yield results
         group.cancel_scope.cancel()

@@ -8,9 +8,8 @@ watchdog.
 TYPE_CHECKING = False  # `typing` alone would take longer to load than all of this
 if TYPE_CHECKING:
     from mbcap_watch.bridge.host import apply_snapshot
-    from mbcap_watch.bridge.run import persist_once, run
-    from mbcap_watch.bridge.stream import Results, watch
-    from mbcap_watch.bridge.trigger import Trigger
+    from mbcap_watch.bridge.run import Trigger, persist_once, run
+    from mbcap_watch.bridge.service import Results, watch
     from mbcap_watch.errors import (
         DatabaseBusy,
         DatabaseError,
@@ -82,14 +81,13 @@ __all__ = [
 _MODULES = {
     "bridge.host": ["apply_snapshot"],
     "results": ["PersistResult", "Timings", "WatchState"],
-    "bridge.run": ["persist_once", "run"],
+    "bridge.run": ["Trigger", "persist_once", "run"],
     "settings": ["Settings"],
     "snapshot.files": [
         *("Entry", "Snapshot", "ensure_snapshot_dir", "read_snapshot"),
         *("snapshot_dir", "snapshot_path", "write_snapshot"),
     ],
-    "bridge.stream": ["Results", "watch"],
-    "bridge.trigger": ["Trigger"],
+    "bridge.service": ["Results", "watch"],
 }  # all others are errors
 
 

@@ -107,8 +107,10 @@ class Timings:
     """The times of a sync that compared the database, in seconds.
 
     Attributes:
-        lag: from the rename to the last committed row; None if no new snapshot was written, or
-            if the clocks of the filesystem and of this machine disagree.
+        lag: from the rename, or from the start of the bridge if that was later, to the last
+            committed row. Where the clock of the filesystem is behind that of this machine, it
+            counts at most from when the file was last seen to be another one. None if no new
+            snapshot was written, or if the clock of the filesystem is ahead.
         waits: for the write lock, one per transaction.
         holds: of the write lock, one per transaction.
 

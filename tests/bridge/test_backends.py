@@ -20,8 +20,8 @@ from mbcap_watch import (
     snapshot_path,
     watch,
 )
-from mbcap_watch.bridge.border import DEFAULT_BUFFER
 from mbcap_watch.bridge.run import preview_once
+from mbcap_watch.bridge.service import DEFAULT_BUFFER
 from support import bridge, connect, document, put, quiet, read_rows, until, wait_until
 
 if TYPE_CHECKING:

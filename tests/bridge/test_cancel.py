@@ -125,19 +125,32 @@ def strike(
         return loop.count
 
 
-def check(database: Path, threads: list[str], descriptors: int) -> None:
-    """Nothing is left behind, and what was written is right."""
-    wait_until(lambda: not threads_beside(threads), f"an end of all threads but {threads}")
-    wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
-    with connect(database, timeout=0) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
-    assert {row[2:] for row in read_rows(database)} <= {(0, None), (2, "a"), (1, "b")}
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """A database with the nodes of `KEYS`."""
+    return make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+
+
+@pytest.fixture
+def check(database: Path) -> Callable[[], None]:
+    """Call it at the end: nothing is left behind, and what was written is right."""
+    threads, descriptors = at_rest(), len(open_descriptors())
+
+    def check() -> None:
+        wait_until(lambda: not threads_beside(threads), f"an end of all threads but {threads}")
+        wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
+        with connect(database, timeout=0) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        assert {row[2:] for row in read_rows(database)} <= {(0, None), (2, "a"), (1, "b")}
+
+    return check
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_persist_once_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind) -> None:
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+def test_persist_once_is_cancelled_at_every_turn(
+    database: Path, check: Callable[[], None], kind: Kind
+) -> None:
     settings = Settings(database=database, batch_rows=20)
     versions = [
         [(key, "confirmed", "a") for key in KEYS],
@@ -146,24 +159,23 @@ def test_persist_once_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind) -> 
     put(document(*versions[0]), snapshot_path(database))
     turns = strike(lambda: persist_once(settings), native, -1)
     assert turns >= 3
-    threads, descriptors = at_rest(), len(open_descriptors())
     for at in range(1, turns + 5):
         put(document(*versions[at % 2]), snapshot_path(database))
         strike(lambda: persist_once(settings), kind, at)
-        check(database, threads, descriptors)
+        check()
     strike(lambda: persist_once(settings), native, -1)
     assert {row[3] for row in read_rows(database)} == {versions[at % 2][0][2]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> None:
+def test_persist_once_is_cancelled_at_any_moment(
+    database: Path, check: Callable[[], None], kind: Kind
+) -> None:
     """In the midst of reading, comparing and writing, which are not turns of this loop."""
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
     settings = Settings(database=database, batch_rows=1)
     versions = [document(*((k, s, e) for k in KEYS)) for s, e in VALUES]
     moment = random.Random(7)
-    threads, descriptors = at_rest(), len(open_descriptors())
     for number in range(60):
         put(versions[number % 2], snapshot_path(database))
 
@@ -176,7 +188,7 @@ def test_persist_once_is_cancelled_at_any_moment(tmp_path: Path, kind: Kind) -> 
 
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(main())
-        check(database, threads, descriptors)
+        check()
 
 
 def values(connection: sqlite3.Connection) -> set[tuple[int, str | None]]:
@@ -198,11 +210,13 @@ def lock_between_two_batches(connection: sqlite3.Connection) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_persist_once_is_cancelled_between_two_batches(tmp_path: Path, kind: Kind) -> None:
+def test_persist_once_is_cancelled_between_two_batches(
+    database: Path, check: Callable[[], None], kind: Kind
+) -> None:
     keys = [f"{number:04}" for number in range(1000)]
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
+    with connect(database) as connection:
+        connection.executemany("INSERT OR IGNORE INTO nodes (public_key) VALUES (?)", zip(keys))
     settings = Settings(database=database, batch_rows=1)
-    threads, descriptors = at_rest(), len(open_descriptors())
     put(document(*((key, "confirmed", "a") for key in keys)), snapshot_path(database))
 
     async def main() -> None:
@@ -230,7 +244,7 @@ def test_persist_once_is_cancelled_between_two_batches(tmp_path: Path, kind: Kin
 
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(main())
-    check(database, threads, descriptors)
+    check()
     with connect(database) as connection:
         assert values(connection) == {(0, None), (2, "a")}
 
@@ -238,15 +252,15 @@ def test_persist_once_is_cancelled_between_two_batches(tmp_path: Path, kind: Kin
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["inotify", "poll"])
-def test_run_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind, mode: str) -> None:
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+def test_run_is_cancelled_at_every_turn(
+    database: Path, check: Callable[[], None], kind: Kind, mode: str
+) -> None:
     settings = Settings.from_mapping(
         {"database": database, "mode": mode, "poll_interval": 0.01, "batch_rows": 20}
     )
     versions = [
         document(*((k, s, e) for k in KEYS)) for s, e in (("confirmed", "a"), ("suspected", "b"))
     ]
-    threads, descriptors = at_rest(), len(open_descriptors())
     for at in range(1, 40, 3 if mode == "inotify" else 1):
         put(versions[at % 2], snapshot_path(database))
 
@@ -258,17 +272,17 @@ def test_run_is_cancelled_at_every_turn(tmp_path: Path, kind: Kind, mode: str) -
                 await run(settings, on_result=hook)
 
         strike(work, kind, at)
-        check(database, threads, descriptors)
+        check()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_deadline_of_the_host_while_somebody_holds_the_lock(tmp_path: Path, seed: int) -> None:
+def test_a_deadline_of_the_host_while_somebody_holds_the_lock(
+    database: Path, check: Callable[[], None], seed: int
+) -> None:
     """`asyncio.timeout` and anyio's `fail_after`, in the middle of a wait inside SQLite."""
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
     put(document(*((key, "confirmed", "a") for key in KEYS)), snapshot_path(database))
     settings = Settings(database=database)
     patience = random.Random(seed).uniform(0.01, 0.3)
-    threads, descriptors = at_rest(), len(open_descriptors())
 
     async def native_timeout() -> None:
         async with asyncio.timeout(patience):
@@ -283,8 +297,7 @@ def test_a_deadline_of_the_host_while_somebody_holds_the_lock(tmp_path: Path, se
             with pytest.raises(TimeoutError):
                 asyncio.run(host())
         release()
-    wait_until(lambda: len(open_descriptors()) <= descriptors, "closing of all descriptors")
-    check(database, threads, descriptors)
+    check()
 
 
 @pytest.mark.system

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiosqlite
@@ -149,25 +148,20 @@ async def test_a_buffer_of_nothing_is_refused(database: Path) -> None:
 
 async def test_sync_now_from_the_loop_and_from_a_thread(database: Path) -> None:
     put(document(("new", "confirmed")), snapshot_path(database))
-    trigger = Trigger()
-    trigger.sync_now()  # nobody runs yet: of no consequence
-    results: list[PersistResult] = []
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, quiet(database), on_result=results.append, trigger=trigger))
-        assert [r.unmatched for r in results] == [1]
+    Trigger().sync_now()  # nobody runs yet: of no consequence
+    async with bridge(database) as results:
+        assert [r.unmatched for r in results.all] == [1]
         with connect(database) as connection:
             connection.execute("INSERT INTO nodes (public_key) VALUES ('new')")
-        trigger.sync_now()
-        await until(lambda: len(results) == 2)
-        assert (results[1].reason, results[1].changed_active) == ("request", 1)
+        result = await results.sync()
+        assert (result.reason, result.changed_active) == ("request", 1)
 
-        thread = threading.Thread(target=trigger.sync_now)
+        thread = threading.Thread(target=results.trigger.sync_now)
         thread.start()
-        await until(lambda: len(results) == 3)
-        assert (results[2].reason, results[2].outcome) == ("request", "unchanged")
+        await until(lambda: len(results.all) == 3)
+        assert (results.all[2].reason, results.all[2].outcome) == ("request", "unchanged")
         thread.join()
-        group.cancel_scope.cancel()
-    trigger.sync_now()  # nobody runs any more
+    results.trigger.sync_now()  # nobody runs any more
 
 
 # ------------------------------------------------------------------------------ other hosts
@@ -221,23 +215,6 @@ async def test_ten_bridges_start_and_stop_again_and_again(tmp_path: Path) -> Non
             )
         await until(lambda: not threads_beside(threads))
         await until(lambda: len(open_descriptors()) <= descriptors)
-
-
-async def test_a_slow_hook_holds_up_only_the_next_look(database: Path) -> None:
-    begun = anyio.Event()
-    go_on = anyio.Event()
-
-    async def on_result(_: PersistResult) -> None:
-        begun.set()
-        await go_on.wait()
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(partial(run, quiet(database), on_result=on_result))
-        await begun.wait()
-        put(document(("aa11", "confirmed")), snapshot_path(database))
-        go_on.set()
-        await until(lambda: ("nodes", "aa11", 2, "") in read_rows(database))
-        group.cancel_scope.cancel()
 
 
 async def test_the_library_leaves_the_process_alone(database: Path) -> None:

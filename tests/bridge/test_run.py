@@ -16,8 +16,6 @@ from mbcap_watch import (
     EventLoopError,
     PersistResult,
     Settings,
-    Timings,
-    WatchState,
     ensure_snapshot_dir,
     persist_once,
     run,
@@ -25,7 +23,6 @@ from mbcap_watch import (
 )
 from mbcap_watch.store import plan
 from support import (
-    QUIET,
     Results,
     bridge,
     connect,
@@ -191,15 +188,11 @@ async def test_everything_may_come_later_and_in_any_order(tmp_path: Path) -> Non
 
 async def test_inotify_takes_over_once_the_directory_is_there(tmp_path: Path) -> None:
     database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
-    states: list[WatchState] = []
-    settings = Settings.from_mapping({"database": database, **QUIET, "poll_interval": "20ms"})
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, settings, on_state=states.append))
-        assert [state.mode for state in states] == ["poll"]
-        assert "does not exist" in states[0].why
+    async with bridge(database, poll_interval="20ms") as results:
+        assert [state.mode for state in results.states] == ["poll"]
+        assert "does not exist" in results.state.why
         snapshot_path(database).parent.mkdir()
-        await until(lambda: states[-1].mode == "inotify")
-        group.cancel_scope.cancel()
+        await until(lambda: results.state.mode == "inotify")
 
 
 # ------------------------------------------------------------------------------ a busy database
@@ -230,26 +223,20 @@ async def test_busy_for_longer_than_the_deadline_is_told_and_tried_on(database: 
 
 
 async def test_timings_tell_lag_waits_and_holds(database: Path) -> None:
-    timings: list[Timings] = []
-    async with anyio.create_task_group() as group:
-        settings = Settings.from_mapping({"database": database, **QUIET, "batch_rows": 1})
-        await group.start(partial(run, settings, on_timings=timings.append))
-        assert timings == [], "there was nothing to compare"
+    async with bridge(database, batch_rows=1) as results:
+        assert results.timings == [], "there was nothing to compare"
         put(document(("aa11", "confirmed"), ("dd44", "confirmed")), snapshot_path(database))
-        await until(lambda: timings)
-        (first,) = timings
+        await until(lambda: results.timings)
+        (first,) = results.timings
         assert first.lag is not None
         assert first.lag >= 0
         assert (len(first.waits), len(first.holds)) == (2, 2)
         assert min(first.holds) > 0
-        group.cancel_scope.cancel()
 
 
 async def test_the_lag_of_a_snapshot_that_had_to_wait_is_told(database: Path) -> None:
-    timings: list[Timings] = []
-    async with anyio.create_task_group() as group:
-        settings = Settings.from_mapping({"database": database, **QUIET, "resync": "100ms"})
-        await group.start(partial(run, settings, on_timings=timings.append))
+    async with bridge(database, resync="100ms") as results:
+        timings = results.timings
         with locked(database) as release:
             before = time.time()
             put(document(("aa11", "confirmed")), snapshot_path(database))
@@ -264,7 +251,6 @@ async def test_the_lag_of_a_snapshot_that_had_to_wait_is_told(database: Path) ->
             other.execute("UPDATE nodes SET multibyte_sup = 0")
         await until(lambda: timings[-1].holds and timings[-1] is not timings[0])
         assert timings[-1].lag is None, "the snapshot is not new any more"
-        group.cancel_scope.cancel()
 
 
 # ------------------------------------------------------------------------------ as a host sees it

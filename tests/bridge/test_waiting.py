@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -16,14 +15,12 @@ import pytest
 
 from mbcap_watch import (
     Settings,
-    Timings,
     WatchState,
     ensure_snapshot_dir,
     persist_once,
-    run,
     snapshot_path,
 )
-from mbcap_watch.bridge import border
+from mbcap_watch.bridge import service
 from mbcap_watch.watcher import inotify
 from processes import daemon
 from support import (
@@ -335,11 +332,8 @@ async def test_large_evidence_makes_smaller_batches(tmp_path: Path) -> None:
     keys = [f"{number:04}" for number in range(600)]
     database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
     put(document(*((key, "confirmed", "x" * 4_000) for key in keys)), snapshot_path(database))
-    timings: list[Timings] = []
-    async with anyio.create_task_group() as group:
-        await group.start(partial(run, Settings(database), on_timings=timings.append))
-        group.cancel_scope.cancel()
-    assert len(timings[0].holds) == 10  # 66 rows are over a quarter of a megabyte
+    async with bridge(database) as results:
+        assert len(results.timings[0].holds) == 10  # 66 rows are over a quarter of a megabyte
 
 
 @pytest.mark.system
@@ -396,8 +390,8 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 async def test_a_long_sync_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(border, "STUCK_SECONDS", 0.2)
-    life = border.Border(lambda _: None)
+    monkeypatch.setattr(service, "STUCK_SECONDS", 0.2)
+    life = service.Border(lambda _: None)
 
     def stuck_since() -> float | None:
         return life.state.stuck_since

@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from mbcap_watch import Settings, snapshot_path
-from mbcap_watch.bridge import border, loading, sync
+from mbcap_watch.bridge import loading, service, sync
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.control import ask
 from mbcap_watch.watcher import inotify
@@ -659,7 +659,7 @@ async def test_a_mount_that_does_not_answer(
 
     A mount cannot be hung here; the call that would hang is held by an event instead.
     """
-    monkeypatch.setattr(border, "STUCK_SECONDS", 0.1)
+    monkeypatch.setattr(service, "STUCK_SECONDS", 0.1)
     answers, calls = threading.Event(), []
     original = loading.load
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import sqlite3
 import time
@@ -9,8 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from mbcap_watch.bridge.report import describe
-from mbcap_watch.bridge.thread import in_daemon_thread, require_asyncio, run_to_completion
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, TransactionOpen
+from mbcap_watch.bridge.thread import in_daemon_thread, run_to_completion
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseFailed,
+    EventLoopError,
+    TransactionOpen,
+)
 from mbcap_watch.store import plan
 from mbcap_watch.store.errors import as_database_errors, refuses_rows
 from mbcap_watch.store.reconcile import Tally, reconcile
@@ -67,10 +74,11 @@ async def apply_snapshot(
         TransactionOpen: the connection is in a transaction although the lock was free.
 
     """
-    require_asyncio()
-    started = time.perf_counter()
-    tally = Tally()
-    access = _HostConnection(connection, lock, tally)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError as exc:
+        raise EventLoopError("a connection of aiosqlite works on asyncio only") from exc
+    started, tally = time.perf_counter(), Tally()
     try:
         desired = await in_daemon_thread(plan.desired_state, snapshot.entries)
     except BlockingIOError:  # without a thread, the host's loop waits for some milliseconds
@@ -80,13 +88,13 @@ async def apply_snapshot(
     steps = reconcile(database, desired.values, tally, batch_rows=batch_rows, downgrade=downgrade)
     try:
         with as_database_errors(database):
-            await run_steps(steps, access)
+            await run_steps(steps, _HostConnection(connection, lock, tally))
     except TransactionOpen:
         raise
     except DatabaseError as exc:
         error = exc
     seconds = time.perf_counter() - started
-    result = describe("once", desired, snapshot.written_at, tally, error, seconds)
+    result = describe("once", tally, error, seconds, desired, snapshot.written_at)
     # Nothing is pending and nothing is tried again here: that is the host's to decide.
     return result if error is None else dataclasses.replace(result, error=error.what)
 
@@ -105,13 +113,12 @@ class _HostConnection:
         self._tally = tally
 
     async def query(self, step: Query) -> list[Any]:
-        """Return all rows, as plain tuples whatever the host's row factory."""
         if step.is_page:
             return await self._alone(read_page(self._fetch, step))
         return await self._alone(self._fetch(step.sql, step.parameters))
 
     async def write(self, step: Write) -> Written:
-        """Write a batch. The wait for the lock counts as part of the hold: SQLite waits inside."""
+        # The wait for the lock counts as part of the hold: SQLite waits inside.
         return await self._alone(self._execute(*step.statement()))
 
     async def _alone(self, work: Coroutine[Any, Any, T]) -> T:

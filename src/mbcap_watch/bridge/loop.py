@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import anyio
@@ -24,7 +25,7 @@ from mbcap_watch.watcher.supervisor import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mbcap_watch.bridge.border import Border
+    from mbcap_watch.bridge.service import Border
     from mbcap_watch.bridge.sync import SyncReport
     from mbcap_watch.results import Reason
     from mbcap_watch.settings import Settings
@@ -36,15 +37,14 @@ LONGEST_PAUSE: Final = 1.0
 # Whose the `-wal` is may be asked every second: asking takes no lock and reads nothing.
 _WAL_PAUSE: Final = 1.0
 
+# An event takes a millisecond from the kernel to the scheduler, on a busy machine perhaps 100.
+_EVENT_SECONDS: Final = 0.5
+
 
 class Bridge:
     """Watches, syncs and reports, until it is cancelled.
 
-    Args:
-        settings: what to watch, and how.
-        border: carries the reports to the host.
-        call: has a function called in the bridge's loop, from any thread and without waiting.
-
+    `call` has a function called in the bridge's loop, from any thread and without waiting.
     """
 
     def __init__(
@@ -54,30 +54,25 @@ class Bridge:
         self._border = border
         self._call = call
         self._scheduler = Scheduler(settings, time.monotonic())
-        self._watch = Watch(settings, self._on_change)
+        self._watch = Watch(settings, partial(self._tell_scheduler, self._scheduler.notify))
         self._syncer = Syncer(settings, border.alive)
-        self._wake: anyio.Event | None = None
+        self._wake = anyio.Event()
         self._error: Exception | None = None  # of the last sync
         self._attempt = 0
         self._busy_since: float | None = None
 
     def sync_now(self) -> None:
         """Ask for a sync, from any thread."""
-        self._note(self._scheduler.request)
+        self._tell_scheduler(self._scheduler.request)
 
-    def _on_change(self) -> None:
-        """Note a replacement of the snapshot, from a thread of watchdog."""
-        self._note(self._scheduler.notify)
-
-    def _note(self, what: Callable[[float], None]) -> None:
+    def _tell_scheduler(self, tell: Callable[[float], None]) -> None:
         at = time.monotonic()
 
-        def note() -> None:
-            what(at)
-            if self._wake is not None:
-                self._wake.set()
+        def tell_and_wake() -> None:
+            tell(at)
+            self._wake.set()
 
-        self._call(note)
+        self._call(tell_and_wake)
 
     async def run(self) -> NoReturn:
         """Sync for one reason after the other."""
@@ -95,9 +90,13 @@ class Bridge:
             at, reason = self._scheduler.next(polling=self._watch.polling)
             if at <= time.monotonic():
                 return reason
-            self._wake = anyio.Event()
-            with anyio.CancelScope(deadline=at):
-                await self._wake.wait()
+            await self._sleep_until(at)
+
+    async def _sleep_until(self, deadline: float) -> None:
+        """Return at the deadline, or when the scheduler has been told something."""
+        self._wake = anyio.Event()
+        with anyio.CancelScope(deadline=deadline):
+            await self._wake.wait()
 
     async def _serve(self, reason: Reason) -> None:
         """Sync for `reason`, tell what came of it, and decide when to sync next."""
@@ -111,23 +110,32 @@ class Bridge:
         )
         report = await self._syncer.sync(
             reason,
-            first=watch.refresh if refresh else lambda: None,
+            before_reading=watch.refresh if refresh else lambda: None,
             only_if_changed=only_if_changed,
             trust_stat=reason == "sweep" and watch.sees_every_change,
         )
         self._error = report.error
+        if unnoticed and report.is_new:
+            await self._count_sweep_hit(time.time())
         watch.update(
             last_sync=time.time(),
-            sweep_hits=watch.state.sweep_hits + (unnoticed and report.is_new),
             read_errors=watch.state.read_errors + isinstance(report.error, SnapshotUnreadable),
         )
         scheduler.end(
             time.monotonic(),
             idle=report.result is None,
-            compared=report.compared,
+            compared=report.timings is not None,
             retry_in=self._retry_in(reason, report),
         )
         self._border.tell(watch.state, report if self._is_worth_telling(report) else None)
+
+    async def _count_sweep_hit(self, at: float) -> None:
+        """Count a change that the watch did not tell of; its event may only be on its way."""
+        if not self._scheduler.pending:
+            await self._sleep_until(time.monotonic() + _EVENT_SECONDS)
+        if not self._scheduler.pending:
+            hits = self._watch.state.sweep_hits + 1
+            self._watch.update(sweep_hits=hits, last_sweep_hit=at)
 
     def _retry_in(self, reason: Reason, report: SyncReport) -> float | None:
         """Return the seconds until the next retry; None leaves a retry that is planned alone."""
@@ -135,23 +143,21 @@ class Bridge:
             return None
         if reason != "retry":
             self._attempt = 0
-        error, growth = report.error, 2.0 ** min(self._attempt, 20)
+        error, attempt = report.error, self._attempt
         self._attempt += 1
         if isinstance(error, DatabaseBusy) or report.owes_checkpoint:
-            return busy_pause(growth)
+            return busy_pause(attempt)
         if isinstance(error, DatabaseError):
             pause = _WAL_PAUSE if isinstance(error, ForeignWal) else math.inf
             return min(pause, self._settings.sweep_interval)
         if isinstance(error, (SnapshotMalformed, SnapshotUnreadable)):
             # A torn file is repaired without a rename. The pauses grow until the sweep, or the
             # poll, is soon enough.
-            pause = _FIRST_PAUSE * growth
-            return pause if pause < self._settings.sweep_interval else None
+            return _growing(_FIRST_PAUSE, attempt, self._settings.sweep_interval)
         if error is None and report.result is not None and report.result.error:
             # A table still waits for its columns, or a row was refused: that may change soon, or
             # never. The pauses grow until the resync is soon enough.
-            pause = self._settings.sweep_interval * growth
-            return pause if pause < self._settings.resync else None
+            return _growing(self._settings.sweep_interval, attempt, self._settings.resync)
         return None
 
     def _is_worth_telling(self, report: SyncReport) -> bool:
@@ -170,6 +176,13 @@ class Bridge:
         return True
 
 
-def busy_pause(growth: float) -> float:
+def busy_pause(attempt: int) -> float:
     """Return a growing pause with jitter, so that two waiters do not meet again and again."""
-    return min(LONGEST_PAUSE, _FIRST_PAUSE * growth) * random.uniform(0.5, 1.0)
+    pause = _growing(_FIRST_PAUSE, attempt, LONGEST_PAUSE) or LONGEST_PAUSE
+    return pause * random.uniform(0.5, 1.0)
+
+
+def _growing(first: float, attempt: int, longest: float) -> float | None:
+    """Return a pause that doubles with each attempt; None once it is as long as `longest`."""
+    pause = first * 2.0 ** min(attempt, 30)
+    return pause if pause < longest else None

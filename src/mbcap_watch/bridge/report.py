@@ -1,4 +1,4 @@
-"""The result of a sync, put together for people and programs, and errors nobody foresaw."""
+"""The result of a sync, put together for people and programs, and errors that nobody foresaw."""
 
 from __future__ import annotations
 
@@ -24,27 +24,37 @@ from mbcap_watch.errors import (
 )
 from mbcap_watch.results import Outcome, PersistResult, Reason
 from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
-from mbcap_watch.store import plan
+from mbcap_watch.store.plan import DesiredState
+from mbcap_watch.store.reconcile import Tally
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mbcap_watch.errors import Cause
-    from mbcap_watch.store.reconcile import Tally
+    from mbcap_watch.settings import Settings
 
 logger = logging.getLogger("mbcap_watch")
+
+_OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
+    (SnapshotNotFound, "no_snapshot"),
+    (SnapshotMalformed, "malformed"),
+    (SnapshotRefused, "refused"),
+    (DatabaseMissing, "database_missing"),
+    (SchemaMissing, "schema_missing"),
+    (ForeignWal, "foreign_wal"),
+    (DatabaseBusy, "busy"),
+)
 
 
 def describe(
     reason: Reason,
-    desired: plan.DesiredState | None,
-    written_at: str | None,
     tally: Tally,
     error: SnapshotError | DatabaseError | None,
     seconds: float,
+    desired: DesiredState | None = None,
+    written_at: str | None = None,
+    set_back: int = 0,
 ) -> PersistResult:
     """Return the result of a sync. Pure."""
-    desired = desired or plan.DesiredState({}, 0, 0, 0)
+    desired = desired or DesiredState({}, 0, 0, 0)
     return PersistResult(
         outcome=_outcome(tally, error),
         reason=reason,
@@ -57,23 +67,13 @@ def describe(
         changed_active=tally.changed["nodes"],
         changed_inactive=tally.changed["inactive_nodes"],
         failed_rows=len(tally.failed),
+        set_back=set_back,
         written_at=written_at and printable(written_at, QUOTED),
         error=_error_text(tally, error),
         cause=_cause(tally, error),
         seconds=seconds,
         lock_seconds=max(tally.holds, default=0.0),
     )
-
-
-_OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
-    (SnapshotNotFound, "no_snapshot"),
-    (SnapshotMalformed, "malformed"),
-    (SnapshotRefused, "refused"),
-    (DatabaseMissing, "database_missing"),
-    (SchemaMissing, "schema_missing"),
-    (ForeignWal, "foreign_wal"),
-    (DatabaseBusy, "busy"),
-)
 
 
 def _outcome(tally: Tally, error: SnapshotError | DatabaseError | None) -> Outcome:
@@ -103,26 +103,46 @@ def _cause(tally: Tally, error: SnapshotError | DatabaseError | None) -> Cause |
     return getattr(error, "cause", None)
 
 
-class Unforeseen:
-    """Names errors that nobody foresaw; logs where one came from, once for each place."""
+def out_of_resources(settings: Settings, reason: Reason, error: OSError) -> PersistResult:
+    """Return the result of a sync for which there was no thread or no descriptor."""
+    problem = f"cannot be served now: {error.strerror}"
+    return describe(reason, Tally(), DatabaseFailed(settings.database, problem, "limit"), 0.0)
 
-    def __init__(self) -> None:
+
+class Unforeseen:
+    """Turns any error into one of ours: none may end the bridge. Logs the unforeseen ones.
+
+    An error is kept until the next sync, and so without its frames, which hold the whole snapshot.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._logged: set[tuple[object, ...]] = set()
 
-    def in_database(self, database: Path, error: Exception) -> DatabaseFailed:
+    def of_database(self, error: Exception) -> DatabaseError:
         """Return the error as one of the database."""
-        text = f"could not be compared or written: {self._name(error)}"
-        return DatabaseFailed(database, text, "limit" if isinstance(error, MemoryError) else None)
+        database = self._settings.database
+        if isinstance(error, DatabaseError):
+            failed = error
+        elif isinstance(error, OSError):
+            text = f"cannot be opened now: {error.strerror or error}"
+            failed = DatabaseFailed(database, text, "limit")
+        else:
+            text = f"could not be compared or written: {self._name(error)}"
+            cause: Cause | None = "limit" if isinstance(error, MemoryError) else None
+            failed = DatabaseFailed(database, text, cause)
+        failed.__cause__ = failed.__context__ = None
+        return failed.with_traceback(None)
 
-    def in_snapshot(self, directory: Path, error: Exception) -> SnapshotUnreadable:
+    def of_snapshot(self, error: Exception) -> SnapshotUnreadable:
         """Return the error as one of the snapshot."""
         text = f"could not be read: {self._name(error)}"
-        return SnapshotUnreadable(directory / SNAPSHOT_NAME, text)
+        return SnapshotUnreadable(self._settings.snapshot_dir / SNAPSHOT_NAME, text)
 
     def _name(self, error: Exception) -> str:
         place = traceback.extract_tb(error.__traceback__)[-1]
         identity = (type(error), place.filename, place.lineno)
-        if identity not in self._logged:
+        if identity not in self._logged:  # once for each place
             self._logged.add(identity)
             logger.error("an unforeseen error; please report it", exc_info=error)
         return f"{type(error).__name__}: {printable(str(error), QUOTED)}".removesuffix(": ")

@@ -1,4 +1,4 @@
-"""`run`, `persist_once` and `preview_once`: the host's side of the bridge."""
+"""`run`, `persist_once` and `preview_once`: what hosts and the command line call."""
 
 from __future__ import annotations
 
@@ -10,30 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio
 
-from mbcap_watch.bridge.border import DEFAULT_BUFFER, Border
-from mbcap_watch.bridge.loop import LONGEST_PAUSE, Bridge, busy_pause
-from mbcap_watch.bridge.report import describe
+from mbcap_watch.bridge.loop import LONGEST_PAUSE, busy_pause
+from mbcap_watch.bridge.report import out_of_resources
+from mbcap_watch.bridge.service import Service
 from mbcap_watch.bridge.sync import Syncer
 from mbcap_watch.bridge.thread import BridgeThread
-from mbcap_watch.bridge.trigger import Trigger
-from mbcap_watch.errors import DatabaseFailed
-from mbcap_watch.store.reconcile import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from typing import NoReturn
+    from collections.abc import Awaitable, Callable, Iterator
 
     from anyio.abc import TaskStatus
 
     from mbcap_watch.bridge.sync import OnProgress
-    from mbcap_watch.results import PersistResult, Reason, Timings, WatchState
+    from mbcap_watch.results import PersistResult, Timings, WatchState
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Change
 
-OnResult: TypeAlias = "Callable[[PersistResult], Any]"
-OnState: TypeAlias = "Callable[[WatchState], Any]"
-OnTimings: TypeAlias = "Callable[[Timings], Any]"
 T = TypeVar("T")
+Hook: TypeAlias = "Callable[[T], Any] | None"
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -69,15 +63,14 @@ async def persist_once(
 
     syncer = Syncer(settings, on_progress=tell)
 
-    async def persist() -> tuple[PersistResult, None]:
+    async def persist() -> PersistResult:
         report = await syncer.sync("once")
         for error in errors:
             raise error
         assert report.result is not None
-        return report.result, None
+        return report.result
 
-    result, _ = await _until_not_busy(settings, syncer, persist)
-    return result
+    return await _until_not_busy(settings, syncer, persist)
 
 
 async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[str, Change]]]:
@@ -87,36 +80,35 @@ async def preview_once(settings: Settings) -> tuple[PersistResult, list[tuple[st
         EventLoopError: no asyncio or trio runs here.
 
     """
-    syncer = Syncer(settings)
+    syncer, changes = Syncer(settings), list[tuple[str, "Change"]]()
 
-    async def compare() -> tuple[PersistResult, list[tuple[str, Change]]]:
-        return syncer.preview()
+    async def compare() -> PersistResult:
+        result, changes[:] = syncer.preview()
+        return result
 
-    result, changes = await _until_not_busy(settings, syncer, compare)
-    return result, changes or []
+    return await _until_not_busy(settings, syncer, compare), changes
 
 
 async def _until_not_busy(
-    settings: Settings, syncer: Syncer, sync: Callable[[], Awaitable[tuple[PersistResult, T]]]
-) -> tuple[PersistResult, T | None]:
-    async def repeat() -> tuple[PersistResult, T]:
+    settings: Settings, syncer: Syncer, sync: Callable[[], Awaitable[PersistResult]]
+) -> PersistResult:
+    async def repeat() -> PersistResult:
         started, attempt, waiting = time.monotonic(), 0, False
         while True:
-            answer = await sync()
-            result, pause = answer[0], busy_pause(2.0 ** min(attempt, 10))
+            result, pause = await sync(), busy_pause(attempt)
             patience = settings.busy_deadline
             if result.cause == "wal_left_behind":
                 patience += settings.wal_grace + LONGEST_PAUSE
             spent = time.monotonic() + pause - started
             if result.outcome not in ("busy", "foreign_wal") or spent > patience:
-                return answer
+                return result
             if result.outcome == "foreign_wal" and not waiting:
                 waiting = True
                 logger.warning("waiting: %s", result.error)
             await anyio.sleep(pause)
             attempt += 1
 
-    async def repeat_and_close() -> tuple[PersistResult, T]:
+    async def repeat_and_close() -> PersistResult:
         with contextlib.closing(syncer):
             return await repeat()
 
@@ -124,17 +116,43 @@ async def _until_not_busy(
     try:
         thread.start()
     except OSError as exc:
-        return out_of_resources(settings, "once", exc), None
+        return out_of_resources(settings, "once", exc)
     async with thread:
         return await thread.outcome()
+
+
+class Trigger:
+    """Asks running bridges for a sync: `run(settings, trigger=trigger)`, `trigger.sync_now()`."""
+
+    def __init__(self) -> None:
+        self._requests: list[Callable[[], None]] = []
+
+    def sync_now(self) -> None:
+        """Have every bridge with this trigger sync and compare at once; from any thread.
+
+        A sync costs a comparison with the database; calls within `debounce` of one merge into one
+        more. Does not wait: what comes of it goes to `on_result`, with the reason `request`. A
+        bridge that does not run yet syncs when it starts.
+        """
+        for request in tuple(self._requests):
+            request()
+
+    @contextlib.contextmanager
+    def connected(self, request: Callable[[], None]) -> Iterator[None]:
+        """Have `sync_now` call `request` for as long as the context lasts."""
+        self._requests.append(request)
+        try:
+            yield
+        finally:
+            self._requests.remove(request)
 
 
 async def run(
     settings: Settings,
     *,
-    on_result: OnResult | None = None,
-    on_state: OnState | None = None,
-    on_timings: OnTimings | None = None,
+    on_result: Hook[PersistResult] = None,
+    on_state: Hook[WatchState] = None,
+    on_timings: Hook[Timings] = None,
     trigger: Trigger | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -162,63 +180,25 @@ async def run(
         EventLoopError: no asyncio or trio runs here.
 
     """
-    service = Service(settings)
-    while (result := service.start()) is not None:
-        await _call(on_result, result)
-        await service.pause()
-    border, thread, started = service.border, service.thread, False
-    async with thread:
+    is_up = False
+    async with Service(settings) as service:
+        border = service.border
         with (trigger or Trigger()).connected(service.sync_now):
             while True:
-                woken = await border.wait()
+                woken = await service.news()
                 while (report := border.take()) is not None:
                     await _call(on_result, report.result)
                     await _call(on_timings, report.timings)
-                if thread.ended.is_set():
-                    await thread.outcome()
+                if not service.started or service.ended.is_set():
+                    continue
                 if woken or border.takes_long:
                     await _call(on_state, border.state)
-                if woken and not started:
-                    started = True
+                if woken and not is_up:
+                    is_up = True
                     task_status.started()
 
 
-class Service:
-    """A bridge in a thread of its own, which `run` and `watch` have in common."""
-
-    def __init__(self, settings: Settings, buffer: int = DEFAULT_BUFFER) -> None:
-        self._settings = settings
-        self.thread: BridgeThread[NoReturn] = BridgeThread(self._run)
-        self.border = Border(self.thread.call_host, buffer)
-        self.thread.on_ended = self.border.wake
-        self._bridge = Bridge(settings, self.border, self.thread.call)
-        self.sync_now = self._bridge.sync_now
-
-    def start(self) -> PersistResult | None:
-        """Start it; return what to report if there is no thread or no descriptor for it now."""
-        try:
-            self.thread.start()
-        except OSError as exc:
-            return out_of_resources(self._settings, "start", exc)
-        return None
-
-    async def pause(self) -> None:
-        """Wait before it is started again."""
-        await anyio.sleep(self._settings.sweep_interval)
-
-    async def _run(self) -> NoReturn:
-        await self._bridge.run()
-
-
-def out_of_resources(settings: Settings, reason: Reason, error: OSError) -> PersistResult:
-    """Return the result of a sync for which there was no thread or no descriptor."""
-    problem = f"cannot be served now: {error.strerror}"
-    return describe(
-        reason, None, None, Tally(), DatabaseFailed(settings.database, problem, "limit"), 0.0
-    )
-
-
-async def _call(hook: Callable[[T], Any] | None, value: T | None) -> None:
+async def _call(hook: Hook[T], value: T | None) -> None:
     if hook is not None and value is not None:
         answer = hook(value)
         if inspect.isawaitable(answer):

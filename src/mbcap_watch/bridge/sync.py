@@ -7,15 +7,9 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.loading import (
-    Fingerprint,
-    LoadedSnapshot,
-    Stamp,
-    database_stamp,
-    load,
-)
+from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, Stamp, database_stamp, load
 from mbcap_watch.bridge.report import Unforeseen, describe
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, SnapshotError
+from mbcap_watch.errors import DatabaseBusy, DatabaseError, SnapshotError, SnapshotUnreadable
 from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan, wal
 from mbcap_watch.store.connection import open_database
@@ -30,6 +24,8 @@ if TYPE_CHECKING:
     from mbcap_watch.store.steps import Steps
 
 OnProgress: TypeAlias = "Callable[[int, int], object]"
+Values: TypeAlias = dict[str, plan.Value]
+Error: TypeAlias = SnapshotError | DatabaseError
 
 # The desired state is kept up to this size of its file (17,000 entries, 4 MB), to write first what
 # is new in the next one: without, a rename of 2,400 entries takes half as long again to be seen.
@@ -58,50 +54,50 @@ class SyncReport:
     result: PersistResult | None
     timings: Timings | None = None
     is_new: bool = False
-    error: SnapshotError | DatabaseError | None = None
+    error: Error | None = None
     owes_checkpoint: bool = False
 
-    @property
-    def compared(self) -> bool:
-        """Whether the database was compared as a whole."""
-        return self.result is not None and self.result.outcome in ("applied", "unchanged")
+
+class _Attempt(NamedTuple):  # to apply a snapshot, in one sync or more
+    tally: Tally
+    started: float
 
 
 class Syncer:
     """Syncs one database with one snapshot, and remembers what it has seen of the files.
 
-    Args:
-        settings: which files, and how.
-        alive: called whenever a sync gets on.
-        on_progress: called as `persist_once` says.
-
+    `alive` is called whenever a sync gets on, `on_progress` as `persist_once` says.
     """
 
     def __init__(
         self,
         settings: Settings,
         alive: Callable[[], None] = lambda: None,
-        on_progress: OnProgress | None = None,
+        on_progress: OnProgress = lambda *_: None,
     ) -> None:
         self._settings = settings
         self._alive = alive
         self._on_progress = on_progress
-        self._unforeseen = Unforeseen()
+        self._unforeseen = Unforeseen(settings)
         self._seen: Fingerprint | None = None
         self._snapshot_stamp: Stamp = None
-        self._error: SnapshotError | DatabaseError | None = None
+        self._error: Error | None = None
         self._unfinished: _Attempt | None = None
         self._owes_checkpoint = False
         self._behind = False  # whether there was a new snapshot since the last full comparison
-        self._applied: dict[str, plan.Value] | None = None
-        self._sample: dict[str, plan.Value] = {}  # of what the last comparison left
-        self._database_stamp: tuple[object, ...] = ()
+        self._whole: Fingerprint | None = None  # of the files when every row was last as wanted
+        # By time.monotonic(): when the file was last looked at, and when it was last seen to be
+        # another one than now. Before the start there was no bridge to see it.
+        self._looked_at = self._replaced_after = time.monotonic()
+        self._applied: Values | None = None
+        self._sample: Values = {}  # of what the last comparison left
+        self._database_stamp: tuple[Stamp, Stamp] | None = None
 
     async def sync(
         self,
         reason: Reason,
         *,
-        first: Callable[[], None] = lambda: None,
+        before_reading: Callable[[], None] = lambda: None,
         only_if_changed: bool = False,
         trust_stat: bool = False,
     ) -> SyncReport:
@@ -112,43 +108,50 @@ class Syncer:
 
         Args:
             reason: for the sync.
-            first: what to do before.
+            before_reading: called before the file is read.
             only_if_changed: whether to do nothing if the files are those of the sync before.
             trust_stat: whether `stat` is enough to tell that they are.
 
         """
         owed = Tally(owes_checkpoint=self._owes_checkpoint)
         attempt = self._unfinished or _Attempt(owed, time.perf_counter())
+        tally = attempt.tally
         self._alive()
-        before = self._seen
-        known, stamp = before if only_if_changed else None, self._snapshot_stamp
-        loaded = self._load(known, first, stamp if trust_stat else None)
-        if only_if_changed and loaded.fingerprint == before:
-            self._snapshot_stamp = loaded.stamp
-            if reason != "sweep" or not self._was_overwritten():
-                return SyncReport(result=None, error=self._error)
-            loaded = self._load()
-        now = self._seen = loaded.fingerprint
-        self._snapshot_stamp = loaded.stamp
+        before, looked_at = self._seen, time.monotonic()
+        stamp = self._snapshot_stamp if trust_stat else None
+        loaded = self._load(before_reading, before if only_if_changed else None, stamp)
+        is_known = only_if_changed and loaded.fingerprint == before
+        if is_known and reason == "sweep" and self._was_overwritten():
+            loaded, is_known = self._load(), False
+        now = loaded.fingerprint
         is_new = before is None or before.snapshot != now.snapshot
-        self._behind |= is_new
-        error: SnapshotError | DatabaseError | None = loaded.error
+        if is_new:
+            self._behind, self._whole, self._replaced_after = True, None, self._looked_at
+        if not isinstance(loaded.error, SnapshotUnreadable):
+            self._looked_at = looked_at
+        self._seen, self._snapshot_stamp = now, loaded.stamp
+        if is_known:
+            return SyncReport(result=None, error=self._error)
+        was_whole = self._whole == now
+        error: Error | None = loaded.error
         timings: Timings | None = None
         if loaded.desired is not None:
-            error = await self._apply(loaded.desired.values, attempt.tally)
+            error = await self._apply(loaded.desired.values, tally)
             if error is None:
-                timings = self._timings(loaded, attempt.tally)
+                timings = self._timings(loaded, tally)
                 self._applied = loaded.desired.values if loaded.size <= KEPT_BYTES else None
                 self._behind = False
+                self._whole = None if tally.failed or tally.waiting else now
         self._error = error
-        self._owes_checkpoint = attempt.tally.owes_checkpoint
+        self._owes_checkpoint = tally.owes_checkpoint
         self._unfinished = attempt if isinstance(error, DatabaseBusy) else None
+        set_back = tally.revalued if was_whole else 0
         return SyncReport(
-            result=_describe(reason, loaded, attempt, error),
+            result=_result(reason, loaded, attempt, error, set_back),
             timings=timings,
             is_new=is_new,
             error=error,
-            owes_checkpoint=self._owes_checkpoint,
+            owes_checkpoint=tally.owes_checkpoint,
         )
 
     def close(self) -> None:
@@ -158,54 +161,54 @@ class Syncer:
     def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a sync would report and the changes it would make; make none. Blocks."""
         attempt, loaded = _Attempt(Tally(), time.perf_counter()), self._load()
-        error: SnapshotError | DatabaseError | None = loaded.error
+        error: Error | None = loaded.error
         changes: list[tuple[str, plan.Change]] = []
         if loaded.desired is not None:
             try:
                 changes = self._differences(loaded.desired.values, attempt.tally)
-            except Exception as exc:  # noqa: BLE001 - see `_failed`
-                error = self._failed(exc)
-        return _describe("once", loaded, attempt, error), changes
+            except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
+                error = self._unforeseen.of_database(exc)
+        return _result("once", loaded, attempt, error), changes
 
     def _load(
         self,
+        before_reading: Callable[[], None] = lambda: None,
         known: Fingerprint | None = None,
-        first: Callable[[], None] = lambda: None,
         stamp: Stamp = None,
     ) -> LoadedSnapshot:
         try:
-            first()
+            before_reading()
             return load(self._settings, known, self._alive, stamp)
-        except Exception as exc:  # noqa: BLE001 - see `_failed`
-            error = self._unforeseen.in_snapshot(self._settings.snapshot_dir, exc)
+        except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
+            error = self._unforeseen.of_snapshot(exc)
         return LoadedSnapshot(Fingerprint(hash((type(error), str(error))), None), error=error)
 
-    async def _apply(self, values: dict[str, plan.Value], tally: Tally) -> DatabaseError | None:
+    async def _apply(self, values: Values, tally: Tally) -> DatabaseError | None:
         """Make the rows what `values` says; return what went wrong."""
         path = self._settings.database
 
         def get_on() -> None:
             self._alive()
-            if self._on_progress is not None:
-                self._on_progress(min(tally.matched.total(), tally.wanted), tally.wanted)
+            self._on_progress(min(tally.matched.total(), tally.wanted), tally.wanted)
 
+        delta = plan.delta(self._applied, values) if self._applied is not None else {}
+        if len(delta) * DELTA_SHARE > len(values):
+            delta = {}
+        # A `-wal` that the last sync left is our own.
+        is_ours = self._owes_checkpoint and database_stamp(path) == self._database_stamp
+        grace = 0.0 if is_ours else self._settings.wal_grace
         try:
-            async with open_database(path, tally, self._grace()) as database:
-                await run_steps(self._steps(values, tally, self._delta(values)), database, get_on)
-        except Exception as exc:  # noqa: BLE001 - see `_failed`
-            return self._failed(exc)
+            async with open_database(path, tally, grace) as database:
+                await run_steps(self._steps(values, tally, delta), database, get_on)
+        except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
+            return self._unforeseen.of_database(exc)
         refused = {key for _, key in tally.failed}
         keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
         self._sample = {key: values[key] for key in keys if key not in refused}
         self._database_stamp = database_stamp(path)
         return None
 
-    def _steps(
-        self,
-        values: dict[str, plan.Value],
-        tally: Tally,
-        delta: dict[str, plan.Value] | None = None,
-    ) -> Steps:
+    def _steps(self, values: Values, tally: Tally, delta: Values | None = None) -> Steps:
         settings = self._settings
         return reconcile(
             settings.database,
@@ -216,22 +219,9 @@ class Syncer:
             downgrade=settings.downgrade,
         )
 
-    def _differences(
-        self, values: dict[str, plan.Value], tally: Tally
-    ) -> list[tuple[str, plan.Change]]:
+    def _differences(self, values: Values, tally: Tally) -> list[tuple[str, plan.Change]]:
         with open_to_read(self._settings.database, self._settings.wal_grace) as (connection, _):
             return preview_steps(self._steps(values, tally), connection)
-
-    def _delta(self, values: dict[str, plan.Value]) -> dict[str, plan.Value] | None:
-        if self._applied is None:
-            return None
-        delta = plan.delta(self._applied, values)
-        return delta if len(delta) * DELTA_SHARE <= len(values) else None
-
-    def _grace(self) -> float:
-        """Return for how long a `-wal` is left alone: 0 seconds if the last sync left it."""
-        ours = database_stamp(self._settings.database) == self._database_stamp
-        return 0.0 if ours and self._owes_checkpoint else self._settings.wal_grace
 
     def _was_overwritten(self) -> bool:
         """Whether somebody has replaced the content of the database.
@@ -252,48 +242,30 @@ class Syncer:
             self._database_stamp = stamp
         return differs
 
-    def _failed(self, error: Exception) -> DatabaseError:
-        """Return any error as one of the database; none may end the bridge.
-
-        It is kept until the next sync, and so without its frames, which hold the whole snapshot.
-        """
-        if isinstance(error, DatabaseError):
-            failed = error
-        elif isinstance(error, OSError):
-            text = f"cannot be opened now: {error.strerror or error}"
-            failed = DatabaseFailed(self._settings.database, text, "limit")
-        else:
-            failed = self._unforeseen.in_database(self._settings.database, error)
-        failed.__cause__ = failed.__context__ = None
-        return failed.with_traceback(None)
-
     def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:
         lag = None
-        committed, changed = tally.committed_at, tally.changed.total()
-        if self._behind and loaded.changed_at and committed and changed:
-            lag = committed - loaded.changed_at
+        if self._behind and loaded.changed_at and tally.committed_at and tally.changed.total():
+            since_commit = time.time() - tally.committed_at
+            longest = time.monotonic() - since_commit - self._replaced_after
+            lag = min(tally.committed_at - loaded.changed_at, longest)
         return Timings(
-            lag=lag if lag is None or lag >= 0 else None,  # the server's clock may be ahead
+            lag=lag if lag is None or lag >= 0 else None,
             waits=tuple(tally.waits),
             holds=tuple(tally.holds),
         )
 
 
-class _Attempt(NamedTuple):
-    """The applying of a snapshot that took, or takes, more than one sync."""
-
-    tally: Tally
-    started: float
-
-
-def _describe(
+def _result(
     reason: Reason,
     loaded: LoadedSnapshot,
     attempt: _Attempt,
-    error: SnapshotError | DatabaseError | None,
+    error: Error | None,
+    set_back: int = 0,
 ) -> PersistResult:
     seconds = time.perf_counter() - attempt.started
-    result = describe(reason, loaded.desired, loaded.written_at, attempt.tally, error, seconds)
+    result = describe(
+        reason, attempt.tally, error, seconds, loaded.desired, loaded.written_at, set_back
+    )
     if result.outcome == "no_snapshot" and loaded.fingerprint.database is None:
         # A wrong path of the database moves the directory of the snapshot along.
         return dataclasses.replace(result, cause="no_database")

@@ -12,6 +12,7 @@ import contextlib
 import math
 import sys
 import threading
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, TypeAlias, TypeVar
 
@@ -23,7 +24,6 @@ from mbcap_watch.limits import no_thread, require_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
-    from types import TracebackType
     from typing import Self
 
 # Stopping an observer takes up to half a second, a batch of rows milliseconds. What takes longer
@@ -41,11 +41,7 @@ CallHost: TypeAlias = "Callable[[Callable[[], object]], object]"
 def host_caller() -> CallHost:
     """Return what has a function called in the running loop, from any thread, without waiting.
 
-    It raises RuntimeError once that loop is closed.
-
-    Raises:
-        EventLoopError: no loop runs here.
-
+    It raises RuntimeError once that loop is closed. Without a loop, EventLoopError is raised here.
     """
     with contextlib.suppress(RuntimeError):
         return asyncio.get_running_loop().call_soon_threadsafe
@@ -56,22 +52,13 @@ def host_caller() -> CallHost:
 
 
 class DaemonThread(Generic[T]):
-    """A function that runs in a daemon thread, and whose end the present loop can wait for.
-
-    Attributes:
-        call_host: as `host_caller` returns it.
-        ended: set in the loop once the function has ended.
-        on_ended: called in the loop then.
-
-    """
+    """A function that runs in a daemon thread, and whose end the present loop can wait for."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self.call_host = host_caller()
         self.ended = anyio.Event()
-        self.on_ended: Callable[[], None] = lambda: None
         self._function = function
-        self._result: T | None = None
-        self._error: BaseException | None = None
+        self._outcome: Future[T] = Future()
         self._thread: threading.Thread | None = None
 
     @property
@@ -80,12 +67,8 @@ class DaemonThread(Generic[T]):
         return self._thread is not None
 
     def start(self) -> None:
-        """Start the thread.
-
-        Raises:
-            OSError: EAGAIN, there can be no more threads.
-
-        """
+        """Start the thread; OSError (EAGAIN) is raised if there can be no more threads."""
+        # One that could not be started cannot be tried again (Python 3.13).
         thread = threading.Thread(target=self._run, name="mbcap-watch", daemon=True)
         try:
             thread.start()
@@ -93,30 +76,27 @@ class DaemonThread(Generic[T]):
             raise no_thread() from exc
         self._thread = thread
 
-    def join(self) -> None:
+    async def outcome(self) -> T:
+        """Wait for the end; return what the function has returned, or raise what it has raised."""
+        await self.ended.wait()
+        self._join()
+        return self._outcome.result()
+
+    def _join(self) -> None:
         """Wait for the last moments of a thread that has told of its end."""
         if self._thread is not None and self.ended.is_set():
             self._thread.join()
 
-    async def outcome(self) -> T:
-        """Wait for the end; return what the function has returned, or raise what it has raised."""
-        await self.ended.wait()
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._result  # type: ignore[return-value]  # it is a T: there was no error
-
     def _run(self) -> None:
         try:
-            self._result = self._function()
+            self._outcome.set_result(self._function())
         except BaseException as exc:  # noqa: BLE001 - `outcome` raises it
-            self._error = exc
+            self._outcome.set_exception(exc)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self.call_host(self._end)
 
     def _end(self) -> None:
         self.ended.set()
-        self.on_ended()
 
 
 async def in_daemon_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -132,13 +112,9 @@ async def in_daemon_thread(function: Callable[P, T], /, *args: P.args, **kwargs:
 class BridgeThread(DaemonThread[T]):
     """Runs `main` in an event loop and a daemon thread of its own.
 
-    As a context, once started, it ends `main` when it is left, and waits for that for no longer
-    than `patience` seconds, whatever cancels the caller meanwhile. `main` sees one cancellation,
-    and ends between two of its steps.
-
-    Attributes:
-        stopped: whether `stop` was called.
-
+    As a context, it ends `main` when it is left, and waits for that for no longer than `patience`
+    seconds, whatever cancels the caller meanwhile. `main` sees one cancellation, and ends between
+    two of its steps.
     """
 
     def __init__(
@@ -146,18 +122,13 @@ class BridgeThread(DaemonThread[T]):
     ) -> None:
         super().__init__(self._run_loop)
         self._patience = patience
-        self.stopped = False
+        self.stopped = False  # whether the context was left
         self._main = main
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: anyio.CancelScope | None = None
 
     def start(self) -> None:
-        """Make the loop and start the thread.
-
-        Raises:
-            OSError: no more descriptors can be opened, or threads be started.
-
-        """
+        """Make the loop and start the thread; raise OSError without descriptors or threads left."""
         require_descriptors(_DESCRIPTORS)
         # A plain one, whatever the host's policy: nothing here needs more.
         self._loop = asyncio.SelectorEventLoop()
@@ -175,25 +146,16 @@ class BridgeThread(DaemonThread[T]):
             with contextlib.suppress(RuntimeError):  # it is closed: `main` has ended
                 self._loop.call_soon_threadsafe(function)
 
-    def stop(self) -> None:
-        """Cancel `main`; from any thread."""
-        self.stopped = True
-        self.call(self._cancel)
-
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self.stopped = True
+        self.call(self._cancel)
         if exc_type is GeneratorExit or not self.started:
             return  # a coroutine that is being closed may not wait
         await wait_shielded(self.ended, self._patience)
-        self.join()
+        self._join()
 
     def _run_loop(self) -> T:
         options = {"loop_factory": lambda: self._loop}
@@ -228,19 +190,6 @@ async def wait_shielded(event: anyio.Event, seconds: float = math.inf) -> None:
     if cancelled is not None:
         # What goes on must be the native one: an anyio scope would swallow its own.
         raise cancelled
-
-
-def require_asyncio() -> None:
-    """Raise unless asyncio runs here.
-
-    Raises:
-        EventLoopError: trio does, or nothing.
-
-    """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError as exc:
-        raise EventLoopError("a connection of aiosqlite works on asyncio only") from exc
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:

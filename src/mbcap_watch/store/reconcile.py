@@ -75,6 +75,7 @@ class Tally:
         wanted: keys that the snapshot has a value for.
         matched: rows that the snapshot has a value for, by table.
         changed: rows written, by table.
+        revalued: rows written that had a value before: another one than 0 with no evidence.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
         served: the tables that can be served.
@@ -90,6 +91,7 @@ class Tally:
     wanted: int = 0
     matched: Counter[str] = dataclasses.field(default_factory=Counter)
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
+    revalued: int = 0
     unmatched: int = 0
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     served: frozenset[str] = frozenset()
@@ -270,6 +272,8 @@ class _Pass:
         tally = self._tally
         written = yield Write(table, changes, self._downgrade)
         tally.changed[table.name] += written.rows
+        valued = sum(change.before not in ((0, None), (0, "")) for change in changes)
+        tally.revalued += min(valued, written.rows)
         if written.error is None:
             self.missed += len(changes) - written.rows
             return

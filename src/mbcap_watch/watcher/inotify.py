@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from watchdog.events import DirDeletedEvent, FileSystemEvent, FileSystemEventHandler
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
@@ -36,7 +37,7 @@ _DATA_LINK: Final = "..data"
 _NAMES: Final = frozenset({SNAPSHOT_NAME, _DATA_LINK})
 
 # An observer opens an inotify instance and a pipe, and starts a thread each for reading from it,
-# for its one watch, and for telling us.
+# for its one watch, and for handlers, of which there are none.
 _DESCRIPTORS: Final = 3
 _THREADS: Final = 3
 
@@ -45,26 +46,27 @@ _STOP_SECONDS: Final = 5.0
 
 
 class _Emitter(InotifyEmitter):
+    """Tells of an event itself; through the observer's queue and thread it takes 0.3 ms longer."""
+
+    def __init__(self, on_change: Callable[[], None], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._on_change = on_change
+
     def get_event_mask_from_filter(self) -> Mask:
         return _MASK
 
-
-class _Observer(InotifyObserver):
-    def __init__(self) -> None:
-        super().__init__()
-        self._emitter_class = _Emitter
-
-
-class _Handler(FileSystemEventHandler):
-    def __init__(self, on_change: Callable[[], None]) -> None:
-        self._on_change = on_change
-
-    def dispatch(self, event: FileSystemEvent) -> None:
+    def queue_event(self, event: FileSystemEvent) -> None:
         # By path, never by type: a rename inside the directory is a move, one from outside a
         # creation.
         path = os.fsdecode(event.dest_path or event.src_path)
         if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
             self._on_change()
+
+
+class _Observer(InotifyObserver):
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        super().__init__()
+        self._emitter_class = partial(_Emitter, on_change)  # type: ignore[assignment]
 
 
 class InotifyWatch:
@@ -89,13 +91,13 @@ class InotifyWatch:
         require_descriptors(_DESCRIPTORS)
         require_threads(_THREADS)
         try:
-            self._observer = _Observer()
+            self._observer = _Observer(on_change)
         except RuntimeError as exc:  # somebody else has taken the thread meanwhile
             raise no_thread() from exc
         try:
             # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
             os.set_inheritable(self._observer._inotify_fd._inotify_fd, False)  # noqa: FBT003, SLF001
-            self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
+            self._observer.schedule(FileSystemEventHandler(), os.path.realpath(directory))
             self._observer.start()
             self._kernel_watches = self._read_kernel_watches()
             self._require_kernel_watch()
