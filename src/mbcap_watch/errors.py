@@ -36,6 +36,7 @@ Cause = Literal[
     "corrupt",
     "disk_error",
     "limit",
+    "snapshot_unreadable",
     "no_database",
     "wal_replaced",
     "wal_left_behind",
@@ -43,9 +44,10 @@ Cause = Literal[
 ]
 """What is behind a `DatabaseFailed`, as far as it can be told, for programs.
 
-`no_database` is behind no error: there is no snapshot yet, and no database either. `wal_replaced`
-and `wal_left_behind` are those of `ForeignWal`. `nodes_not_served` is behind no error, either: the
-other table was compared.
+`snapshot_unreadable`, or `limit`, is that of a `SnapshotUnreadable`; `wal_replaced` and
+`wal_left_behind` are those of `ForeignWal`. `no_database` is behind no error: there is no snapshot
+yet, and no database either. `nodes_not_served` is behind no error, either: the other table was
+compared.
 """
 
 
@@ -176,7 +178,7 @@ class SnapshotUnreadable(SnapshotError):
     """The operating system refused to read the file (permission, I/O, a stale handle).
 
     Attributes:
-        cause: `limit`: not the file is refused, but a descriptor or memory; else None.
+        cause: `limit`: not the file is refused, but a descriptor or memory.
 
     """
 
@@ -186,7 +188,7 @@ class SnapshotUnreadable(SnapshotError):
         self,
         path: str | os.PathLike[str],
         problem: str,
-        cause: Literal["limit"] | None = None,
+        cause: Literal["limit", "snapshot_unreadable"] = "snapshot_unreadable",
     ) -> None:
         super().__init__(path, problem)
         self.cause = cause
