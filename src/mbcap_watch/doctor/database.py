@@ -188,7 +188,8 @@ def judge_space(
     free = space.f_bavail * space.f_frsize
     share = space.f_bavail / space.f_blocks if space.f_blocks else 1.0
     if space.f_blocks and free < _SPACE_NEEDED:
-        return installation.finding("disk_full", subject=subject, free=size(free))
+        text = f"the disk is full: {size(free)} free"
+        return installation.finding("disk_full", text, subject=subject)
     if space.f_files and not space.f_favail:
         text = f"the disk is full: no inode is left, though {size(free)} are free"
         return installation.finding("disk_full", text, subject=subject)

@@ -14,7 +14,7 @@ from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mbcap_watch.results import Outcome
+    from mbcap_watch.results import Outcome, PersistResult
     from mbcap_watch.telemetry.stats import Stats
 
 # A sync ends within milliseconds, one that changes a million rows on a small machine within
@@ -39,6 +39,12 @@ _WITH_SNAPSHOT: Final[tuple[Outcome, ...]] = (
     "refused",
     "busy",
 )
+
+# For how long something that is over is still told.
+_LATELY_SECONDS: Final = 3600.0
+
+# The findings about the daemon's outputs.
+_OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"}
 
 State = Literal["starting", "running", "stuck", "paused", "not running", "unknown"]
 
@@ -90,11 +96,13 @@ def judge(stats: Stats, max_age: float | None = None) -> Health:
     """
     installation = Installation(stats.database, stats.snapshot_dir)
     stuck = tuple(_stuck(stats, installation))
-    findings = [*stuck, *_trouble(stats, installation)]
-    if not findings:
+    findings = [*stuck, *_about_result(stats, installation)]
+    if not any(each.severity == "problem" for each in findings):
         findings += _overdue(stats, installation, max_age)
-    findings += [*_about_snapshot(stats, installation), *_about_watch(stats, installation)]
-    findings += _about_lock(stats, installation)
+    if stats.snapshot_time is not None:
+        findings += judge_age(installation, stats.sampled - stats.snapshot_time)
+    findings += _of_late(stats, installation)
+    findings += _about_outputs(stats, installation)
     state: State = "stuck" if stuck else "running"
     if not stuck and stats.watch.last_sync is None:
         state = "starting"
@@ -115,29 +123,59 @@ def _stuck(stats: Stats, installation: Installation) -> Iterator[Finding]:
         yield installation.finding("no_sync", last=last, interval=duration(stats.sweep_interval))
 
 
-def _trouble(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    """Name what keeps the database from being as the snapshot says."""
-    error, result = stats.last_error, stats.last_result
-    if result is not None and result.cause == "no_database":
-        yield installation.finding("no_database")
-    if error is None or not error.persists:
+def _about_result(stats: Stats, installation: Installation) -> Iterator[Finding]:
+    result, error = stats.last_result, stats.last_error
+    if result is None:
         return
-    code: str = error.outcome
-    refused = result is not None and result.failed_rows > 0
-    if refused and code in ("applied", "unchanged", "failed"):
+    since = f"for {duration(stats.sampled - error.since)}: " if error and error.persists else ""
+    for each in _explained(result, installation, since):
+        if each.code == "no_snapshot" and any(stats.outcomes[name] for name in _WITH_SNAPSHOT):
+            path = f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
+            yield installation.finding("snapshot_vanished", path=path)
+        else:
+            yield each
+
+
+def explain(result: PersistResult, installation: Installation) -> Finding | None:
+    """Return what a sync found wrong, the worst of it; None if all is well."""
+    found = list(_explained(result, installation))
+    if result.set_back:
+        found.append(_set_back(installation, result.set_back))
+    problems = (each for each in found if each.severity == "problem")
+    return next(problems, next(iter(found), None))
+
+
+def _explained(
+    result: PersistResult, installation: Installation, since: str = ""
+) -> Iterator[Finding]:
+    """Make findings of a result; `since` says for how long its error has been there."""
+    outcome, compared = result.outcome, result.outcome in ("applied", "unchanged")
+    code: str | None = None if compared else outcome
+    if result.failed_rows and (compared or outcome == "failed"):
         code = "rows_refused"
-    elif error.unreadable and error.cause != "limit":
-        code = "snapshot_unreadable"
-    elif code == "no_snapshot":
-        itself = os.path.basename(stats.snapshot_dir) == SNAPSHOT_NAME
+    elif result.cause is not None:
+        code = result.cause
+    elif outcome == "no_snapshot" and result.error is not None:
+        itself = os.path.basename(installation.snapshot_dir) == SNAPSHOT_NAME
         code = "snapshot_dir_is_file" if itself else "snapshot_misplaced"
-    elif error.cause is not None:
-        code = error.cause
-    elif code in ("applied", "unchanged"):
-        yield installation.finding("table_waits", waiting=error.error)
-        return
-    text = f"for {duration(stats.sampled - error.since)}: {error.error}"
-    yield installation.finding(code, text)
+    if code is not None and code != "no_snapshot":
+        yield installation.finding(code, f"{since}{result.error}" if result.error else "")
+    elif compared and result.error is not None:
+        yield installation.finding("table_waits", waiting=result.error)
+    if outcome == "no_snapshot" and result.error is None:
+        path = f"{installation.snapshot_dir}/{SNAPSHOT_NAME}"
+        yield installation.finding("no_snapshot", path=path)
+    elif compared:
+        yield from judge_entries(
+            installation, result.entries, result.skipped_unknown, result.skipped_unrecognized
+        )
+        if result.matches_nothing and result.cause is None:
+            yield installation.finding("no_match")
+
+
+def _set_back(installation: Installation, count: int, when: str = "") -> Finding:
+    rows = counted(count, "row was", "rows were")
+    return installation.finding("set_back", rows=rows, when=when)
 
 
 def _overdue(stats: Stats, installation: Installation, max_age: float | None) -> Iterator[Finding]:
@@ -150,22 +188,6 @@ def _overdue(stats: Stats, installation: Installation, max_age: float | None) ->
         never = "" if stats.last_apply else "the database has never been compared with a snapshot"
         about = {"when": ago(age), "interval": duration(stats.resync)}
         yield installation.finding("no_apply", never, **about)
-
-
-def _about_snapshot(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    result = stats.last_result
-    if _waits_for_snapshot(stats):
-        path = f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
-        was_there = any(stats.outcomes[name] for name in _WITH_SNAPSHOT)
-        yield installation.finding("snapshot_vanished" if was_there else "no_snapshot", path=path)
-    elif result is not None and result.outcome in ("applied", "unchanged"):
-        yield from judge_entries(
-            installation, result.entries, result.skipped_unknown, result.skipped_unrecognized
-        )
-        if result.matches_nothing and result.cause is None:
-            yield installation.finding("no_match")
-    if stats.snapshot_time is not None:
-        yield from judge_age(installation, stats.sampled - stats.snapshot_time)
 
 
 def judge_entries(
@@ -213,23 +235,37 @@ def judge_age(
         yield installation.finding("old_snapshot_again", **said)
 
 
-def _about_watch(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    hits = stats.watch.sweep_hits
-    if stats.watch.degraded:
-        yield installation.finding("no_inotify", why=stats.watch.why)
-    if hits:
-        changes = counted(hits, "change was", "changes were")
-        yield installation.finding("sweep_hits", changes=changes)
-
-
-def _about_lock(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    lock = stats.mbcap_persist
-    if lock.slow_hold_total:
-        times = counted(lock.slow_hold_total, "time", "times")
+def _of_late(stats: Stats, installation: Installation) -> Iterator[Finding]:
+    """Judge how it went lately; what was over an hour ago is of no use to anybody."""
+    watch, lock, now = stats.watch, stats.mbcap_persist, stats.sampled
+    if watch.degraded:
+        yield installation.finding("no_inotify", why=watch.why)
+    if watch.last_sweep_hit is not None and now - watch.last_sweep_hit < _LATELY_SECONDS:
+        changes = counted(watch.sweep_hits, "change was", "changes were")
+        when = ago(now - watch.last_sweep_hit)
+        yield installation.finding("sweep_hits", changes=changes, when=when)
+    if stats.last_set_back_at is not None and now - stats.last_set_back_at < _LATELY_SECONDS:
+        yield _set_back(installation, stats.last_set_back, f", {ago(now - stats.last_set_back_at)}")
+    slow = [
+        each
+        for each in stats.history
+        if (each.hold_ms or 0) > SLOW_HOLD_SECONDS * 1000 and now - each.at < _LATELY_SECONDS
+    ]
+    if slow:
+        times = counted(len(slow), "time", "times")
         seconds = duration(SLOW_HOLD_SECONDS)
         yield installation.finding("slow_holds", seconds=seconds, times=times)
     if lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
         yield installation.finding("contention", wait=duration(lock.wait_ms_p95 / 1000))
+
+
+def _about_outputs(stats: Stats, installation: Installation) -> Iterator[Finding]:
+    for name, output in stats.outputs.items():
+        if output.problem is not None:
+            last = "it has never worked"
+            if output.last_good is not None:
+                last = f"it last worked {ago(stats.sampled - output.last_good)}"
+            yield installation.finding(_OUTPUTS[name], problem=output.problem, last=last)
 
 
 def _waits_for_snapshot(stats: Stats) -> bool:
