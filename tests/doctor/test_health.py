@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from mbcap_watch import Settings
+from mbcap_watch.cli.views import as_json, render
 from mbcap_watch.doctor.findings import Installation, catalogue, duration
 from mbcap_watch.doctor.health import Health, State, explain, judge
-from mbcap_watch.doctor.status import as_json, render
 from mbcap_watch.errors import Cause
 from mbcap_watch.results import Outcome, PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics

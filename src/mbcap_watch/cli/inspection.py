@@ -11,8 +11,8 @@ import anyio
 import msgspec
 import typer
 
-from mbcap_watch.cli import config, manual, options, output
-from mbcap_watch.doctor import service, status
+from mbcap_watch.cli import config, manual, options, output, views
+from mbcap_watch.doctor import service
 from mbcap_watch.settings import duration
 
 
@@ -46,8 +46,8 @@ def show_config(context: typer.Context, **_: Any) -> None:
 
     table, console = Table("setting", "value", "from"), Console(soft_wrap=True)
     for name, value in values.items():
-        origin = status.plain(loaded.origins[name], console)
-        table.add_row(name, status.plain(str(value), console), origin)
+        origin = views.plain(loaded.origins[name], console)
+        table.add_row(name, views.plain(str(value), console), origin)
     console.print(table)
 
 
@@ -62,12 +62,12 @@ def show_status(context: typer.Context, **_: Any) -> None:
     most = None if max_age is None else duration("--max-age", max_age, 0.1)
     stats, found = service.look(settings, os.environ, most)
     if context.params["json"]:
-        output.print_json(status.as_json(stats, found))
+        output.print_json(views.as_json(stats, found))
     else:
         from rich.console import Console  # noqa: PLC0415 - as above
 
         try:
-            status.render(stats, found, Console())
+            views.render(stats, found, Console())
         except OSError as exc:  # its disk is full, say, which is when this command is needed
             raise output.OutputError(f"standard output cannot be written: {exc}") from exc
     raise typer.Exit(0 if found.healthy else 1)

@@ -98,7 +98,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     from rich.console import Console  # noqa: PLC0415 - 17 ms and 2 MB that `run` can do without
     from rich.text import Text  # noqa: PLC0415 - as above
 
-    from mbcap_watch.doctor.status import plain  # noqa: PLC0415 - as above
+    from mbcap_watch.cli.views import plain  # noqa: PLC0415 - as above
 
     console = console or Console()
 

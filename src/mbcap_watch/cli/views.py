@@ -53,16 +53,10 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
 
     fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
-    cross, arrow = ("✗", "→") if fancy else ("x", "->")
     style = "green" if health.healthy else "red"
     console.print(plain(health.verdict, console), style=f"bold {style}", soft_wrap=True)
-    for mark, style, findings in (
-        (cross, "red", health.problems),
-        ("!", "yellow", health.warnings),
-    ):
-        for finding in findings:
-            console.print(plain(f"{mark} {finding.text}", console), style=style, soft_wrap=True)
-            console.print(plain(f"  {arrow} {finding.remedy}", console), soft_wrap=True)
+    for text, style in marked(health, *(("✗", "→") if fancy else ("x", "->"))):
+        console.print(plain(text, console), style=style, soft_wrap=True)
     if stats is None:
         return
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -71,6 +65,17 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     for name, value in rows(stats):
         table.add_row(name, plain(value, console))
     console.print(table)
+
+
+def marked(health: Health, cross: str = "✗", arrow: str = "→") -> Iterator[tuple[str, str]]:
+    """Yield each finding, and below it what to do, with their styles."""
+    for mark, style, findings in (
+        (cross, "red", health.problems),
+        ("!", "yellow", health.warnings),
+    ):
+        for finding in findings:
+            yield f"{mark} {finding.text}", style
+            yield f"  {arrow} {finding.remedy}", "default"
 
 
 def rows(stats: Stats) -> Iterator[tuple[str, str]]:
