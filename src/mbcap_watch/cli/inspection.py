@@ -57,10 +57,10 @@ def show_status(context: typer.Context, **_: Any) -> None:
 
     Finds it by its settings, however it was started. Fit for a container's HEALTHCHECK.
     """
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
+    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
     max_age = context.params["max_age"]
     most = None if max_age is None else duration("--max-age", max_age, 0.1)
-    stats, found = service.look(settings, os.environ, most)
+    stats, found = service.look(loaded.settings, os.environ, most, loaded.file)
     if context.params["json"]:
         output.print_json(views.as_json(stats, found))
     else:
@@ -105,8 +105,8 @@ def show_top(context: typer.Context, **_: Any) -> None:
     """
     from mbcap_watch.cli import top  # noqa: PLC0415 - rich, as above
 
-    settings = config.load(context.params, os.environ, context.params.get("config_file")).settings
-    top.show(lambda: service.look(settings, os.environ))
+    loaded = config.load(context.params, os.environ, context.params.get("config_file"))
+    top.show(lambda: service.look(loaded.settings, os.environ, config=loaded.file))
 
 
 @options.takes(options.PATHS, options.OUT)

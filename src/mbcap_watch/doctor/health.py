@@ -85,16 +85,19 @@ class Health(msgspec.Struct, frozen=True):
         return "running, healthy" if self.healthy else "running, unhealthy"
 
 
-def judge(stats: Stats, max_age: float | None = None) -> Health:
+def judge(
+    stats: Stats, max_age: float | None = None, installation: Installation | None = None
+) -> Health:
     """Judge a daemon by its stats.
 
     Args:
         stats: made just now.
         max_age: seconds since the database was last compared that are too many; None: see
             `_RESYNCS`.
+        installation: what the findings are about, if more is known than the stats say.
 
     """
-    installation = Installation(stats.database, stats.snapshot_dir)
+    installation = installation or Installation(stats.database, stats.snapshot_dir)
     stuck = tuple(_stuck(stats, installation))
     findings = [*stuck, *_about_result(stats, installation)]
     if not any(each.severity == "problem" for each in findings):
