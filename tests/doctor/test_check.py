@@ -25,6 +25,7 @@ from mbcap_watch.doctor import check, database, machine, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, ok, size
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import timestamp
+from mbcap_watch.store import steps
 from mbcap_watch.store.library import HAS_RESET_BUG
 from mbcap_watch.watcher.mounts import Mount
 from support import (
@@ -344,12 +345,15 @@ async def test_a_database_that_is_opened_while_it_is_read(
     installation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a daemon: what was read then may be torn, and is read again."""
-    preview, opened = database.preview_steps, list[int]()
+    preview, opened = steps.preview_steps, list[int]()
 
     def interrupted(*arguments: Any) -> None:
         if not opened:
-            with ingestor(installation) as process:
-                opened.append(process.pid)
+            opened.append(1)
+            script = "import sqlite3, sys; connection = sqlite3.connect(sys.argv[1]);"
+            script += "connection.execute('UPDATE nodes SET name = 1'); connection.commit();"
+            script += "connection.close()"
+            subprocess.run([sys.executable, "-c", script, installation], check=True)
         preview(*arguments)
 
     monkeypatch.setattr(database, "preview_steps", interrupted)
