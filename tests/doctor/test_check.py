@@ -937,6 +937,11 @@ def test_remedies_repeat_the_settings_that_were_given(shared: Path) -> None:
         done = cli("check", "--config", config, "--json", before=other)
         told = {each["code"]: each["remedy"] for each in json.loads(done.stdout)["findings"]}
         assert told["other_user"].endswith(f" --config '{config}'")
+        done = cli("status", "--config", config, "--json", before=other)
+        [told] = json.loads(done.stdout)["problems"]
+        assert told["code"] == "not_asked"
+        assert f" --snapshot-dir {snapshot_of(shared).parent}" in told["remedy"]
+        assert told["remedy"].endswith(f" --config '{config}'")
         os.kill(pid, signal.SIGSTOP)
         done = cli("check", "--config", config, "--json")
         os.kill(pid, signal.SIGCONT)

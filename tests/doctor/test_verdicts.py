@@ -76,6 +76,13 @@ def published(*entries: Any, written_at: str | None = None) -> Callable[[Path], 
     return publish
 
 
+def shell(script: str) -> Callable[[Path], None]:
+    def run(database: Path) -> None:
+        subprocess.run(["sh", "-ec", script], cwd=database.parent, check=True)
+
+    return run
+
+
 VIEW = ("ALTER TABLE nodes RENAME TO other", "CREATE VIEW nodes AS SELECT * FROM other")
 
 
@@ -89,6 +96,13 @@ VIEW = ("ALTER TABLE nodes RENAME TO other", "CREATE VIEW nodes AS SELECT * FROM
         (published(("aa11", "Confirmed"), ("bb22", "SUSPECTED")), {"no_usable_entry"}, set()),
         (published(("AA11", "confirmed"), ("BB22", "suspected")), {"no_match"}, set()),
         (published(("aa11", "unknown")), set(), {"nothing_to_write"}),
+        (shell("cd mbcap-snapshot; ln -sf gone snapshot.json"), {"snapshot_misplaced"}, set()),
+        (shell("rm -r mbcap-snapshot; ln -s gone mbcap-snapshot"), {"snapshot_misplaced"}, set()),
+        (shell("rm -r mbcap-snapshot; touch mbcap-snapshot"), {"snapshot_misplaced"}, set()),
+        (shell("cd mbcap-snapshot; echo torn > snapshot.json"), {"malformed"}, set()),
+        (shell("cd mbcap-snapshot; rm *; mkfifo snapshot.json"), {"refused"}, set()),
+        (shell("seq 1000 > meshcore.db"), {"not_a_database"}, set()),
+        (shell("rm meshcore.db"), {"database_missing"}, set()),
         (published(("aa11", "confirmed"), written_at="2024-01-01T00:00:00Z"), set(), {"age"}),
     ],
 )

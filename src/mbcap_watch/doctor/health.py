@@ -43,6 +43,9 @@ _WITH_SNAPSHOT: Final[tuple[Outcome, ...]] = (
 # For how long something that is over is still told.
 _LATELY_SECONDS: Final = 3600.0
 
+# Where there may be no directory to watch, that it is not watched is no news.
+_NO_DIRECTORY: Final = {"snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable"}
+
 # The findings about the daemon's outputs.
 _OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"}
 
@@ -104,6 +107,8 @@ def judge(
         findings += _overdue(stats, installation, max_age)
     if stats.snapshot_time is not None:
         findings += judge_age(installation, stats.sampled - stats.snapshot_time)
+    if stats.watch.degraded and not _NO_DIRECTORY.intersection(each.code for each in findings):
+        findings.append(installation.finding("no_inotify", why=stats.watch.why))
     findings += _of_late(stats, installation)
     findings += _about_outputs(stats, installation)
     state: State = "stuck" if stuck else "running"
@@ -241,8 +246,6 @@ def judge_age(
 def _of_late(stats: Stats, installation: Installation) -> Iterator[Finding]:
     """Judge how it went lately; what was over an hour ago is of no use to anybody."""
     watch, lock, now = stats.watch, stats.mbcap_persist, stats.sampled
-    if watch.degraded:
-        yield installation.finding("no_inotify", why=watch.why)
     if watch.last_sweep_hit is not None and now - watch.last_sweep_hit < _LATELY_SECONDS:
         changes = counted(watch.sweep_hits, "change was", "changes were")
         when = ago(now - watch.last_sweep_hit)

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote
 from mbcap_watch.settings import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
+from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.store.errors import SIDES
+from mbcap_watch.watcher.mounts import mount_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -88,6 +90,17 @@ def blocked_way(here: Installation, code: str, subject: str, path: Path) -> Find
             remedy = beyond_mode([each], os.X_OK) or remedy
             return here.finding(code, text, remedy=remedy, subject=subject)
     return None
+
+
+def cut_off(here: Installation) -> list[Finding]:
+    """Name what keeps new snapshots from arriving where this process looks. Blocks."""
+    path = Path(here.snapshot_dir, SNAPSHOT_NAME)
+    real = os.path.realpath(path)
+    way = blocked_way(here, "snapshot_unreadable", "snapshot dir", path)
+    found = [way] if way and way.code == "deleted_mount" else []
+    if any(mount.mount_point == real for mount in mount_table()):
+        found.append(here.finding("single_snapshot", path=path))
+    return found
 
 
 def beyond_mode(shut: Iterable[Place], wanted: int) -> str:

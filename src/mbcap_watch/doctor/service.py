@@ -183,7 +183,7 @@ def _judge_answer(
         for each in others
         if each.stats and each.stats.database == stats.database
     ]
-    problems = health.problems
+    problems = health.problems + tuple(_within(lambda: machine.cut_off(here), list[Finding]()))
     if not problems and _within(lambda: _is_missing(here.database), otherwise=False):
         problems = (here.finding("database_missing"),)
     if twins:

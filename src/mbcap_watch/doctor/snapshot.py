@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mbcap_watch.doctor.database import is_remote, judge_space
 from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
-from mbcap_watch.doctor.machine import Place, beyond_mode, blocked_way, place
+from mbcap_watch.doctor.machine import Place, beyond_mode, blocked_way, cut_off, place
 from mbcap_watch.errors import (
     SnapshotError,
     SnapshotMalformed,
@@ -23,7 +23,7 @@ from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
 from mbcap_watch.snapshot.timestamp import canonical
 from mbcap_watch.store import plan
 from mbcap_watch.telemetry.stats import seconds_of
-from mbcap_watch.watcher.mounts import UNKNOWN, Mount, mount_of, mount_table
+from mbcap_watch.watcher.mounts import UNKNOWN, Mount, mount_of
 from mbcap_watch.watcher.supervisor import Watch
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def examine(
     if blocked or not place(directory).directory:
         return
     yield from _judge_disk(here)
-    real = Path(os.path.realpath(path))
-    if any(Path(mount.mount_point) == real for mount in mount_table()):
-        yield here.finding("single_snapshot", path=path)
+    yield from cut_off(here)
     try:
         file = read_file(path, settings.max_bytes)
         snapshot = parse(file.data, source=str(path))
@@ -72,8 +70,11 @@ def examine(
 
 def _judge_directory(here: Installation, path: Path) -> Finding:
     directory = place(path)
+    if directory.status is None and path.is_symlink():
+        text = f"{path} is a link to nothing"
+        return here.finding("snapshot_misplaced", text, subject="snapshot dir")
     if directory.status is None:
-        text = f"{path} does not exist{' (it is a link to nothing)' if path.is_symlink() else ''}"
+        text = f"{path} does not exist"
         usual = Path(os.path.realpath(here.database)).parent / SNAPSHOT_DIR_NAME
         remedy = f"set --snapshot-dir to the right one; there is {usual}" if usual.is_dir() else ""
         return here.finding("no_snapshot_dir", text, remedy=remedy)
