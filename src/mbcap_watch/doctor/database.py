@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
-from mbcap_watch.doctor.machine import (
-    WAL_READERS,
+from mbcap_watch.doctor.places import (
     Place,
     beyond_mode,
     blocked_way,
-    holder,
-    judge_lock,
+    judge_filesystem,
+    judge_space,
     mode_of,
     place,
 )
+from mbcap_watch.doctor.processes import WAL_READERS, holder, judge_lock
 from mbcap_watch.errors import (
     QUOTED,
     DatabaseBusy,
@@ -44,7 +44,7 @@ from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import preview_steps
 from mbcap_watch.store.wal import Wal, is_wal_database, release
-from mbcap_watch.watcher.mounts import INOTIFY_FILESYSTEMS, UNKNOWN, Mount, mount_of, mount_table
+from mbcap_watch.watcher.mounts import mount_of, mount_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -58,14 +58,7 @@ BUSY_SECONDS: Final = 2.0
 
 _TRIES: Final = 5
 
-_SPACE_NEEDED: Final = 16 << 20
-_SPACE_SCARCE: Final = 256 << 20
-_SCARCE_SHARE: Final = 0.05
 _LARGE_WAL: Final = 64 << 20
-
-_LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
-_REMOTE: Final = ("9p", "afs", "ceph", "cifs", "lustre", "nfs", "smb", "vboxsf", "virtiofs")
-_REMOTE_FUSE: Final = ("fuse.sshfs", "fuse.rclone", "fuse.gluster")
 
 
 # ------------------------------------------------------------------------------ from outside
@@ -177,40 +170,6 @@ def judge_owner(
     shared = mode & stat.S_IWOTH or (mode & stat.S_IWGRP and gid == group)
     if uid not in (0, owner) and not shared:
         yield here.finding("foreign_owner", owner=owner, uid=uid)
-
-
-def is_remote(mount: Mount) -> bool:
-    """Whether a mount is a network filesystem."""
-    return mount.type.startswith((*_REMOTE, *_REMOTE_FUSE))
-
-
-def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
-    """Judge whether SQLite's locks and shared memory work (sqlite.org/wal.html, "Overview", 6)."""
-    where = f"the database is on {mount.type} ({mount.mount_point})"
-    if is_remote(mount):
-        yield here.finding("network_filesystem", where=where)
-    elif mount.type == "overlay" and mount.mount_point == "/":
-        yield here.finding("in_container", where=where)
-    elif mount.type in _LOCAL:
-        yield ok("filesystem", where)
-    elif mount != UNKNOWN:  # else `no_proc` says why
-        yield here.finding("unknown_filesystem", where=where)
-
-
-def judge_space(
-    here: Installation, space: os.statvfs_result, subject: str = "disk space"
-) -> Finding:
-    """Judge whether a disk has room (statvfs(3)); some filesystems do not say."""
-    free = space.f_bavail * space.f_frsize
-    share = space.f_bavail / space.f_blocks if space.f_blocks else 1.0
-    if space.f_blocks and free < _SPACE_NEEDED:
-        return here.finding("disk_full", f"the disk is full: {size(free)} free", subject=subject)
-    if space.f_files and not space.f_favail:
-        text = f"the disk is full: no inode is left, though {size(free)} are free"
-        return here.finding("disk_full", text, subject=subject)
-    if free < _SPACE_SCARCE and share < _SCARCE_SHARE:
-        return here.finding("disk_scarce", subject=subject, free=size(free), share=f"{share:.0%}")
-    return ok(subject, f"{size(free)} free")
 
 
 # ------------------------------------------------------------------------------ from inside

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from mbcap_watch.doctor import machine
+from mbcap_watch.doctor import processes
 from mbcap_watch.doctor.findings import Finding, Installation, ago, duration, ok
 from mbcap_watch.doctor.health import Health, judge
-from mbcap_watch.doctor.machine import Daemon, daemons
+from mbcap_watch.doctor.places import cut_off
+from mbcap_watch.doctor.processes import Daemon, daemons
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
 
@@ -129,7 +130,7 @@ def examine_daemons(here: Installation) -> list[Finding]:
     if len(ours) > 1:
         return [here.finding("two_daemons", who=who)]
     for one in ours:
-        if machine.is_paused(one.pid):
+        if processes.is_paused(one.pid):
             return [here.finding("paused", pid=one.pid)]
         if one.uid != os.geteuid():
             return [here.finding("other_user", who=who, uid=one.uid)]
@@ -183,7 +184,7 @@ def _judge_answer(
         for each in others
         if each.stats and each.stats.database == stats.database
     ]
-    problems = health.problems + tuple(_within(lambda: machine.cut_off(here), list[Finding]()))
+    problems = health.problems + tuple(_within(lambda: cut_off(here), list[Finding]()))
     if not problems and _within(lambda: _is_missing(here.database), otherwise=False):
         problems = (here.finding("database_missing"),)
     if twins:
@@ -201,7 +202,7 @@ def _is_missing(path: str) -> bool:
 
 
 def _judge_silent(here: Installation, peer: Peer) -> Health:
-    if machine.is_paused(peer.pid):
+    if processes.is_paused(peer.pid):
         return Health.of("paused", [here.finding("paused", pid=peer.pid)])
     silence = duration(SILENT_SECONDS)
     blocked = here.finding("blocked", pid=peer.pid, uid=peer.uid, silence=silence)
@@ -210,8 +211,8 @@ def _judge_silent(here: Installation, peer: Peer) -> Health:
 
 def _judge_unasked(here: Installation, daemon: Daemon) -> Health:
     """Judge a daemon of which only /proc tells."""
-    pid, fields, age = daemon.pid, machine.stat_of(daemon.pid), 0.0
-    if machine.is_paused(pid):
+    pid, fields, age = daemon.pid, processes.stat_of(daemon.pid), 0.0
+    if processes.is_paused(pid):
         return Health.of("paused", [here.finding("paused", pid=pid)])
     with contextlib.suppress(IndexError):  # it has just ended
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")

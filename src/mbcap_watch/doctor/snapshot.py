@@ -8,10 +8,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbcap_watch.doctor.database import is_remote, judge_space
 from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
-from mbcap_watch.doctor.machine import Place, beyond_mode, blocked_way, cut_off, place
+from mbcap_watch.doctor.places import (
+    Place,
+    beyond_mode,
+    blocked_way,
+    cut_off,
+    is_remote,
+    judge_space,
+    place,
+)
 from mbcap_watch.errors import (
     SnapshotError,
     SnapshotMalformed,
@@ -127,7 +134,7 @@ def judge_stamp(here: Installation, written_at: str | None, placed: float, now: 
         here: whose snapshot it is.
         written_at: its `writtenAt`.
         placed: seconds since it was put in place.
-        now: the time of this machine.
+        now: the time of this processes.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""What the machine tells: what is at a path and who may, who has the database open or locked."""
+"""Processes: who has the database open or locked, and which daemons run, by /proc and F_GETLK."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import contextlib
 import fcntl
 import itertools
 import os
-import stat
 import struct
 import time
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote
+from mbcap_watch.doctor.findings import Finding, Installation, duration, ok
+from mbcap_watch.doctor.places import Place, place
 from mbcap_watch.settings import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
-from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.store.errors import SIDES
-from mbcap_watch.watcher.mounts import mount_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 _SILENT_SECONDS: Final = 3600.0
 
@@ -34,105 +31,6 @@ _WAL_WRITER: Final = (120, 1)
 WAL_READERS: Final = (123, 5)
 _DATABASE_LOCKS: Final = (0x40000000, 512)
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
-
-
-# ------------------------------------------------------------------------------ places
-
-
-class Place(NamedTuple):
-    """A path: what is there, or why that is not known, and what this process may do to it."""
-
-    path: Path
-    status: os.stat_result | None = None
-    error: OSError | None = None
-    readable: bool = False
-    writable: bool = False
-    searchable: bool = False
-
-    @property
-    def regular(self) -> bool:
-        """Whether a regular file is there."""
-        return self.status is not None and stat.S_ISREG(self.status.st_mode)
-
-    @property
-    def directory(self) -> bool:
-        """Whether a directory is there."""
-        return self.status is not None and stat.S_ISDIR(self.status.st_mode)
-
-    @property
-    def shown(self) -> str:
-        """The path, its owner and its mode, for people."""
-        if self.status is None:
-            return str(self.path)
-        mode = stat.S_IMODE(self.status.st_mode)
-        return f"{self.path} (user {self.status.st_uid}, mode {mode:04o})"
-
-
-def place(path: Path) -> Place:
-    """Return what is at a path, without opening it; links are followed."""
-    try:
-        status = os.stat(path)
-    except OSError as exc:
-        return Place(path, error=exc)
-    may = partial(os.access, path, effective_ids=True)
-    return Place(path, status, None, may(os.R_OK), may(os.W_OK), may(os.X_OK))
-
-
-def blocked_way(here: Installation, code: str, subject: str, path: Path) -> Finding | None:
-    """Return a problem if a directory on the way to `path` is closed (`code`) or was deleted."""
-    for each in map(place, reversed(path.parents)):
-        # A mount goes on showing a directory that was deleted where it was mounted from.
-        if each.directory and each.status and not each.status.st_nlink:
-            return here.finding("deleted_mount", subject=subject, path=each.path)
-        if each.directory and not each.searchable:
-            text = f"{path} cannot be reached: user {os.geteuid()} may not enter {each.shown}"
-            remedy = f"run as a user who may, or as root: chmod o+x {quote(each.path)}"
-            remedy = beyond_mode([each], os.X_OK) or remedy
-            return here.finding(code, text, remedy=remedy, subject=subject)
-    return None
-
-
-def cut_off(here: Installation) -> list[Finding]:
-    """Name what keeps new snapshots from arriving where this process looks. Blocks."""
-    path = Path(here.snapshot_dir, SNAPSHOT_NAME)
-    real = os.path.realpath(path)
-    way = blocked_way(here, "snapshot_unreadable", "snapshot dir", path)
-    found = [way] if way and way.code == "deleted_mount" else []
-    if any(mount.mount_point == real for mount in mount_table()):
-        found.append(here.finding("single_snapshot", path=path))
-    return found
-
-
-def beyond_mode(shut: Iterable[Place], wanted: int) -> str:
-    """Return the remedy where not the mode of a file refuses; empty if it is the mode.
-
-    Args:
-        shut: places that this user was refused.
-        wanted: `os.R_OK` and so on.
-
-    """
-    uid, groups = os.geteuid(), {os.getegid(), *os.getgroups()}
-    names = " ".join(
-        quote(each.path)
-        for each in shut
-        if each.status and (uid == 0 or mode_of(each.status, uid, groups) & wanted == wanted)
-    )
-    if not names:
-        return ""
-    return (
-        f"the mode would allow it, so something else refuses: lsattr -d {names} (as root: chattr"
-        f" -i), getfacl {names} (setfacl), the capabilities of the unit or container, or a security"
-        " module (dmesg)"
-    )
-
-
-def mode_of(status: os.stat_result, uid: int, groups: Iterable[int]) -> int:
-    """Return what the mode of a file allows a user, as `os.R_OK` and so on."""
-    shift = 6 if status.st_uid == uid else 3 if status.st_gid in groups else 0
-    return status.st_mode >> shift & stat.S_IRWXO
-
-
-# ------------------------------------------------------------------------------ processes
 
 
 def examine(here: Installation) -> Iterator[Finding]:
