@@ -18,7 +18,7 @@ from mbcap_watch.doctor import database, processes, service, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, duration, quote
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.limits import require_descriptors
-from mbcap_watch.watcher.mounts import mount_table
+from mbcap_watch.watcher.mounts import UNKNOWN, mount_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -40,14 +40,7 @@ _RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
 async def examine(
     settings: Settings, environ: Mapping[str, str], config: Path | None = None
 ) -> list[Finding]:
-    """Examine an installation: the database, the snapshot, the watch, and who else is there.
-
-    Args:
-        settings: as `run` would have them.
-        environ: the environment, for hints at a wrong path.
-        config: the file that the settings are from, for the commands in remedies.
-
-    """
+    """Examine an installation: the database, the snapshot, the watch, and who else is there."""
     here = Installation.of(settings, config)
     try:
         require_descriptors(_DESCRIPTORS)
@@ -101,15 +94,10 @@ async def _ask(
     except TimeoutError:
         # Only the names of mounts: everything else would hang, too.
         above = [mount for mount in mount_table() if Path(path).is_relative_to(mount.mount_point)]
-        mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=None)
-        where = f"{mount.type}, mounted on {mount.mount_point}" if mount else "unknown filesystem"
-        answer = here.finding(
-            "no_answer",
-            path=path,
-            where=where,
-            seconds=duration(seconds),
-            point=quote(mount.mount_point) if mount else "",
-        )
+        mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=UNKNOWN)
+        where, point = f"{mount.type}, mounted on {mount.mount_point}", quote(mount.mount_point)
+        about = {"where": where, "seconds": duration(seconds), "point": point}
+        answer = here.finding("no_answer", path=path, **about)
     except Exception as exc:  # noqa: BLE001 - the other examinations go on
         error = f"{type(exc).__name__}: {printable(str(exc), QUOTED)}"
         answer = here.finding("check_failed", path=path, error=error)

@@ -85,7 +85,7 @@ def examine(here: Installation, environ: Mapping[str, str]) -> Iterator[Finding]
         yield there.finding("read_only")
     else:
         yield _judge_permissions(there, file, directory, sides)
-        yield from judge_owner(there, file.status, directory, sides, os.geteuid(), os.getegid())
+        yield from judge_owner(there, file, directory, sides, os.geteuid(), os.getegid())
     if any(Path(mount.mount_point) == real for mount in mount_table()):
         yield there.finding("single_file", path=real)
     yield from judge_filesystem(there, mount_of(real.parent))
@@ -129,40 +129,27 @@ def _judge_permissions(
         refused.append(f"may not create -wal and -shm in {directory.shown}")
     if not refused:
         return ok("permissions", f"user {uid} may write the database and its directory")
-    remedy = beyond_mode(shut, os.R_OK | os.W_OK)
-    if not remedy and uid == owner:
-        remedy = f"as root: {'; '.join(_give(each, uid) for each in shut)}"
-    elif not remedy:
+    names = " ".join(quote(each.path) for each in shut)
+    remedy = f"as root: chown {uid} {names}; chmod u+rwX {names}"
+    if uid != owner:
         remedy = f"run mbcap-watch as the database's owner, user {owner} (User= in the unit, user:"
         remedy += " in compose), or give this user the rights by a common group"
+    remedy = beyond_mode(shut, os.R_OK | os.W_OK) or remedy
     return here.finding("not_permitted", f"user {uid} {'; '.join(refused)}", remedy=remedy)
 
 
-def _give(each: Place, uid: int) -> str:
-    """Return the command that gives a user the rights to a place."""
-    if each.status and each.status.st_uid != uid:
-        return f"chown {uid} {quote(each.path)}"
-    return f"chmod u+rw{'x' if each.directory else ''} {quote(each.path)}"
-
-
 def judge_owner(
-    here: Installation,
-    status: os.stat_result,
-    directory: Place,
-    sides: Iterable[Place],
-    uid: int,
-    gid: int,
+    here: Installation, file: Place, directory: Place, sides: Iterable[Place], uid: int, gid: int
 ) -> Iterator[Finding]:
     """Judge whether the files that SQLite creates beside the database lock its owner out.
 
     They get the database's mode, and from root also its owner (`findCreateFileMode` and
     `robustFchown` in SQLite's os_unix.c).
     """
-    owner, group, mode = status.st_uid, status.st_gid, status.st_mode
-    out = [
-        s for s in sides if s.status and owner and not mode_of(s.status, owner, [group]) & os.W_OK
-    ]
-    if out:
+    assert file.status
+    owner, group, mode = file.status.st_uid, file.status.st_gid, file.status.st_mode
+    out = [s for s in sides if s.status and not mode_of(s.status, owner, [group]) & os.W_OK]
+    if owner and out:
         paths, files = ", ".join(s.shown for s in out), " ".join(quote(s.path) for s in out)
         yield here.finding("locked_out", path=paths, file=files, owner=owner, group=group)
     if directory.status and directory.status.st_mode & stat.S_ISGID:
@@ -180,11 +167,7 @@ def examine_contents(
 ) -> Iterator[Finding]:
     """Compare the database with what the snapshot wants written; judge its locks. Blocks.
 
-    Args:
-        here: what the findings are about.
-        settings: which database, and whether values may be lowered.
-        values: by public key; empty if there is no usable snapshot.
-
+    `values` are those of the snapshot, by public key; there are none if it is of no use.
     """
     real = Path(os.path.realpath(settings.database))
     file = place(real)
@@ -290,9 +273,8 @@ def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> F
     if tally.waiting is None:
         return ok("tables", f"{text}, with all columns")
     text = f"{tally.waiting}; there is {text}"
-    if "nodes" not in tally.served:
-        return here.finding("nodes_not_served", text)
-    return here.finding("table_waits", waiting=text)
+    code = "table_waits" if "nodes" in tally.served else "nodes_not_served"
+    return here.finding(code, text)
 
 
 def _judge_preview(here: Installation, tally: Tally, wanted: int, rows: int) -> Finding:

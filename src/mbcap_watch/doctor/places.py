@@ -89,13 +89,7 @@ def cut_off(here: Installation) -> list[Finding]:
 
 
 def beyond_mode(shut: Iterable[Place], wanted: int) -> str:
-    """Return the remedy where not the mode of a file refuses; empty if it is the mode.
-
-    Args:
-        shut: places that this user was refused.
-        wanted: `os.R_OK` and so on.
-
-    """
+    """Return the remedy where not the mode refuses (`os.R_OK` and so on); empty if it does."""
     uid, groups = os.geteuid(), {os.getegid(), *os.getgroups()}
     names = " ".join(
         quote(each.path)

@@ -108,13 +108,7 @@ def is_paused(pid: int) -> bool:
 
 
 class Daemon(NamedTuple):
-    """A running `mbcap-watch run`.
-
-    Attributes:
-        database: the path of its database, as its settings name it.
-        same: whether that is the database in question.
-
-    """
+    """A running `mbcap-watch run`, its database, and whether that is the one in question."""
 
     pid: int
     uid: int

@@ -58,12 +58,7 @@ def look(
 ) -> tuple[Stats | None, Health]:
     """Ask the daemon with these settings for its stats, and judge. Takes a few seconds at most.
 
-    Args:
-        settings: of the daemon.
-        environ: the environment, for `RUNTIME_DIRECTORY`.
-        max_age: see `judge`.
-        config: the file that the settings are from, for the commands in remedies.
-
+    `config` is the file that the settings are from, for the commands in remedies.
     """
     here, tries, everyone = Installation.of(settings, config), _TRIES, False
     while True:
@@ -100,12 +95,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Ask the daemon with these settings how it is, for `check`. Blocks.
 
-    Args:
-        here: whose daemon it is.
-        settings: of the daemon.
-        environ: the environment, for `RUNTIME_DIRECTORY`.
-        explained: whether a problem was found that may be why it is not well.
-
+    `explained`: a problem was found that may be why it is not well.
     """
     _, health = look(settings, environ, config=here.config)
     if health.healthy:
@@ -184,21 +174,21 @@ def _judge_answer(
         for each in others
         if each.stats and each.stats.database == stats.database
     ]
-    problems = health.problems + tuple(_within(lambda: cut_off(here), list[Finding]()))
-    if not problems and _within(lambda: _is_missing(here.database), otherwise=False):
-        problems = (here.finding("database_missing"),)
+    problems = health.problems or tuple(_within(lambda: _unmet(here), list[Finding]()))
     if twins:
         who = f"process {stats.pid} and {', '.join(twins)}"
         problems = (here.finding("two_daemons", who=who), *problems)
     return msgspec.structs.replace(health, problems=problems)
 
 
-def _is_missing(path: str) -> bool:
+def _unmet(here: Installation) -> list[Finding]:
+    """Name what no sync has met yet, or never will."""
+    found = cut_off(here)
     try:
-        os.stat(path)
+        os.stat(here.database)
     except (FileNotFoundError, NotADirectoryError):
-        return True
-    return False
+        found.append(here.finding("database_missing"))
+    return found
 
 
 def _judge_silent(here: Installation, peer: Peer) -> Health:

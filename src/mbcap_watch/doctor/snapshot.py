@@ -44,11 +44,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Examine the directory, and read the snapshot as the bridge does. Blocks.
 
-    Args:
-        here: whose snapshot it is.
-        settings: where it is, and how large it may be.
-        values: is filled: by public key, what the snapshot wants written.
-
+    `values` is filled: by public key, what the snapshot wants written.
     """
     directory = settings.snapshot_dir
     path = directory / SNAPSHOT_NAME
@@ -128,15 +124,7 @@ def _refused(here: Installation, subject: str, text: str, shut: Place) -> Findin
 
 
 def judge_stamp(here: Installation, written_at: str | None, placed: float, now: float) -> Finding:
-    """Judge how old a snapshot is: by its own word, and by when it was put in place.
-
-    Args:
-        here: whose snapshot it is.
-        written_at: its `writtenAt`.
-        placed: seconds since it was put in place.
-        now: the time of this processes.
-
-    """
+    """Judge how old a snapshot is: by its own word, and by how long ago it was put there."""
     try:
         stamp = seconds_of(None if written_at is None else canonical(written_at))
     except (OverflowError, ValueError):  # the year 0, or an offset out of the calendar
