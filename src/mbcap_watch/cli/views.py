@@ -1,4 +1,4 @@
-"""What `status` prints: for programs, and for people the verdict first, then why, then figures."""
+"""What `status` and `top` show: the verdict first, then why, then the figures; or JSON."""
 
 from __future__ import annotations
 
@@ -22,29 +22,26 @@ if TYPE_CHECKING:
 
 def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
     """Return everything as JSON can hold it; ages are in seconds."""
+    moments: dict[str, float | None] = {}
+    if stats is not None:
+        moments = {
+            "start": stats.started_at,
+            "last_sync": stats.watch.last_sync,
+            "last_apply": stats.last_apply,
+            "last_result": stats.last_result_at,
+            "snapshot": stats.snapshot_time,
+            "last_error": stats.last_error.at if stats.last_error else None,
+        }
     return {
         "healthy": health.healthy,
         "state": health.state,
         "problems": msgspec.to_builtins(health.problems),
         "warnings": msgspec.to_builtins(health.warnings),
         "ages": {
-            name: None if moment is None else round(stats.sampled - moment, 3)
-            for name, moment in _moments(stats).items()
-        }
-        if stats
-        else {},
+            name: None if moment is None or stats is None else round(stats.sampled - moment, 3)
+            for name, moment in moments.items()
+        },
         "stats": msgspec.to_builtins(stats),
-    }
-
-
-def _moments(stats: Stats) -> dict[str, float | None]:
-    return {
-        "start": stats.started_at,
-        "last_sync": stats.watch.last_sync,
-        "last_apply": stats.last_apply,
-        "last_result": stats.last_result_at,
-        "snapshot": stats.snapshot_time,
-        "last_error": stats.last_error.at if stats.last_error else None,
     }
 
 
@@ -100,7 +97,7 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     yield "results", _counts(stats.outcomes)
     yield "because of", _counts(stats.reasons)
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
-    yield "rows changed", f"{changed}, {stats.failed_rows} refused"
+    yield "rows changed", f"{changed}, {stats.failed_rows} refused, {stats.set_back} set back"
     yield "lag", _summary(stats.lag_ms)
     yield "mbcap_persist", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _summary(lock.waits)
@@ -108,6 +105,8 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     lost = f"; last lost: {watch.last_problem}" if watch.last_problem else ""
     hits = f"sweep hits {watch.sweep_hits}, read errors {watch.read_errors}"
     yield "watch", f"re-arms {watch.rearms}, {hits}{lost}"
+    for name, output in stats.outputs.items():
+        yield name, f"{output.problem or 'works'} (last worked {since(output.last_good)})"
     if error is not None:
         over = "persists" if error.persists else "over"
         yield "last error", f"{error.outcome} ({since(error.at)}, {over}): {error.error}"

@@ -13,7 +13,6 @@ import re
 import shlex
 import sqlite3
 import stat
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,8 +51,7 @@ if TYPE_CHECKING:
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Value
 
-# How long SQLite may read, and how long it may wait for a lock that keeps readers out.
-SQL_SECONDS: Final = 8.0
+# For how long a lock that keeps readers out is waited for.
 BUSY_SECONDS: Final = 2.0
 
 _TRIES: Final = 5
@@ -200,8 +198,6 @@ def _read(
             connection = access.connection
             if access.found is Wal.LEFT_BEHIND:
                 yield here.finding("wal_unrecovered")
-            deadline = time.monotonic() + SQL_SECONDS
-            connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
 
             def fetch(sql: str) -> list[Any]:
                 return [value for (value, *_) in connection.execute(sql).fetchall()]
@@ -242,8 +238,6 @@ def _unusable(here: Installation, error: DatabaseError) -> Finding:
     primary = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
     if not os.path.isdir("/proc/self"):
         return here.finding("no_proc")
-    if primary == sqlite3.SQLITE_INTERRUPT:
-        return here.finding("slow_database")
     if primary == sqlite3.SQLITE_READONLY:
         return here.finding("half_written")
     code = "busy" if isinstance(error, DatabaseBusy) else getattr(error, "cause", None) or "failed"

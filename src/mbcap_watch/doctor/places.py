@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _SPACE_NEEDED: Final = 16 << 20
-_SPACE_SCARCE: Final = 256 << 20
-_SCARCE_SHARE: Final = 0.05
 
 _LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
 _REMOTE: Final = ("9p", "afs", "ceph", "cifs", "lustre", "nfs", "smb", "vboxsf", "virtiofs")
@@ -121,8 +119,6 @@ def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
     where = f"the database is on {mount.type} ({mount.mount_point})"
     if is_remote(mount):
         yield here.finding("network_filesystem", where=where)
-    elif mount.type == "overlay" and mount.mount_point == "/":
-        yield here.finding("in_container", where=where)
     elif mount.type in _LOCAL:
         yield ok("filesystem", where)
     elif mount != UNKNOWN:  # else `no_proc` says why
@@ -134,12 +130,9 @@ def judge_space(
 ) -> Finding:
     """Judge whether a disk has room (statvfs(3)); some filesystems do not say."""
     free = space.f_bavail * space.f_frsize
-    share = space.f_bavail / space.f_blocks if space.f_blocks else 1.0
     if space.f_blocks and free < _SPACE_NEEDED:
         return here.finding("disk_full", f"the disk is full: {size(free)} free", subject=subject)
     if space.f_files and not space.f_favail:
         text = f"the disk is full: no inode is left, though {size(free)} are free"
         return here.finding("disk_full", text, subject=subject)
-    if free < _SPACE_SCARCE and share < _SCARCE_SHARE:
-        return here.finding("disk_scarce", subject=subject, free=size(free), share=f"{share:.0%}")
     return ok(subject, f"{size(free)} free")
