@@ -188,10 +188,10 @@ class SnapshotUnreadable(SnapshotError):
         self,
         path: str | os.PathLike[str],
         problem: str,
-        cause: Literal["limit", "snapshot_unreadable"] = "snapshot_unreadable",
+        cause: Literal["limit"] | None = None,
     ) -> None:
         super().__init__(path, problem)
-        self.cause = cause
+        self.cause: Cause = cause or "snapshot_unreadable"
 
 
 class SnapshotNotPublished(SnapshotError):

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mbcap_watch import Settings
 from mbcap_watch.cli import output
-from mbcap_watch.doctor import check, database, places, processes, snapshot
+from mbcap_watch.doctor import check, database, machine, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, ok, size
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import timestamp
@@ -60,7 +60,7 @@ READER = INGESTOR.replace("print", "connection.execute('BEGIN'); _ = connection.
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(machine, "LOCK_SECONDS", 0.3)
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.3)
 
 
@@ -823,7 +823,7 @@ def test_mount_options(mount: Mount, codes: list[str]) -> None:
     ],
 )
 def test_filesystems(kind: str, level: str) -> None:
-    [finding] = places.judge_filesystem(HERE, Mount(kind, "/", ()))
+    [finding] = machine.judge_filesystem(HERE, Mount(kind, "/", ()))
     assert finding.severity == level
 
 
@@ -840,8 +840,8 @@ def test_filesystems(kind: str, level: str) -> None:
 )
 def test_whose_files_would_be_left(uid: int, gid: int, mode: int, levels: list[str]) -> None:
     status = os.stat_result((0o100000 | mode, 2, 3, 1, 1000, 1000, 1, 0, 0, 0))
-    file = places.Place(Path("/d/m.db"), status)
-    findings = list(database.judge_owner(HERE, file, places.Place(Path("/d")), [], uid, gid))
+    file = machine.Place(Path("/d/m.db"), status)
+    findings = list(database.judge_owner(HERE, file, machine.Place(Path("/d")), [], uid, gid))
     assert [finding.severity for finding in findings] == levels
 
 
@@ -855,7 +855,7 @@ def test_whose_files_would_be_left(uid: int, gid: int, mode: int, levels: list[s
     ],
 )
 def test_what_a_daemon_looks_like(arguments: str, expected: bool) -> None:
-    assert processes.is_daemon(arguments.split()) is expected
+    assert machine.is_daemon(arguments.split()) is expected
 
 
 # ------------------------------------------------------------------------------ the report
@@ -867,7 +867,7 @@ async def test_an_examination_that_fails_is_a_problem(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(processes, "examine", fail)
+    monkeypatch.setattr(machine, "examine", fail)
     report = await report_on(installation)
     assert "ZeroDivisionError: of all things" in report("check", "problem")
     report("tables", "ok")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from mbcap_watch.bridge.thread import in_daemon_thread
-from mbcap_watch.doctor import database, processes, service, snapshot
+from mbcap_watch.doctor import database, machine, service, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, duration, quote
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.limits import require_descriptors
@@ -58,7 +58,7 @@ async def examine(
     if not _hangs(outside):
         for found in await asyncio.gather(
             ask(DATA_SECONDS, here.database, database.examine_contents, settings, values),
-            ask(FILE_SECONDS, here.database, processes.examine),
+            ask(FILE_SECONDS, here.database, machine.examine),
             ask(FILE_SECONDS, here.database, service.examine_daemons),
         ):
             findings += found

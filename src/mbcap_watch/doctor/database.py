@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
-from mbcap_watch.doctor.places import (
+from mbcap_watch.doctor.machine import (
+    WAL_READERS,
     Place,
     beyond_mode,
     blocked_way,
+    holder,
     judge_filesystem,
+    judge_lock,
     judge_space,
     mode_of,
     place,
 )
-from mbcap_watch.doctor.processes import WAL_READERS, holder, judge_lock
 from mbcap_watch.errors import (
     QUOTED,
     DatabaseBusy,

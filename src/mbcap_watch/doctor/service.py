@@ -6,17 +6,18 @@ import contextlib
 import os
 import threading
 import time
+import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import msgspec
 
-from mbcap_watch.doctor import processes
+from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ago, duration, ok
 from mbcap_watch.doctor.health import Health, judge
-from mbcap_watch.doctor.places import cut_off
-from mbcap_watch.doctor.processes import Daemon, daemons
+from mbcap_watch.doctor.machine import Place, cut_off, place
 from mbcap_watch.errors import QUOTED, printable
+from mbcap_watch.settings import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
 from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def examine_daemons(here: Installation) -> list[Finding]:
     if len(ours) > 1:
         return [here.finding("two_daemons", who=who)]
     for one in ours:
-        if processes.is_paused(one.pid):
+        if machine.is_paused(one.pid):
             return [here.finding("paused", pid=one.pid)]
         if one.uid != os.geteuid():
             return [here.finding("other_user", who=who, uid=one.uid)]
@@ -129,10 +130,7 @@ def examine_daemons(here: Installation) -> list[Finding]:
 
 
 def _trusted(here: Installation, peers: Sequence[Peer]) -> set[int]:
-    """Return the users whose sockets are believed: anybody can offer one.
-
-    Root also believes the owner of the database, because the daemon is meant to run as that user.
-    """
+    """Return the users whose sockets are believed; for root, the database's owner is among them."""
     uids = {0, os.geteuid()}
     if os.geteuid() == 0 and any(peer.uid for peer in peers):
         uids.add(_within(lambda: os.stat(here.database).st_uid, 0))
@@ -192,7 +190,7 @@ def _unmet(here: Installation) -> list[Finding]:
 
 
 def _judge_silent(here: Installation, peer: Peer) -> Health:
-    if processes.is_paused(peer.pid):
+    if machine.is_paused(peer.pid):
         return Health.of("paused", [here.finding("paused", pid=peer.pid)])
     silence = duration(SILENT_SECONDS)
     blocked = here.finding("blocked", pid=peer.pid, uid=peer.uid, silence=silence)
@@ -201,8 +199,8 @@ def _judge_silent(here: Installation, peer: Peer) -> Health:
 
 def _judge_unasked(here: Installation, daemon: Daemon) -> Health:
     """Judge a daemon of which only /proc tells."""
-    pid, fields, age = daemon.pid, processes.stat_of(daemon.pid), 0.0
-    if processes.is_paused(pid):
+    pid, fields, age = daemon.pid, machine.stat_of(daemon.pid), 0.0
+    if machine.is_paused(pid):
         return Health.of("paused", [here.finding("paused", pid=pid)])
     with contextlib.suppress(IndexError):  # it has just ended
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
@@ -240,12 +238,50 @@ def _absent(here: Installation, peers: Sequence[Peer], same: Sequence[Peer]) -> 
     gone = [here.finding("gone", pid=peer.pid) for peer in same if peer.fate == "gone"]
     yield from gone or [here.finding("not_running")]
     for peer in peers:
-        if peer.stats is not None and peer not in same:
-            others = peer.stats.database != printable(here.database)
-            yield here.finding(
-                "other_settings" if others else "other_snapshot_dir",
-                pid=peer.pid,
-                uid=peer.uid,
-                its_database=peer.stats.database,
-                its_snapshot_dir=peer.stats.snapshot_dir,
-            )
+        if (stats := peer.stats) is not None and peer not in same:
+            others = stats.database != printable(here.database)
+            code = "other_settings" if others else "other_snapshot_dir"
+            about = {"its_database": stats.database, "its_snapshot_dir": stats.snapshot_dir}
+            yield here.finding(code, pid=peer.pid, uid=peer.uid, **about)
+
+
+# ------------------------------------------------------------------------------ in /proc
+
+
+class Daemon(NamedTuple):
+    """A running `mbcap-watch run`, its database, and whether that is the one in question."""
+
+    pid: int
+    uid: int
+    database: str
+    same: bool
+
+
+def daemons(database: Path) -> list[Daemon]:
+    """Return every `mbcap-watch run` of this machine, as far as /proc shows them. Blocks."""
+    file, found = place(Path(os.path.realpath(database))), list[Daemon]()
+    for pid in machine.processes():
+        with contextlib.suppress(OSError):  # it has just ended
+            if machine.is_daemon(arguments := machine.arguments_of(pid)):
+                uid = os.stat(f"/proc/{pid}").st_uid
+                found.append(_daemon(pid, uid, arguments, file, database))
+    return found
+
+
+def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -> Daemon:
+    named = machine.option(arguments, "--database")  # a command line is public
+    try:
+        variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+        environ = dict(variable.partition("=")[::2] for variable in variables)
+        here, root = os.readlink(f"/proc/{pid}/cwd"), f"/proc/{pid}/root"
+        path = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
+        if config := machine.option(arguments, "--config") or environ.get(CONFIG_VARIABLE):
+            text = Path(root + os.path.join(here, config)).read_text(encoding="utf-8")
+            path = path or tomllib.loads(text).get("database")
+        path = os.path.normpath(os.path.join(here, path or DEFAULT_DATABASE))
+    except (OSError, ValueError):
+        return Daemon(pid, uid, named or "a database that only root may know", named == str(ours))
+    inside = place(Path(root + path)).status  # as that process sees it, be it in a container
+    if inside and file.status:
+        return Daemon(pid, uid, path, os.path.samestat(inside, file.status))
+    return Daemon(pid, uid, path, path == str(ours))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
-from mbcap_watch.doctor.places import (
+from mbcap_watch.doctor.machine import (
     Place,
     beyond_mode,
     blocked_way,

@@ -163,7 +163,7 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
             raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
         text = f"cannot be read: {exc.strerror}"
         raise SnapshotUnreadable(
-            path, text, "limit" if exc.errno in LIMIT_ERRORS else "snapshot_unreadable"
+            path, text, "limit" if exc.errno in LIMIT_ERRORS else None
         ) from exc
 
 
