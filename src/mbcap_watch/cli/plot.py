@@ -84,13 +84,9 @@ def chart(
 ) -> str:
     """Return an SVG document.
 
-    Args:
-        title: what it shows.
-        notes: a line below the title, and the unit of the axis that runs to the right.
-        legend: what draws a mark, and what such marks stand for.
-        ticks: places along both axes, the one to the right first, and what is written there.
-        marks: what is drawn on the field.
-
+    `notes` are a line below the title, and the unit of the axis that runs to the right; `legend`
+    has what draws a mark and what it stands for; `ticks` have places along both axes, that to the
+    right first, and what is written there; `marks` are drawn on the field.
     """
     parts = [
         f'<svg {_NAMESPACE} viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">',
