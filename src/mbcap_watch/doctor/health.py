@@ -236,7 +236,7 @@ def _of_late(stats: Stats, here: Installation) -> Iterator[Finding]:
 
 def _about_outputs(stats: Stats, here: Installation) -> Iterator[Finding]:
     for name, output in stats.outputs.items():
-        if output.problem is not None:
+        if output.problem is not None and name in _OUTPUTS:
             last = "it has never worked"
             if output.last_good is not None:
                 last = f"it last worked {ago(stats.sampled - output.last_good)}"
