@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import processes
 from mbcap_watch import snapshot_path
 from mbcap_watch.snapshot import timestamp
 from support import connect, document, put, wait_until
@@ -18,24 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "mbcap_watch"]
-
 
 @contextlib.contextmanager
-def daemon(database: Path) -> Iterator[None]:
+def daemon(database: Path, *options: str) -> Iterator[None]:
     """Run a bridge, and wait for its first sync."""
-    command = [*COMMAND, "run", "--database", str(database), "--sweep-interval", "100ms"]
-    with subprocess.Popen(command) as process:
-        try:
-            wait_until(lambda: ask(database, "status")["ages"].get("last_sync") is not None)
-            yield
-        finally:
-            process.terminate()
+    with processes.daemon(database, "--sweep-interval=100ms", *options):
+        wait_until(lambda: ask(database, "status")["ages"].get("last_sync") is not None)
+        yield
 
 
 def ask(database: Path, command: str) -> dict[str, Any]:
     done = subprocess.run(
-        [*COMMAND, command, "--json", "--database", str(database)],
+        [*processes.MBCAP_WATCH, command, "--json", "--database", str(database)],
         stdout=subprocess.PIPE,
         check=False,
     )
