@@ -48,6 +48,7 @@ class PersistResult:
         changed_active: rows of `nodes` that were written.
         changed_inactive: the same of `inactive_nodes`.
         failed_rows: rows that could not be written (a trigger or a constraint refused).
+        set_back: rows that somebody had set back since the last sync of this snapshot.
         written_at: `writtenAt` as in the file.
         error: what went wrong, for people; None if nothing did.
         seconds: how long all of it took.
@@ -70,6 +71,7 @@ class PersistResult:
     changed_active: int = 0
     changed_inactive: int = 0
     failed_rows: int = 0
+    set_back: int = 0
     written_at: str | None = None
     error: str | None = None
     seconds: float = 0.0
@@ -127,6 +129,7 @@ class WatchState:
         rearms: how often a watch had to be armed anew.
         last_problem: what was wrong with the last watch that was lost; None if none was.
         sweep_hits: changes of the file that the watch did not tell of, found by the sweep.
+        last_sweep_hit: when the sweep last found one; None if it never has.
         read_errors: syncs to which the operating system refused the file.
         last_sync: when a sync last ended; None before the first.
         last_progress: when a sync that takes more than a few seconds, or a call that was stuck,
@@ -144,6 +147,7 @@ class WatchState:
     rearms: int = 0
     last_problem: str | None = None
     sweep_hits: int = 0
+    last_sweep_hit: float | None = None
     read_errors: int = 0
     last_sync: float | None = None
     last_progress: float | None = None

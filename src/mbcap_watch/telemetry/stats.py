@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -148,6 +148,19 @@ class LastError(msgspec.Struct, frozen=True, kw_only=True):
     unreadable: bool = False
 
 
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """How something that the daemon writes to, or listens at, does.
+
+    Attributes:
+        problem: what is wrong with it now; None if nothing is.
+        last_good: when it last worked, in seconds since the epoch; None if it never has.
+
+    """
+
+    problem: str | None = None
+    last_good: float | None = None
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that `status` shows. Times are seconds since the epoch, intervals seconds.
 
@@ -159,8 +172,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         snapshot_written_at: `writtenAt` of the snapshot that was read last; `snapshot_time` the
             same in seconds. None if there is none, or if it has none but Go's zero time.
         failed_rows: rows refused, counted at every try.
+        set_back: rows that somebody had set back between two syncs of one snapshot, counted at
+            every sync; `last_set_back` how many the last such sync found, `last_set_back_at` when.
         last_error: None if no sync has had an error.
         history: the last `HISTORY` results, the oldest first.
+        outputs: of `log`, `ack` and `http`, those that are in use.
 
     """
 
@@ -184,12 +200,16 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     changed_active: int
     changed_inactive: int
     failed_rows: int
+    set_back: int = 0
+    last_set_back: int = 0
+    last_set_back_at: float | None = None
     last_result: PersistResult | None
     last_result_at: float | None
     last_error: LastError | None
     lag_ms: Summary
     mbcap_persist: Lock
     history: tuple[HistoryEntry, ...]
+    outputs: dict[Literal["log", "ack", "http"], Output] = {}
 
     @property
     def sampled(self) -> float:
