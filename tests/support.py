@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from mbcap_watch import PersistResult, Settings, Trigger, run
+from mbcap_watch.doctor.findings import Installation
+from mbcap_watch.doctor.health import explain
 from mbcap_watch.store import wal
 from mbcap_watch.telemetry.control import ROOT, ControlSocket
+from mbcap_watch.telemetry.logs import ResultLog
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -207,6 +210,12 @@ def at_rest() -> list[str]:
 def result(outcome: Outcome = "applied", error: str | None = None, **fields: Any) -> PersistResult:
     """Make a result, as a sync after a rename has it."""
     return PersistResult(**{"outcome": outcome, "reason": "rename", "error": error, **fields})
+
+
+def result_log(clock: Callable[[], float] = time.monotonic) -> ResultLog:
+    """Return a log of results, as the daemon has it."""
+    here = Installation("/data/meshcore.db", "/data/mbcap-snapshot", "")
+    return ResultLog(lambda result: explain(result, here), clock)
 
 
 class Results:

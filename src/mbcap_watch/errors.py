@@ -19,6 +19,7 @@ Cause = Literal[
     "corrupt",
     "disk_error",
     "limit",
+    "snapshot_unreadable",
     "no_database",
     "wal_replaced",
     "wal_left_behind",
@@ -26,9 +27,8 @@ Cause = Literal[
 ]
 """What is behind an error, as far as it can be told, for programs.
 
-`no_database` is behind no error: there is no snapshot yet, and no database either. `wal_replaced`
-and `wal_left_behind` are those of `ForeignWal`. `nodes_not_served` is behind no error, either: the
-other table was compared.
+`no_database` is behind no error: there is no snapshot yet, and no database either.
+`nodes_not_served` is behind no error, either: the other table was compared.
 """
 
 
@@ -170,6 +170,7 @@ class SnapshotUnreadable(SnapshotError):
     """
 
     hint = "the database stays as it is and the file is tried again"
+    cause = "snapshot_unreadable"
 
 
 class SnapshotNotPublished(SnapshotError):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.plot import write
 from mbcap_watch import Settings
 from mbcap_watch.cli import plot
 from mbcap_watch.results import PersistResult, Timings
@@ -90,3 +91,25 @@ def test_nothing_to_draw_is_said() -> None:
 def test_a_name_may_hold_anything() -> None:
     root = draw((0.01, 0.001), name='<&"\x01\x1b\udcff\ufffe>.db')
     assert texts(root)[0].startswith('<&"\\x01\\x1b\\udcff\\ufffe>.db: ')
+
+
+def test_the_plot_of_the_benchmark_is_drawn_by_the_same_function(tmp_path: Path) -> None:
+    samples = {
+        "ours": [0.002, 0.001, 0.005],
+        "bare": [0.0001],
+        "shell": [20.0],
+        "watchfiles": [0.1],
+    }
+    write(tmp_path / "latency.svg", samples)
+    root = ET.parse(tmp_path / "latency.svg").getroot()
+    lines = [e.attrib["points"].split() for e in root.iter(f"{SVG}polyline")]
+    lines = [line for line in lines if not line[0].endswith(",68.0")]  # those of the legend
+    ticks = {e.text: e.attrib["x"] for e in root.iter(f"{SVG}text")}
+    assert [place.split(",")[0] for place in lines[0]] == [
+        ticks["1 ms"], ticks["1 ms"], ticks["2 ms"], ticks["5 ms"]
+    ]  # fmt: skip
+    assert {"mbcap-watch (3)", "inotifywait + script (1)", "0 %", "99 %", "1 s"} <= set(ticks)
+    for point in (point for points in lines for point in points):
+        x, y = map(float, point.split(","))
+        assert plot._LEFT <= x <= plot._RIGHT
+        assert plot._TOP <= y <= plot._BOTTOM

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from mbcap_watch import Settings
-from mbcap_watch.doctor.findings import catalogue, duration
-from mbcap_watch.doctor.health import Health, State, judge
-from mbcap_watch.doctor.status import as_json, render
+from mbcap_watch.cli.views import as_json, render
+from mbcap_watch.doctor.findings import Installation, catalogue, duration
+from mbcap_watch.doctor.health import Health, State, explain, judge
 from mbcap_watch.errors import Cause
 from mbcap_watch.results import Outcome, PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
+from mbcap_watch.telemetry.stats import HistoryEntry, Output
 
 if TYPE_CHECKING:
     from mbcap_watch.telemetry.stats import Stats
@@ -127,20 +131,6 @@ def test_every_kind_of_trouble_has_a_remedy() -> None:
             assert "the cause" in text(well().result(outcome, "the cause", **fields).health())
 
 
-def test_a_snapshot_that_may_not_be_read() -> None:
-    bridge = well().result("failed", "/s/snapshot.json: permission denied")
-    health = bridge.sync(replace(INOTIFY, read_errors=1)).health()
-    assert codes(health)[0] == ["snapshot_unreadable"]
-    assert "namei" in text(health)
-
-
-def test_a_snapshot_that_no_descriptor_is_left_for() -> None:
-    bridge = well().result("failed", "/s/snapshot.json: too many open files", cause="limit")
-    health = bridge.sync(replace(INOTIFY, read_errors=1)).health()
-    assert codes(health)[0] == ["limit"]
-    assert "LimitNOFILE" in text(health)
-
-
 @pytest.mark.parametrize(
     "cause, remedy",
     [
@@ -152,6 +142,7 @@ def test_a_snapshot_that_no_descriptor_is_left_for() -> None:
         ("corrupt", "restore a backup"),
         ("disk_error", "dmesg"),
         ("limit", "LimitNOFILE"),
+        ("snapshot_unreadable", "namei"),
     ],
 )
 def test_each_cause_of_a_failure_has_its_own_remedy(cause: Cause, remedy: str) -> None:
@@ -309,14 +300,111 @@ def test_a_publisher_that_is_stale_is_no_error_of_ours(
     assert codes(health) == ([], warnings)
 
 
-def test_locks_and_missed_changes_are_warnings() -> None:
-    bridge = well().sync(replace(INOTIFY, sweep_hits=2))
+def test_locks_are_warnings() -> None:
+    bridge = well()
     bridge.metrics.on_timings(Timings(lag=None, waits=(0.3,), holds=(0.6,)))
     health = bridge.health()
-    assert codes(health) == ([], ["sweep_hits", "slow_holds", "contention"])
-    assert "2 changes were found by the sweep, without an event" in text(health)
+    assert codes(health) == ([], ["slow_holds", "contention"])
     assert "for over 0.5 s (1 time)" in text(health)
     assert "take over 0.3 s" in text(health)
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize(
+    "fields, code, words",
+    [
+        (
+            {"watch": replace(INOTIFY, last_sync=NOW, sweep_hits=2, last_sweep_hit=NOW - 60)},
+            "sweep_hits",
+            "2 changes were found by the sweep, without an event, the last 1 min ago",
+        ),
+        (
+            {"last_set_back": 3, "last_set_back_at": NOW - 60},
+            "set_back",
+            "3 rows were set back between two syncs of one snapshot, 1 min ago",
+        ),
+        (
+            {
+                "history": [
+                    HistoryEntry(at=NOW - 60, reason="rename", outcome="applied", hold_ms=501)
+                ]
+            },
+            "slow_holds",
+            "for over 0.5 s (1 time)",
+        ),
+    ],
+)
+def test_what_is_over_is_told_for_an_hour(fields: dict[str, Any], code: str, words: str) -> None:
+    stats = msgspec.structs.replace(well().stats, **fields)
+    health = judge(stats)
+    assert codes(health) == ([], [code])
+    assert words in text(health)
+    later = stats.sampled_at + timedelta(seconds=HOUR)
+    watch = replace(stats.watch, last_sync=later.timestamp())
+    health = judge(msgspec.structs.replace(stats, sampled_at=later, watch=watch), HOUR + 1)
+    assert codes(health) == ([], ["old_snapshot"])
+
+
+@pytest.mark.parametrize(
+    "name, code",
+    [("log", "log_unread"), ("ack", "ack_failed"), ("http", "http_down")],
+)
+def test_outputs_that_do_not_work(name: str, code: str) -> None:
+    stats = well().stats
+    for output, words in (
+        (Output(problem="it is full", last_good=NOW - 60), "it is full; it last worked 1 min ago"),
+        (Output(problem="it is full"), "it is full; it has never worked"),
+    ):
+        health = judge(msgspec.structs.replace(stats, outputs={name: output}))
+        assert codes(health) == ([], [code])
+        assert words in text(health)
+    works = Output(last_good=NOW - 60)
+    assert codes(judge(msgspec.structs.replace(stats, outputs={name: works}))) == ([], [])
+
+
+HERE = Installation.of(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "outcome, fields, code",
+    [
+        ("applied", {"matched_active": 1}, None),
+        ("unchanged", {"matched_active": 1}, None),
+        ("busy", {"error": "locked"}, "busy"),
+        ("failed", {"error": "full", "cause": "disk_full"}, "disk_full"),
+        ("failed", {"error": "no thanks", "failed_rows": 1}, "rows_refused"),
+        ("no_snapshot", {}, "no_snapshot"),
+        ("no_snapshot", {"cause": "no_database"}, "no_database"),
+        ("unchanged", {"error": "no nodes", "cause": "nodes_not_served"}, "nodes_not_served"),
+        ("unchanged", {"error": "no inactive_nodes"}, "table_waits"),
+        ("unchanged", {"unmatched": 1}, "no_match"),
+        ("unchanged", {"skipped_unrecognized": 1}, "no_usable_entry"),
+        ("unchanged", {"skipped_unknown": 1}, "nothing_to_write"),
+        ("applied", {"matched_active": 1, "set_back": 1}, "set_back"),
+        ("applied", {"error": "refused", "failed_rows": 1, "set_back": 1}, "rows_refused"),
+    ],
+)
+def test_a_result_by_itself(outcome: Outcome, fields: dict[str, Any], code: str | None) -> None:
+    result = PersistResult(outcome=outcome, reason="rename", entries=1, **fields)
+    finding = explain(result, HERE)
+    assert (finding and finding.code) == code
+    if finding and result.error:
+        assert result.error in finding.text
+
+
+def test_any_result_can_be_explained() -> None:
+    numbers: tuple[dict[str, Any], ...] = (
+        {},
+        {"failed_rows": 1},
+        {"unmatched": 1},
+        {"set_back": 1},
+    )
+    each = itertools.product(get_args(Outcome), [None, *get_args(Cause)], [None, "{x}"], numbers)
+    for outcome, cause, error, more in each:
+        fields = {"outcome": outcome, "cause": cause, "error": error, **more}
+        explain(PersistResult(reason="rename", **fields), HERE)
 
 
 def shown(stats: Stats | None, health: Health) -> str:
@@ -342,6 +430,18 @@ def test_the_table() -> None:
         "count 2, contention_total 1",
     ):
         assert part in out, part
+
+
+def test_the_table_has_the_outputs() -> None:
+    outputs = {
+        "log": Output(problem="nobody reads it", last_good=NOW - 60),
+        "http": Output(last_good=NOW - 5),
+    }
+    stats = msgspec.structs.replace(well().stats, outputs=outputs, set_back=3)
+    out = " ".join(shown(stats, judge(stats)).split())
+    assert "log nobody reads it (last worked 1 min ago)" in out
+    assert "http works (last worked 5 s ago)" in out
+    assert "0 refused, 3 set back" in out
 
 
 def test_a_remedy_stands_below_its_problem() -> None:

@@ -237,6 +237,25 @@ def test_where_no_socket_can_be_made_it_is_found_in_proc(database: Path) -> None
         assert (code, told["state"]) == (1, "paused")
 
 
+def test_a_snapshot_that_is_mounted_alone(database: Path) -> None:
+    """It works on, but what is renamed over the file outside never arrives."""
+    path = snapshot_path(database)
+    put(document(("aa11", "confirmed")), path)
+    with daemon(database, prefix=unshared(f"mount --bind {path} {path}")) as process:
+        inside = ["nsenter", "--mount", f"--target={process.pid}"]
+        wait_until(lambda: "single_snapshot" in codes(status(database, prefix=inside)[1]))
+        code, told = status(database, prefix=inside)
+        assert (code, told["state"], codes(told)) == (1, "running", ["single_snapshot"])
+
+
+def test_a_directory_that_was_deleted_behind_its_mount(database: Path) -> None:
+    directory, outside = snapshot_path(database).parent, database.with_name("outside")
+    script = f"mkdir {outside}; mount --bind {outside} {directory}; rmdir {outside}"
+    with daemon(database, prefix=unshared(script)) as process:
+        inside = ["nsenter", "--mount", f"--target={process.pid}"]
+        wait_until(lambda: "deleted_mount" in codes(status(database, prefix=inside)[1]))
+
+
 # ------------------------------------------------------------------------------ another user
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import processes
 from mbcap_watch import snapshot_path
 from mbcap_watch.snapshot import timestamp
 from support import connect, document, put, wait_until
@@ -18,24 +18,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-COMMAND = [sys.executable, "-m", "mbcap_watch"]
-
 
 @contextlib.contextmanager
-def daemon(database: Path) -> Iterator[None]:
+def daemon(database: Path, *options: str) -> Iterator[None]:
     """Run a bridge, and wait for its first sync."""
-    command = [*COMMAND, "run", "--database", str(database), "--sweep-interval", "100ms"]
-    with subprocess.Popen(command) as process:
-        try:
-            wait_until(lambda: ask(database, "status")["ages"].get("last_sync") is not None)
-            yield
-        finally:
-            process.terminate()
+    with processes.daemon(database, "--sweep-interval=100ms", *options):
+        wait_until(lambda: ask(database, "status")["ages"].get("last_sync") is not None)
+        yield
 
 
 def ask(database: Path, command: str) -> dict[str, Any]:
     done = subprocess.run(
-        [*COMMAND, command, "--json", "--database", str(database)],
+        [*processes.MBCAP_WATCH, command, "--json", "--database", str(database)],
         stdout=subprocess.PIPE,
         check=False,
     )
@@ -76,6 +70,13 @@ def published(*entries: Any, written_at: str | None = None) -> Callable[[Path], 
     return publish
 
 
+def shell(script: str) -> Callable[[Path], None]:
+    def run(database: Path) -> None:
+        subprocess.run(["sh", "-ec", script], cwd=database.parent, check=True)
+
+    return run
+
+
 VIEW = ("ALTER TABLE nodes RENAME TO other", "CREATE VIEW nodes AS SELECT * FROM other")
 
 
@@ -89,6 +90,13 @@ VIEW = ("ALTER TABLE nodes RENAME TO other", "CREATE VIEW nodes AS SELECT * FROM
         (published(("aa11", "Confirmed"), ("bb22", "SUSPECTED")), {"no_usable_entry"}, set()),
         (published(("AA11", "confirmed"), ("BB22", "suspected")), {"no_match"}, set()),
         (published(("aa11", "unknown")), set(), {"nothing_to_write"}),
+        (shell("cd mbcap-snapshot; ln -sf gone snapshot.json"), {"snapshot_misplaced"}, set()),
+        (shell("rm -r mbcap-snapshot; ln -s gone mbcap-snapshot"), {"snapshot_misplaced"}, set()),
+        (shell("rm -r mbcap-snapshot; touch mbcap-snapshot"), {"snapshot_misplaced"}, set()),
+        (shell("cd mbcap-snapshot; echo torn > snapshot.json"), {"malformed"}, set()),
+        (shell("cd mbcap-snapshot; rm *; mkfifo snapshot.json"), {"refused"}, set()),
+        (shell("seq 1000 > meshcore.db"), {"not_a_database"}, set()),
+        (shell("rm meshcore.db"), {"database_missing"}, set()),
         (published(("aa11", "confirmed"), written_at="2024-01-01T00:00:00Z"), set(), {"age"}),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter, _TextFormatter, summary
-from support import result
+from support import result, result_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,13 +27,13 @@ Lines = list[tuple[str, str]]
 
 
 def logged(caplog: pytest.LogCaptureFixture, *results: PersistResult) -> Lines:
-    """Return level and text of the lines that a run with these results logs at `info`."""
+    """Return level and text, without a remedy, of the lines that these results log at `info`."""
     caplog.clear()
-    log = ResultLog()
+    log = result_log()
     with caplog.at_level(logging.INFO, logger="mbcap_watch"):
         for each in results:
             log(each)
-    return [(record.levelname, record.getMessage()) for record in caplog.records]
+    return [(each.levelname, each.getMessage().partition("; ")[0]) for each in caplog.records]
 
 
 def starts(lines: Lines) -> Lines:
@@ -41,18 +41,26 @@ def starts(lines: Lines) -> Lines:
     return [(level, text.partition(":")[0]) for level, text in lines]
 
 
-APPLIED = result("applied", changed_active=1, entries=1)
-UNCHANGED = result("unchanged")
+APPLIED = result("applied", changed_active=1, matched_active=1, entries=1)
+UNCHANGED = result("unchanged", matched_active=1, entries=1)
 WAITING = result("no_snapshot")
 LOST = result("no_snapshot", cause="no_database")
-STRANGE = result("unchanged", unmatched=3)
+STRANGE = result("unchanged", unmatched=3, entries=3)
 MISPLACED = result("no_snapshot", "/x: is not a directory")
 TORN = result("malformed", "/x: truncated")
 BUSY = result("busy", "/db: locked")
-UNSERVED = result("unchanged", "nodes: no column", unmatched=3)
-SET_BACK = result("applied", changed_active=2, set_back=2)
-REFUSED_ROW = result("unchanged", "nodes: the row 'a' could not be written: no")
-PARTLY = result("applied", "nodes: the row 'a' could not be written: no", failed_rows=1)
+UNSERVED = result("unchanged", "nodes: no column", cause="nodes_not_served", unmatched=3, entries=3)
+SET_BACK = result("applied", changed_active=2, matched_active=2, set_back=2, entries=2)
+REFUSED_ROW = result(
+    "failed", "nodes: the row 'a' could not be written: no", failed_rows=1, entries=1
+)
+PARTLY = result(
+    "applied",
+    "nodes: the row 'a' could not be written: no",
+    failed_rows=1,
+    matched_active=1,
+    entries=1,
+)
 
 CASES: dict[str, tuple[list[PersistResult], Lines]] = {
     "one line per applied snapshot": (
@@ -90,7 +98,7 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
     ),
     "what went wrong comes before keys that are in no table that could be asked": (
         [UNSERVED, STRANGE],
-        [("WARNING", "unchanged"), ("WARNING", "no_match")],
+        [("WARNING", "nodes_not_served"), ("WARNING", "no_match")],
     ),
     "rows that others set back are said, besides what was applied": (
         [SET_BACK, SET_BACK, UNCHANGED],
@@ -110,11 +118,11 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
     ),
     "a row that is refused is trouble, said once": (
         [REFUSED_ROW, REFUSED_ROW],
-        [("WARNING", "unchanged")],
+        [("WARNING", "rows_refused")],
     ),
     "applied with trouble is both": (
         [PARTLY],
-        [("INFO", "applied"), ("WARNING", "applied")],
+        [("INFO", "applied"), ("WARNING", "rows_refused")],
     ),
 }
 
@@ -128,7 +136,8 @@ def test_changes_of_state(
 
 def test_a_warning_tells_the_error(caplog: pytest.LogCaptureFixture) -> None:
     assert logged(caplog, TORN) == [("WARNING", "malformed: /x: truncated")]
-    assert logged(caplog, LOST) == [("INFO", "waiting for a snapshot: there is no database either")]
+    lost = "there is neither a database at /data/meshcore.db nor a snapshot beside it"
+    assert logged(caplog, LOST) == [("INFO", f"waiting for a snapshot: {lost}")]
     assert logged(caplog, MISPLACED) == [("INFO", "waiting for a snapshot: /x: is not a directory")]
 
 
@@ -159,7 +168,7 @@ def test_trouble_is_told_in_the_words_of_the_catalogue(caplog: pytest.LogCapture
 
 
 def test_every_look_is_logged_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
-    log = ResultLog()
+    log = result_log()
     with caplog.at_level(logging.DEBUG, logger="mbcap_watch"):
         log(UNCHANGED)
         log(UNCHANGED)
@@ -251,7 +260,7 @@ def test_json_has_the_fields_of_the_result(caplog: pytest.LogCaptureFixture) -> 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", fields.pop("time"))
     assert fields.pop("level") == "warning"
     assert fields.pop("logger") == "mbcap_watch"
-    assert fields.pop("message") == printable(f"malformed: {each.error}")
+    assert fields.pop("message").startswith(printable(f"malformed: {each.error}; "))
     assert fields.pop("code") == "malformed"
     assert fields.pop("error") == printable(str(each.error))
     others = json.loads(each.to_json())

@@ -12,19 +12,18 @@ from mbcap_watch.telemetry.logs import (
     MOST,
     REMINDER,
     WINDOW,
-    ResultLog,
     StateLog,
     Throttle,
     _JsonFormatter,
 )
-from support import result
+from support import result, result_log
 
 if TYPE_CHECKING:
     import pytest
 
 HOUR, DAY = 3600, 86_400
-APPLIED = result("applied", changed_active=1)
-UNCHANGED = result("unchanged", reason="resync")
+APPLIED = result("applied", changed_active=1, matched_active=1, entries=1)
+UNCHANGED = result("unchanged", reason="resync", matched_active=1, entries=1)
 BUSY = result("busy", "/db: locked", reason="retry")
 
 
@@ -48,10 +47,10 @@ def log_over_time(
 def results(
     caplog: pytest.LogCaptureFixture, timeline: list[tuple[float, PersistResult]]
 ) -> list[str]:
-    """Return the lines, without those of applied snapshots."""
+    """Return the lines, without those of applied snapshots, and without remedies."""
     clock = Clock()
-    lines = log_over_time(caplog, ResultLog(clock), clock, timeline)
-    return [line for line in lines if not line.startswith("applied: ")]
+    lines = log_over_time(caplog, result_log(clock), clock, timeline)
+    return [line.partition("; ")[0] for line in lines if not line.startswith("applied: ")]
 
 
 def torn(number: int) -> PersistResult:
@@ -110,7 +109,7 @@ def test_the_count_is_there_for_machines(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_the_end_leaves_no_count_unsaid(caplog: pytest.LogCaptureFixture) -> None:
-    log = ResultLog(lambda: 0.0)
+    log = result_log(lambda: 0.0)
     for number in range(8):
         log(torn(number))
     log.end()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import make_wsgi_app
 
-from mbcap_watch.doctor import status
+from mbcap_watch.cli import views
 from mbcap_watch.doctor.health import judge
 from mbcap_watch.telemetry.outputs import OutputState
 from mbcap_watch.telemetry.prometheus import registry_of
@@ -147,7 +147,7 @@ class Endpoint:
         health = judge(stats)
         code = HTTPStatus.OK if health.healthy else HTTPStatus.SERVICE_UNAVAILABLE
         start(f"{code.value} {code.phrase}", [("Content-Type", "application/json")])
-        return [json.dumps(status.as_json(stats, health)).encode()]
+        return [json.dumps(views.as_json(stats, health)).encode()]
 
 
 def _verdict(stats: Stats) -> tuple[bool, list[str]]:

@@ -63,17 +63,17 @@ def status(*, as_json: bool, max_age: str | None, **given: Any) -> int:
       1  not healthy, not running, or another user's
       2  usage or configuration
     """
-    from mbcap_watch.doctor import status as shown
+    from mbcap_watch.cli import views
 
     most = None if max_age is None else _MAX_AGE.read("--max-age", max_age)
     stats, health = _look(load(given), most)
     if as_json:
-        output.print_json(shown.as_json(stats, health))
+        output.print_json(views.as_json(stats, health))
     else:
         from rich.console import Console
 
         with output.written():
-            shown.render(stats, health, Console())
+            views.render(stats, health, Console())
     return 0 if health.healthy else 1
 
 
@@ -155,9 +155,9 @@ def show_plot(*, out: str | None, **given: Any) -> None:
 def _look(loaded: config.Config, max_age: float | None = None) -> tuple[Stats | None, Health]:
     """Ask the daemon with these settings; if they name no database, else the only one there is."""
     from mbcap_watch.doctor import service
-    from mbcap_watch.telemetry.ask import ask
+    from mbcap_watch.telemetry.control import ask
 
-    stats, health = service.look(loaded.settings, os.environ, max_age)
+    stats, health = service.look(loaded.settings, os.environ, max_age, loaded.file)
     if health.state == "not running" and {loaded.origins[name] for name in PATHS} == {"default"}:
         others = [
             peer.stats
@@ -166,7 +166,7 @@ def _look(loaded: config.Config, max_age: float | None = None) -> tuple[Stats | 
         ]
         if len(others) == 1:
             its = Settings(others[0].database, others[0].snapshot_dir)
-            return service.look(its, os.environ, max_age)
+            return service.look(its, os.environ, max_age, loaded.file)
     return stats, health
 
 

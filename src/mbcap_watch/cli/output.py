@@ -74,7 +74,7 @@ def print_config(values: Mapping[str, Any], origins: Mapping[str, str], *, as_js
     from rich.console import Console
     from rich.table import Table
 
-    from mbcap_watch.doctor.status import plain
+    from mbcap_watch.cli.views import plain
 
     if as_json:
         print_json(
@@ -132,7 +132,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     from rich.console import Console  # 17 ms and 2 MB that `run` can do without
     from rich.text import Text
 
-    from mbcap_watch.doctor.status import plain
+    from mbcap_watch.cli.views import plain
 
     console = console or Console()
 

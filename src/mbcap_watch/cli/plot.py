@@ -1,4 +1,4 @@
-"""`plot`: lag and lock holds of the latest results, as an SVG. Pure.
+"""`plot`: lag and lock holds of the latest results, as an SVG; `chart` draws any. Pure.
 
 Readable on light and on dark: it has a background of its own, and follows the viewer's preference.
 """
@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from functools import partial
 from html import escape
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from mbcap_watch.errors import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from mbcap_watch.telemetry.stats import HistoryEntry, Stats
+    from mbcap_watch.telemetry.stats import Stats
 
 _NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'
 _WIDTH, _HEIGHT = 800, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 760, 84, 348  # of the field within
+ACROSS, UP = (_LEFT, _RIGHT), (_BOTTOM, _TOP)
 
 _STYLE: Final = """
 text { font: 13px sans-serif; fill: #343a40 }
@@ -55,7 +57,7 @@ _LEAST_MS: Final = 0.01
 _LONGEST_NAME: Final = 40
 
 
-class _Scale(NamedTuple):
+class Scale(NamedTuple):
     """From values to places along an axis; both ends of both."""
 
     low: float
@@ -64,8 +66,46 @@ class _Scale(NamedTuple):
     end: float
 
     def __call__(self, value: float) -> float:
+        """Return the place of a value."""
         share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
+
+
+Mark: TypeAlias = "Callable[[float, float], str]"
+Ticks: TypeAlias = "Iterable[tuple[float, str]]"
+
+
+def chart(
+    title: str,
+    notes: Sequence[str],
+    legend: Iterable[tuple[Mark, str]],
+    ticks: tuple[Ticks, Ticks],
+    marks: Iterable[str],
+) -> str:
+    """Return an SVG document.
+
+    `notes` are a line below the title, and the unit of the axis that runs to the right; `legend`
+    has what draws a mark and what it stands for; `ticks` have places along both axes, that to the
+    right first, and what is written there; `marks` are drawn on the field.
+    """
+    parts = [
+        f'<svg {_NAMESPACE} viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">',
+        f"<title>{title}</title>",
+        f"<style>{_STYLE}</style>",
+        '<rect class="field" width="100%" height="100%"/>',
+        _text(_LEFT, 28, title, "title"),
+        _text(_LEFT, 50, notes[0]),
+        *(_text(_RIGHT, _BOTTOM + 40, unit, anchor="end") for unit in notes[1:]),
+    ]
+    for left, (mark, meaning) in zip(range(_LEFT + 4, _RIGHT, 174), legend, strict=False):
+        parts += [mark(left, 68), _text(left + 10, 72, meaning)]
+    for x, label in ticks[0]:
+        parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{_BOTTOM}"/>')
+        parts.append(_text(x, _BOTTOM + 20, label, anchor="middle"))
+    for y, label in ticks[1]:
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>')
+        parts.append(_text(_LEFT - 8, y + 4, label, anchor="end"))
+    return "\n".join([*parts, *marks, "</svg>", ""])
 
 
 def svg(stats: Stats) -> str:
@@ -78,23 +118,13 @@ def svg(stats: Stats) -> str:
         each for each in stats.history if each.lag_ms is not None or each.hold_ms is not None
     ]
     name = escape(printable(PurePath(stats.database).name, _LONGEST_NAME))
-    parts = [
-        f'<svg {_NAMESPACE} viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}">',
-        f"<title>mbcap-watch: {name}</title>",
-        f"<style>{_STYLE}</style>",
-        '<rect class="field" width="100%" height="100%"/>',
-        _text(_LEFT, 28, f"{name}: from rename to commit, and holds of the write lock", "title"),
-    ]
-    if results:
-        parts += _drawing(results)
-    else:
-        parts.append(_text(_LEFT, 54, f"nothing was written since {_minute(stats.started_at)}"))
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def _drawing(results: Sequence[HistoryEntry]) -> Iterator[str]:
+    title = f"{name}: from rename to commit, and holds of the write lock"
+    if not results:
+        return chart(
+            title, [f"nothing was written since {_minute(stats.started_at)}"], (), ((), ()), ()
+        )
     first, last = results[0].at, results[-1].at
-    across = _Scale(first, max(last, first + _LEAST_SPAN), _LEFT, _RIGHT)
+    right = Scale(first, max(last, first + _LEAST_SPAN), *ACROSS)
     values = [
         max(value, _LEAST_MS)
         for each in results
@@ -102,43 +132,42 @@ def _drawing(results: Sequence[HistoryEntry]) -> Iterator[str]:
         if value is not None
     ]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    up = _Scale(low, max(high, low + 1), _BOTTOM, _TOP)
+    up = Scale(low, max(high, low + 1), *UP)
     times = "result" if len(results) == 1 else "results"
-    yield _text(_LEFT, 50, f"{len(results)} {times}, {_minute(first)} to {_minute(last)}")
-    yield _dot("lag", _LEFT + 4, 68) + _text(_LEFT + 14, 72, "lag: rename to commit")
-    yield _dot("hold", _LEFT + 194, 68) + _text(_LEFT + 204, 72, "longest hold of the write lock")
-    yield from _time_axis(across)
-    yield from _value_axis(up)
+    notes = [f"{len(results)} {times}, {_minute(first)} to {_minute(last)}", "UTC"]
+    legend = [
+        (partial(_dot, "lag"), "lag: rename to commit"),
+        (partial(_dot, "hold"), "longest hold of the write lock"),
+    ]
+    marks = []
     for each in results:
         for kind, value in (("lag", each.lag_ms), ("hold", each.hold_ms)):
             if value is not None:
                 tip = f"{_moment(each.at):%H:%M:%S}: {kind} {value:g} ms, {each.changed} rows"
-                yield _dot(kind, across(each.at), up(math.log10(max(value, _LEAST_MS))), tip)
+                place = right(each.at), up(math.log10(max(value, _LEAST_MS)))
+                marks.append(_dot(kind, *place, tip))
+    return chart(title, notes, legend, (_times(right), decades(up)), marks)
 
 
-def _time_axis(across: _Scale) -> Iterator[str]:
-    span = across.high - across.low
+def _times(right: Scale) -> Iterator[tuple[float, str]]:
+    span = right.high - right.low
     step = next((step for step in _STEPS if span / step <= _MOST_TICKS), 0)
     step = step or math.ceil(span / _MOST_TICKS / 86400) * 86400
     form = "%H:%M:%S" if step < 60 else "%H:%M" if step < 86400 else "%b %d"  # noqa: PLR2004
-    tick = math.ceil(across.low / step) * step
-    while tick <= across.high:
-        x = across(tick)
-        yield f'<path class="grid" d="M{x:.1f} {_TOP}V{_BOTTOM}"/>'
-        yield _text(x, _BOTTOM + 20, format(_moment(tick), form), anchor="middle")
+    tick = math.ceil(right.low / step) * step
+    while tick <= right.high:
+        yield right(tick), format(_moment(tick), form)
         tick += step
-    yield _text(_RIGHT, _BOTTOM + 40, "UTC", anchor="end")
 
 
-def _value_axis(up: _Scale) -> Iterator[str]:
-    few = up.high - up.low <= _FEW_DECADES
-    for decade in range(int(up.low), int(up.high) + 1):
-        for digit in (1, 2, 5) if few and decade < up.high else (1,):
-            y = up(decade + math.log10(digit))
+def decades(scale: Scale) -> Iterator[tuple[float, str]]:
+    """Yield the ticks of an axis of milliseconds whose values are decimal logarithms."""
+    few = scale.high - scale.low <= _FEW_DECADES
+    for decade in range(int(scale.low), int(scale.high) + 1):
+        for digit in (1, 2, 5) if few and decade < scale.high else (1,):
             ms = digit * 10.0**decade
             label = f"{ms:g} ms" if ms < 1000 else f"{ms / 1000:,g} s"  # noqa: PLR2004
-            yield f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
-            yield _text(_LEFT - 8, y + 4, label, anchor="end")
+            yield scale(decade + math.log10(digit)), label
 
 
 def _dot(kind: str, x: float, y: float, tip: str = "") -> str:

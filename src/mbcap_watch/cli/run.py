@@ -14,6 +14,8 @@ import anyio
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import run
 from mbcap_watch.cli import config, output
+from mbcap_watch.doctor.findings import Installation
+from mbcap_watch.doctor.health import explain
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry import logs
@@ -53,8 +55,9 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     def sample() -> Stats:
         return metrics.snapshot(time.time())
 
-    # The place for the catalogue: `explain=lambda result: doctor.health.explain(result, …)`.
-    result_log, state_log = logs.ResultLog(), logs.StateLog()
+    here = Installation.of(settings, loaded.file)
+    result_log = logs.ResultLog(lambda result: explain(result, here))
+    state_log = logs.StateLog()
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
     control = ControlSocket(settings, os.environ, sample)

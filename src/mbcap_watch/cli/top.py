@@ -23,9 +23,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from mbcap_watch.cli import output
+from mbcap_watch.cli import output, views
 from mbcap_watch.cli.signals import Stop
-from mbcap_watch.doctor import status
 from mbcap_watch.errors import printable
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group
     lines = [_verdict(health)]
     lines += list(_findings(health, width))[: max(2, height // 2)]
     if stats is not None:
-        figures = [*status.rows(stats), ("recent lags", sparkline(stats.history, width // 2))]
+        figures = [*views.rows(stats), ("recent lags", sparkline(stats.history, width // 2))]
         if len(lines) + len(figures) + _LEAST_RESULTS > height:
             figures = [each for each in figures if each[0] in (*_ESSENTIAL, "recent lags")]
         lines += [
@@ -82,14 +81,9 @@ def _verdict(health: Health) -> Text:
 
 
 def _findings(health: Health, width: int) -> Iterator[Text]:
-    for mark, style, findings in (("✗", "red", health.problems), ("!", "yellow", health.warnings)):
-        for finding in findings:
-            for text, style_of_text in (
-                (f"{mark} {finding.text}", style),
-                (f"  → {finding.remedy}", ""),
-            ):
-                for line in textwrap.wrap(printable(text), max(width, 10), subsequent_indent="  "):
-                    yield Text(line, style=style_of_text)
+    for text, style in views.marked(health):
+        for line in textwrap.wrap(printable(text), max(width, 10), subsequent_indent="  "):
+            yield Text(line, style=style)
 
 
 _HEADING: Final = (

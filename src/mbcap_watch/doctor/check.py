@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from mbcap_watch.bridge.thread import in_daemon_thread
-from mbcap_watch.doctor import contents, database, machine, service, snapshot
+from mbcap_watch.doctor import database, machine, service, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, duration, quote
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.limits import require_descriptors
-from mbcap_watch.watcher.mounts import mount_table
-from mbcap_watch.watcher.supervisor import Watch
+from mbcap_watch.watcher.mounts import UNKNOWN, mount_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -35,46 +34,36 @@ DATA_SECONDS: Final = 15.0
 _DESCRIPTORS: Final = 24
 
 # Where the control sockets may be, for the line about a filesystem that does not answer.
-RUNTIME: Final = Path("/dev/shm")  # noqa: S108 - only a name
+_RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
 
 
 async def examine(
     settings: Settings, environ: Mapping[str, str], config: Path | None = None
 ) -> list[Finding]:
-    """Examine an installation: the database, the snapshot, the watch, and who else is there.
-
-    Args:
-        settings: as `run` would have them.
-        environ: the environment, for hints at a wrong path.
-        config: the file that the settings are from, for the commands in remedies.
-
-    """
-    installation = Installation.of(settings, config)
+    """Examine an installation: the database, the snapshot, the watch, and who else is there."""
+    here = Installation.of(settings, config)
     try:
         require_descriptors(_DESCRIPTORS)
     except OSError as exc:  # everything would fail, for no reason of its own
-        return [installation.finding("limit", f"check cannot work: {exc.strerror}")]
-    ask = partial(_ask, installation)
+        return [here.finding("limit", f"check cannot work: {exc.strerror}")]
+    ask = partial(_ask, here)
     values: dict[str, Value] = {}
     outside, inside = await asyncio.gather(
-        ask(FILE_SECONDS, settings.database, database.examine, environ),
-        ask(DATA_SECONDS, settings.snapshot_dir, snapshot.examine, settings, values),
+        ask(FILE_SECONDS, here.database, database.examine, environ),
+        ask(DATA_SECONDS, here.snapshot_dir, snapshot.examine, settings, values),
     )
     findings = outside + inside
     if not _hangs(inside):  # what does not answer is not asked again
-        findings += await ask(FILE_SECONDS, settings.snapshot_dir, _watch, settings)
+        findings += await ask(FILE_SECONDS, here.snapshot_dir, snapshot.examine_watch, settings)
     if not _hangs(outside):
         for found in await asyncio.gather(
-            ask(DATA_SECONDS, settings.database, contents.examine, settings, values),
-            ask(FILE_SECONDS, settings.database, machine.examine),
+            ask(DATA_SECONDS, here.database, database.examine_contents, settings, values),
+            ask(FILE_SECONDS, here.database, machine.examine),
+            ask(FILE_SECONDS, here.database, service.examine_daemons),
         ):
             findings += found
     explained = exit_code(findings) == 1
-
-    def ask_service(_: Installation) -> list[Finding]:
-        return service.examine(settings, environ, explained=explained)
-
-    findings += await ask(DATA_SECONDS, RUNTIME, ask_service)
+    findings += await ask(DATA_SECONDS, _RUNTIME, service.examine, settings, environ, explained)
     return list(_once(findings))
 
 
@@ -91,42 +80,27 @@ def _once(findings: Iterable[Finding]) -> Iterable[Finding]:
         codes.add(each.code)
 
 
-def _watch(installation: Installation, settings: Settings) -> list[Finding]:
-    """Do what `run` does at its start, and undo it."""
-    watch = Watch(settings, lambda: None)
-    try:
-        watch.refresh()
-        return snapshot.examine_watch(installation, settings, watch.state)
-    finally:
-        watch.close()
-
-
 async def _ask(
-    installation: Installation,
+    here: Installation,
     seconds: float,
-    path: Path,
-    examination: Callable[..., list[Finding]],
+    path: str,
+    examination: Callable[..., Iterable[Finding]],
     *arguments: Any,
 ) -> list[Finding]:
     """Wait for an examination of what is at `path`; its failure is a finding."""
     try:
         with anyio.fail_after(seconds):
-            return await in_daemon_thread(examination, installation, *arguments)
+            return await in_daemon_thread(lambda: list(examination(here, *arguments)))
     except TimeoutError:
         # Only the names of mounts: everything else would hang, too.
-        above = [mount for mount in mount_table() if path.is_relative_to(mount.mount_point)]
-        mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=None)
-        where = f"{mount.type}, mounted on {mount.mount_point}" if mount else "unknown filesystem"
-        answer = installation.finding(
-            "no_answer",
-            path=path,
-            where=where,
-            seconds=duration(seconds),
-            point=quote(mount.mount_point) if mount else "",
-        )
+        above = [mount for mount in mount_table() if Path(path).is_relative_to(mount.mount_point)]
+        mount = max(above, key=lambda each: len(Path(each.mount_point).parts), default=UNKNOWN)
+        where, point = f"{mount.type}, mounted on {mount.mount_point}", quote(mount.mount_point)
+        about = {"where": where, "seconds": duration(seconds), "point": point}
+        answer = here.finding("no_answer", path=path, **about)
     except Exception as exc:  # noqa: BLE001 - the other examinations go on
         error = f"{type(exc).__name__}: {printable(str(exc), QUOTED)}"
-        answer = installation.finding("check_failed", path=path, error=error)
+        answer = here.finding("check_failed", path=path, error=error)
     return [answer]
 
 

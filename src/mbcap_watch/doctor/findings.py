@@ -47,12 +47,9 @@ class Finding(msgspec.Struct, frozen=True):
     """One thing that was found.
 
     Attributes:
-        code: the name of the finding in the catalogue, for programs; `ok` if all is well.
-        severity: `problem` (it does not work), `warning` (it works, but not well, or not for long),
-            or `ok`.
+        code: its name in the catalogue, for programs; `ok` if all is well.
+        severity: `problem`: it does not work; `warning`: it does, but not well, or not for long.
         subject: the thing that was examined, in a word or two.
-        text: the finding in a sentence.
-        remedy: what to do; empty if there is nothing to do.
 
     """
 
@@ -83,13 +80,13 @@ class Installation(NamedTuple):
     def finding(
         self, code: str, text: str = "", *, remedy: str = "", subject: str = "", **details: Any
     ) -> Finding:
-        """Return a finding of the catalogue.
+        """Return a finding of the catalogue; what is given here stands instead of what is there.
 
         Args:
             code: its name there.
-            text: what to say instead of the sentence of the catalogue.
-            remedy: likewise.
-            subject: likewise.
+            text: the sentence.
+            remedy: what to do.
+            subject: what was examined.
             details: what the sentence and the remedy leave open.
 
         """

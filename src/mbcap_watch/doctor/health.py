@@ -14,7 +14,7 @@ from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mbcap_watch.results import Outcome
+    from mbcap_watch.results import Outcome, PersistResult
     from mbcap_watch.telemetry.stats import Stats
 
 # A sync ends within milliseconds, one that changes a million rows on a small machine within
@@ -32,13 +32,16 @@ OLD_SNAPSHOT_SECONDS: Final = 15 * 60.0
 CLOCK_SECONDS: Final = 60.0
 
 # Outcomes of a sync that found a snapshot.
-_WITH_SNAPSHOT: Final[tuple[Outcome, ...]] = (
-    "applied",
-    "unchanged",
-    "malformed",
-    "refused",
-    "busy",
-)
+_FOUND: Final[tuple[Outcome, ...]] = ("applied", "unchanged", "malformed", "refused", "busy")
+
+# For how long something that is over is still told.
+_LATELY_SECONDS: Final = 3600.0
+
+# Where there may be no directory to watch, that it is not watched is no news.
+_NO_DIRECTORY: Final = {"snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable"}
+
+# The findings about the daemon's outputs.
+_OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"}
 
 State = Literal["starting", "running", "stuck", "paused", "not running", "unknown"]
 
@@ -79,159 +82,162 @@ class Health(msgspec.Struct, frozen=True):
         return "running, healthy" if self.healthy else "running, unhealthy"
 
 
-def judge(stats: Stats, max_age: float | None = None) -> Health:
+def judge(stats: Stats, max_age: float | None = None, here: Installation | None = None) -> Health:
     """Judge a daemon by its stats.
 
     Args:
         stats: made just now.
         max_age: seconds since the database was last compared that are too many; None: see
             `_RESYNCS`.
+        here: what the findings are about, if more is known than the stats say.
 
     """
-    installation = Installation(stats.database, stats.snapshot_dir)
-    stuck = tuple(_stuck(stats, installation))
-    findings = [*stuck, *_trouble(stats, installation)]
-    if not findings:
-        findings += _overdue(stats, installation, max_age)
-    findings += [*_about_snapshot(stats, installation), *_about_watch(stats, installation)]
-    findings += _about_lock(stats, installation)
+    here = here or Installation(stats.database, stats.snapshot_dir)
+    stuck = tuple(_stuck(stats, here))
+    findings = [*stuck, *_about_result(stats, here)]
+    if not any(each.severity == "problem" for each in findings):
+        findings += _overdue(stats, here, max_age)
+    if stats.snapshot_time is not None:
+        findings += judge_age(here, stats.sampled - stats.snapshot_time)
+    if stats.watch.degraded and not _NO_DIRECTORY.intersection(each.code for each in findings):
+        findings.append(here.finding("no_inotify", why=stats.watch.why))
+    findings += _of_late(stats, here)
+    findings += _about_outputs(stats, here)
     state: State = "stuck" if stuck else "running"
     if not stuck and stats.watch.last_sync is None:
         state = "starting"
         when = ago(stats.sampled - stats.started_at)
-        findings.insert(0, installation.finding("starting", pid=stats.pid, when=when))
+        findings.insert(0, here.finding("starting", pid=stats.pid, when=when))
     return Health.of(state, findings)
 
 
-def _stuck(stats: Stats, installation: Installation) -> Iterator[Finding]:
+def _stuck(stats: Stats, here: Installation) -> Iterator[Finding]:
     watch, now = stats.watch, stats.sampled
     idle = now - max(watch.last_sync or 0, watch.last_progress or 0, stats.started_at)
     last = "no sync has ended yet"
     if watch.last_sync:
         last = f"the last sync ended {ago(now - watch.last_sync)}"
     if watch.stuck_since is not None:
-        yield installation.finding("stuck", last=last)
+        yield here.finding("stuck", last=last)
     elif idle > _SYNC_INTERVALS * stats.sweep_interval + _SYNC_SECONDS:
-        yield installation.finding("no_sync", last=last, interval=duration(stats.sweep_interval))
+        yield here.finding("no_sync", last=last, interval=duration(stats.sweep_interval))
 
 
-def _trouble(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    """Name what keeps the database from being as the snapshot says."""
-    error, result = stats.last_error, stats.last_result
-    if result is not None and result.cause == "no_database":
-        yield installation.finding("no_database")
-    if error is None or not error.persists:
+def _about_result(stats: Stats, here: Installation) -> Iterator[Finding]:
+    result, error = stats.last_result, stats.last_error
+    if result is None:
         return
-    code: str = error.outcome
-    refused = result is not None and result.failed_rows > 0
-    if refused and code in ("applied", "unchanged", "failed"):
+    since = f"for {duration(stats.sampled - error.since)}: " if error and error.persists else ""
+    for each in _explained(result, here, since):
+        if each.code == "no_snapshot" and any(stats.outcomes[name] for name in _FOUND):
+            path = f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
+            yield here.finding("snapshot_vanished", path=path)
+        else:
+            yield each
+
+
+def explain(result: PersistResult, here: Installation) -> Finding | None:
+    """Return what a sync found wrong, the worst of it; None if all is well."""
+    found = list(_explained(result, here))
+    if result.set_back:
+        found.append(_set_back(here, result.set_back))
+    problems = (each for each in found if each.severity == "problem")
+    return next(problems, next(iter(found), None))
+
+
+def _explained(result: PersistResult, here: Installation, since: str = "") -> Iterator[Finding]:
+    """Make findings of a result; `since` says for how long its error has been there."""
+    outcome, compared = result.outcome, result.outcome in ("applied", "unchanged")
+    code: str | None = None if compared else outcome
+    if result.failed_rows and (compared or outcome == "failed"):
         code = "rows_refused"
-    elif error.unreadable and error.cause != "limit":
-        code = "snapshot_unreadable"
-    elif code == "no_snapshot":
-        itself = os.path.basename(stats.snapshot_dir) == SNAPSHOT_NAME
+    elif result.cause is not None:
+        code = result.cause
+    elif outcome == "no_snapshot" and result.error is not None:
+        itself = os.path.basename(here.snapshot_dir) == SNAPSHOT_NAME
         code = "snapshot_dir_is_file" if itself else "snapshot_misplaced"
-    elif error.cause is not None:
-        code = error.cause
-    elif code in ("applied", "unchanged"):
-        yield installation.finding("table_waits", waiting=error.error)
-        return
-    text = f"for {duration(stats.sampled - error.since)}: {error.error}"
-    yield installation.finding(code, text)
+    if code is not None and code != "no_snapshot":
+        yield here.finding(code, f"{since}{result.error}" if result.error else "")
+    elif compared and result.error is not None:
+        yield here.finding("table_waits", waiting=result.error)
+    if outcome == "no_snapshot" and result.error is None:
+        path = f"{here.snapshot_dir}/{SNAPSHOT_NAME}"
+        yield here.finding("no_snapshot", path=path)
+    elif compared:
+        yield from judge_entries(
+            here, result.entries, result.skipped_unknown, result.skipped_unrecognized
+        )
+        if result.matches_nothing and result.cause is None:
+            yield here.finding("no_match")
 
 
-def _overdue(stats: Stats, installation: Installation, max_age: float | None) -> Iterator[Finding]:
-    limit = max_age
+def _set_back(here: Installation, count: int, when: str = "") -> Finding:
+    rows = counted(count, "row was", "rows were")
+    return here.finding("set_back", rows=rows, when=when)
+
+
+def _overdue(stats: Stats, here: Installation, max_age: float | None) -> Iterator[Finding]:
+    result, limit = stats.last_result, max_age
     if limit is None:
-        limit = _RESYNCS * stats.resync + _SYNC_SECONDS
-        limit = float("inf") if _waits_for_snapshot(stats) else limit
+        waits = result is not None and result.outcome == "no_snapshot" and result.error is None
+        limit = float("inf") if waits else _RESYNCS * stats.resync + _SYNC_SECONDS
     age = stats.sampled - (stats.last_apply or stats.started_at)
     if age > limit:
         never = "" if stats.last_apply else "the database has never been compared with a snapshot"
-        about = {"when": ago(age), "interval": duration(stats.resync)}
-        yield installation.finding("no_apply", never, **about)
-
-
-def _about_snapshot(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    result = stats.last_result
-    if _waits_for_snapshot(stats):
-        path = f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
-        was_there = any(stats.outcomes[name] for name in _WITH_SNAPSHOT)
-        yield installation.finding("snapshot_vanished" if was_there else "no_snapshot", path=path)
-    elif result is not None and result.outcome in ("applied", "unchanged"):
-        yield from judge_entries(
-            installation, result.entries, result.skipped_unknown, result.skipped_unrecognized
-        )
-        if result.matches_nothing and result.cause is None:
-            yield installation.finding("no_match")
-    if stats.snapshot_time is not None:
-        yield from judge_age(installation, stats.sampled - stats.snapshot_time)
+        yield here.finding("no_apply", never, when=ago(age), interval=duration(stats.resync))
 
 
 def judge_entries(
-    installation: Installation, entries: int, unknown: int, unrecognized: int
+    here: Installation, entries: int, unknown: int, unrecognized: int
 ) -> Iterator[Finding]:
-    """Judge the entries of a valid snapshot.
-
-    Args:
-        installation: whose snapshot it is.
-        entries: how many there are.
-        unknown: those with the status `unknown`.
-        unrecognized: those without a known status or a key.
-
-    """
-    said = {
-        "entries": counted(entries, "entry", "entries"),
-        "unrecognized": f"{unrecognized:,}",
-    }
+    """Judge the entries of a valid snapshot."""
+    said = {"entries": counted(entries, "entry", "entries"), "unrecognized": f"{unrecognized:,}"}
     if unrecognized and unknown + unrecognized == entries:
-        yield installation.finding("no_usable_entry", **said)
+        yield here.finding("no_usable_entry", **said)
     elif unrecognized * 2 > entries:
-        yield installation.finding("unrecognized", **said)
+        yield here.finding("unrecognized", **said)
     elif unknown == entries:
-        yield installation.finding("nothing_to_write", **said)
+        yield here.finding("nothing_to_write", **said)
 
 
-def judge_age(
-    installation: Installation, written: float, placed: float | None = None
-) -> Iterator[Finding]:
-    """Judge how old a snapshot is.
-
-    Args:
-        installation: whose snapshot it is.
-        written: seconds since the publisher wrote it, by the publisher's clock.
-        placed: seconds since it was put in place, by the filesystem's clock; None if unknown.
-
-    """
+def judge_age(here: Installation, written: float, placed: float | None = None) -> Iterator[Finding]:
+    """Judge how many seconds ago a snapshot was written, and put in place (None: not known)."""
     known = written if placed is None else placed
     said = {"when": ago(written), "placed": ago(known)}
     if min(written, known) < -CLOCK_SECONDS or written < OLD_SNAPSHOT_SECONDS < known:
-        yield installation.finding("clocks", **said)
+        yield here.finding("clocks", **said)
     elif known > OLD_SNAPSHOT_SECONDS:
-        yield installation.finding("old_snapshot", **said)
+        yield here.finding("old_snapshot", **said)
     elif written > OLD_SNAPSHOT_SECONDS:
-        yield installation.finding("old_snapshot_again", **said)
+        yield here.finding("old_snapshot_again", **said)
 
 
-def _about_watch(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    hits = stats.watch.sweep_hits
-    if stats.watch.degraded:
-        yield installation.finding("no_inotify", why=stats.watch.why)
-    if hits:
-        changes = counted(hits, "change was", "changes were")
-        yield installation.finding("sweep_hits", changes=changes)
-
-
-def _about_lock(stats: Stats, installation: Installation) -> Iterator[Finding]:
-    lock = stats.mbcap_persist
-    if lock.slow_hold_total:
-        times = counted(lock.slow_hold_total, "time", "times")
+def _of_late(stats: Stats, here: Installation) -> Iterator[Finding]:
+    """Judge how it went lately; what was over an hour ago is of no use to anybody."""
+    watch, lock, now = stats.watch, stats.mbcap_persist, stats.sampled
+    if watch.last_sweep_hit is not None and now - watch.last_sweep_hit < _LATELY_SECONDS:
+        changes = counted(watch.sweep_hits, "change was", "changes were")
+        when = ago(now - watch.last_sweep_hit)
+        yield here.finding("sweep_hits", changes=changes, when=when)
+    if stats.last_set_back_at is not None and now - stats.last_set_back_at < _LATELY_SECONDS:
+        yield _set_back(here, stats.last_set_back, f", {ago(now - stats.last_set_back_at)}")
+    slow = [
+        each
+        for each in stats.history
+        if (each.hold_ms or 0) > SLOW_HOLD_SECONDS * 1000 and now - each.at < _LATELY_SECONDS
+    ]
+    if slow:
+        times = counted(len(slow), "time", "times")
         seconds = duration(SLOW_HOLD_SECONDS)
-        yield installation.finding("slow_holds", seconds=seconds, times=times)
+        yield here.finding("slow_holds", seconds=seconds, times=times)
     if lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
-        yield installation.finding("contention", wait=duration(lock.wait_ms_p95 / 1000))
+        yield here.finding("contention", wait=duration(lock.wait_ms_p95 / 1000))
 
 
-def _waits_for_snapshot(stats: Stats) -> bool:
-    result = stats.last_result
-    return result is not None and result.outcome == "no_snapshot" and result.error is None
+def _about_outputs(stats: Stats, here: Installation) -> Iterator[Finding]:
+    for name, output in stats.outputs.items():
+        if output.problem is not None and name in _OUTPUTS:
+            last = "it has never worked"
+            if output.last_good is not None:
+                last = f"it last worked {ago(stats.sampled - output.last_good)}"
+            yield here.finding(_OUTPUTS[name], problem=output.problem, last=last)

@@ -1,104 +1,240 @@
-"""`check`, the machine: who has the database open, daemons, inotify's limits, the clock."""
+"""What the machine tells: what is at a path and who may, the disk, who has the database open."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime as dt
+import fcntl
 import itertools
 import os
+import stat
+import struct
 import time
-import tomllib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from mbcap_watch.doctor.findings import Finding, Installation, duration, ok
-from mbcap_watch.doctor.health import CLOCK_SECONDS
-from mbcap_watch.doctor.places import Place, place
-from mbcap_watch.settings import CONFIG_VARIABLE, DATABASE_VARIABLE, DEFAULT_DATABASE, ENV_PREFIX
+from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote, size
+from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.store.errors import SIDES
+from mbcap_watch.watcher.mounts import INOTIFY_FILESYSTEMS, UNKNOWN, Mount, mount_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
+
+_SPACE_NEEDED: Final = 16 << 20
+
+_LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
+_REMOTE: Final = ("9p", "afs", "ceph", "cifs", "lustre", "nfs", "smb", "vboxsf", "virtiofs")
+_REMOTE_FUSE: Final = ("fuse.sshfs", "fuse.rclone", "fuse.gluster")
 
 _SILENT_SECONDS: Final = 3600.0
-_SCARCE_SHARE: Final = 0.9
+
+# For how long a lock is watched.
+LOCK_SECONDS: Final = 2.0
+
+# The bytes that stand for a lock: in -shm the writer's and the readers' (sqlite.org/
+# walformat.html, "WAL Locks"); in the database PENDING, RESERVED and SHARED (SQLite's os.h).
+_WAL_WRITER: Final = (120, 1)
+WAL_READERS: Final = (123, 5)
+_DATABASE_LOCKS: Final = (0x40000000, 512)
+_FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 
 
-class Daemon(NamedTuple):
-    """A running `mbcap-watch run`.
-
-    Attributes:
-        database: the path of its database, as its settings name it.
-        same: whether that is the database in question.
-        hindered: what its own mounts, those of a unit or a container, keep it from.
-        paused: whether it was stopped (SIGSTOP, a debugger).
-
-    """
-
-    pid: int
-    uid: int
-    database: str
-    same: bool
-    hindered: str = ""
-    paused: bool = False
+# ------------------------------------------------------------------------------ places
 
 
-@dataclasses.dataclass(slots=True)
-class Census:
-    """The processes in `/proc` (proc(5)), as far as this user may see them.
+class Place(NamedTuple):
+    """A path: what is there, or why that is not known, and what this process may do to it."""
 
-    Attributes:
-        holders: who has the database open, for people.
-        strays: who has one open that was deleted or replaced.
-        daemons: all running `mbcap-watch run`.
-        instances: inotify instances of this user.
-        watches: inotify watches of this user.
+    path: Path
+    status: os.stat_result | None = None
+    error: OSError | None = None
+    readable: bool = False
+    writable: bool = False
+    searchable: bool = False
 
-    """
+    @property
+    def regular(self) -> bool:
+        """Whether a regular file is there."""
+        return self.status is not None and stat.S_ISREG(self.status.st_mode)
 
-    holders: set[str] = dataclasses.field(default_factory=set)
-    strays: set[str] = dataclasses.field(default_factory=set)
-    daemons: list[Daemon] = dataclasses.field(default_factory=list)
-    instances: int = 0
-    watches: int = 0
+    @property
+    def directory(self) -> bool:
+        """Whether a directory is there."""
+        return self.status is not None and stat.S_ISDIR(self.status.st_mode)
 
-
-def examine(installation: Installation) -> list[Finding]:
-    """Examine the processes, the limits and the clock. Blocks."""
-    database = Path(installation.database)
-    real = Path(os.path.realpath(database))
-    statuses = [place(Path(f"{real}{side}")).status for side in ("", *SIDES)]
-    newest = max((status.st_mtime for status in statuses if status), default=0.0)
-    clock = list(judge_clock(installation, newest, time.time()))
-    if not os.path.isdir("/proc/self"):
-        return [installation.finding("no_proc"), *clock]
-    file, census = place(real), Census()
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
-            with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
-                _count(census, int(name), file, database)
-    return [
-        *judge_holders(installation, census),
-        judge_daemons(installation, census.daemons, os.geteuid()),
-        judge_inotify(installation, "instances", census.instances, *_limit("instances")),
-        judge_inotify(installation, "watches", census.watches, *_limit("watches")),
-        *clock,
-    ]
+    @property
+    def shown(self) -> str:
+        """The path, its owner and its mode, for people."""
+        if self.status is None:
+            return str(self.path)
+        mode = stat.S_IMODE(self.status.st_mode)
+        return f"{self.path} (user {self.status.st_uid}, mode {mode:04o})"
 
 
-def daemons(database: Path) -> list[Daemon]:
-    """Return every `mbcap-watch run` of this machine, as far as /proc shows them. Blocks."""
-    file, found = place(Path(os.path.realpath(database))), list[Daemon]()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has just ended
-            found += _daemons(int(name), file, database)
+def place(path: Path) -> Place:
+    """Return what is at a path, without opening it; links are followed."""
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        return Place(path, error=exc)
+    may = partial(os.access, path, effective_ids=True)
+    return Place(path, status, None, may(os.R_OK), may(os.W_OK), may(os.X_OK))
+
+
+def blocked_way(here: Installation, code: str, subject: str, path: Path) -> Finding | None:
+    """Return a problem if a directory on the way to `path` is closed (`code`) or was deleted."""
+    for each in map(place, reversed(path.parents)):
+        # A mount goes on showing a directory that was deleted where it was mounted from.
+        if each.directory and each.status and not each.status.st_nlink:
+            return here.finding("deleted_mount", subject=subject, path=each.path)
+        if each.directory and not each.searchable:
+            text = f"{path} cannot be reached: user {os.geteuid()} may not enter {each.shown}"
+            remedy = f"run as a user who may, or as root: chmod o+x {quote(each.path)}"
+            remedy = beyond_mode([each], os.X_OK) or remedy
+            return here.finding(code, text, remedy=remedy, subject=subject)
+    return None
+
+
+def cut_off(here: Installation) -> list[Finding]:
+    """Name what keeps new snapshots from arriving where this process looks. Blocks."""
+    path = Path(here.snapshot_dir, SNAPSHOT_NAME)
+    real = os.path.realpath(path)
+    way = blocked_way(here, "snapshot_unreadable", "snapshot dir", path)
+    found = [way] if way and way.code == "deleted_mount" else []
+    if any(mount.mount_point == real for mount in mount_table()):
+        found.append(here.finding("single_snapshot", path=path))
     return found
 
 
-def is_paused(pid: int) -> bool:
-    """Whether a process is stopped or traced."""
-    return stat_of(pid)[0] in ("T", "t")
+def beyond_mode(shut: Iterable[Place], wanted: int) -> str:
+    """Return the remedy where not the mode refuses (`os.R_OK` and so on); empty if it does."""
+    uid, groups = os.geteuid(), {os.getegid(), *os.getgroups()}
+    names = " ".join(
+        quote(each.path)
+        for each in shut
+        if each.status and (uid == 0 or mode_of(each.status, uid, groups) & wanted == wanted)
+    )
+    if not names:
+        return ""
+    return (
+        f"the mode would allow it, so something else refuses: lsattr -d {names} (as root: chattr"
+        f" -i), getfacl {names} (setfacl), the capabilities of the unit or container, or a security"
+        " module (dmesg)"
+    )
+
+
+def mode_of(status: os.stat_result, uid: int, groups: Iterable[int]) -> int:
+    """Return what the mode of a file allows a user, as `os.R_OK` and so on."""
+    shift = 6 if status.st_uid == uid else 3 if status.st_gid in groups else 0
+    return status.st_mode >> shift & stat.S_IRWXO
+
+
+def is_remote(mount: Mount) -> bool:
+    """Whether a mount is a network filesystem."""
+    return mount.type.startswith((*_REMOTE, *_REMOTE_FUSE))
+
+
+def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
+    """Judge whether SQLite's locks and shared memory work (sqlite.org/wal.html, "Overview", 6)."""
+    where = f"the database is on {mount.type} ({mount.mount_point})"
+    if is_remote(mount):
+        yield here.finding("network_filesystem", where=where)
+    elif mount.type in _LOCAL:
+        yield ok("filesystem", where)
+    elif mount != UNKNOWN:  # else `no_proc` says why
+        yield here.finding("unknown_filesystem", where=where)
+
+
+def judge_space(
+    here: Installation, space: os.statvfs_result, subject: str = "disk space"
+) -> Finding:
+    """Judge whether a disk has room (statvfs(3)); some filesystems do not say."""
+    free = space.f_bavail * space.f_frsize
+    if space.f_blocks and free < _SPACE_NEEDED:
+        return here.finding("disk_full", f"the disk is full: {size(free)} free", subject=subject)
+    if space.f_files and not space.f_favail:
+        text = f"the disk is full: no inode is left, though {size(free)} are free"
+        return here.finding("disk_full", text, subject=subject)
+    return ok(subject, f"{size(free)} free")
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+def examine(here: Installation) -> Iterator[Finding]:
+    """Examine who has the database open, and whether anybody writes it. Blocks."""
+    real = Path(os.path.realpath(here.database))
+    file, statuses = place(real), [place(Path(f"{real}{side}")).status for side in ("", *SIDES)]
+    silence = time.time() - max((each.st_mtime for each in statuses if each), default=time.time())
+    if silence > _SILENT_SECONDS:
+        yield here.finding("no_activity", silence=duration(silence))
+    if not os.path.isdir("/proc/self"):
+        yield here.finding("no_proc")
+        return
+    holders, strays = set[str](), set[str]()
+    for pid in processes():
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                    _sort(pid, f"/proc/{pid}/fd/{number}", file, holders, strays)
+    if strays:
+        yield here.finding("database_replaced", who=", ".join(sorted(strays)))
+    nobody = "nobody that this user may see; other containers cannot be seen"
+    yield ok("open by", ", ".join(sorted(holders)) or nobody)
+
+
+def _sort(pid: int, descriptor: str, file: Place, holders: set[str], strays: set[str]) -> None:
+    """Note a process that has the database open, or one that was deleted or replaced."""
+    link = os.readlink(descriptor)
+    name = link.removesuffix(" (deleted)")
+    if name != link and name in (str(file.path), f"{file.path}-wal"):
+        strays.add(described(pid))
+    # By name first: to ask for the status of just any file could block. In a container the
+    # directory may have another name.
+    elif (
+        os.path.basename(name) == file.path.name
+        and file.status
+        and os.path.samestat(os.stat(descriptor), file.status)
+    ):
+        holders.add(described(pid))
+
+
+def processes() -> list[int]:
+    """Return all other processes."""
+    return [
+        int(name) for name in os.listdir("/proc") if name.isdigit() and name != str(os.getpid())
+    ]
+
+
+def described(pid: int) -> str:
+    """Return a process for people: its number and the start of its command line."""
+    command = "?"
+    with contextlib.suppress(OSError):
+        command = " ".join(arguments_of(pid))[:80]
+    return f"pid {pid} ({command})"
+
+
+def arguments_of(pid: int) -> list[str]:
+    """Return the command line of a process."""
+    data = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [os.fsdecode(part) for part in data.rstrip(b"\0").split(b"\0")]
+
+
+def is_daemon(arguments: list[str]) -> bool:
+    """Whether a command line is that of `mbcap-watch run`."""
+    names = [os.path.basename(argument).replace("_", "-") for argument in arguments[:4]]
+    return ("mbcap-watch", "run") in itertools.pairwise(names)
+
+
+def option(arguments: list[str], name: str) -> str | None:
+    """Return the value of an option on a command line."""
+    for word, following in itertools.pairwise([*arguments, ""]):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None
 
 
 def stat_of(pid: int) -> list[str]:
@@ -110,149 +246,47 @@ def stat_of(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
-def described(pid: int) -> str:
-    """Return a process for people: its number and the start of its command line."""
-    command = "?"
-    with contextlib.suppress(OSError):
-        command = " ".join(_arguments(pid))[:80]
-    return f"pid {pid} ({command})"
+def is_paused(pid: int) -> bool:
+    """Whether a process is stopped or traced."""
+    return stat_of(pid)[0] in ("T", "t")
 
 
-def _arguments(pid: int) -> list[str]:
-    data = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return [os.fsdecode(part) for part in data.rstrip(b"\0").split(b"\0")]
+# ------------------------------------------------------------------------------ locks
 
 
-def _count(census: Census, pid: int, file: Place, database: Path) -> None:
-    census.daemons += _daemons(pid, file, database)
-    uid = os.stat(f"/proc/{pid}").st_uid
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):  # it was closed just now
-            link = os.readlink(f"/proc/{pid}/fd/{number}")
-            name = link.removesuffix(" (deleted)")
-            if link == "anon_inode:inotify" and uid == os.geteuid():
-                text = Path(f"/proc/{pid}/fdinfo/{number}").read_text(encoding="ascii")
-                census.instances += 1
-                census.watches += text.count("inotify wd:")
-            elif name != link and name in (str(file.path), f"{file.path}-wal"):
-                census.strays.add(described(pid))
-            # By name first: to ask for the status of just any file could block. In a container the
-            # directory may have another name.
-            elif (
-                os.path.basename(name) == file.path.name
-                and file.status
-                and os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), file.status)
-            ):
-                census.holders.add(described(pid))
+def judge_lock(here: Installation, real: Path, *, wal: bool) -> Finding:
+    """Judge who holds the write lock, if anybody does; the kernel says it (F_GETLK, fcntl(2))."""
+    locks = {real: _DATABASE_LOCKS} | ({Path(f"{real}-shm"): _WAL_WRITER} if wal else {})
+    if hidden := [str(path) for path in locks if path.exists() and not place(path).readable]:
+        return ok("lock", f"not known: {', '.join(hidden)} may not be read")
+    who = holder(locks, fcntl.F_RDLCK)  # only what is locked for writing is in its way
+    if not who:
+        return ok("lock", "the write lock is free")
+    text = f"the database has been locked for {duration(LOCK_SECONDS)} or more by {who}"
+    remedy = "end the transaction that it keeps open (a shell, a backup, a stuck ingestor), or"
+    remedy += " restart it; nothing is lost meanwhile"
+    return here.finding("busy", text, remedy=remedy)
 
 
-def is_daemon(arguments: list[str]) -> bool:
-    """Whether a command line is that of `mbcap-watch run`."""
-    names = [os.path.basename(argument).replace("_", "-") for argument in arguments[:4]]
-    return ("mbcap-watch", "run") in itertools.pairwise(names)
+def holder(locks: Mapping[Path, tuple[int, int]], against: int) -> str:
+    """Return who has one of the locks for `LOCK_SECONDS` on end; "" if they are free meanwhile."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        pids = [_held(path, *span, against) for path, span in locks.items()]
+        pid = next((pid for pid in pids if pid is not None), None)
+        if pid is None:
+            return ""
+        if time.monotonic() > deadline:
+            return described(pid) if pid > 0 else "a process in another container"
+        time.sleep(0.02)
 
 
-def _daemons(pid: int, file: Place, database: Path) -> Iterator[Daemon]:
-    """Yield the daemon that a process is, if it is one."""
-    if is_daemon(arguments := _arguments(pid)):
-        uid = os.stat(f"/proc/{pid}").st_uid
-        yield _daemon(pid, uid, arguments, file, database)._replace(paused=is_paused(pid))
-
-
-def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -> Daemon:
+def _held(path: Path, start: int, length: int, against: int) -> int | None:
+    """Return whose lock is in the way of one of the kind `against`, without taking it."""
+    asked = struct.pack(_FLOCK, against, os.SEEK_SET, start, length, 0)
     try:
-        variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
-        environ = dict(variable.partition("=")[::2] for variable in variables)
-        here, root = os.readlink(f"/proc/{pid}/cwd"), f"/proc/{pid}/root"
-        named = option(arguments, "--database")
-        named = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
-        if config := option(arguments, "--config") or environ.get(CONFIG_VARIABLE):
-            text = Path(root + os.path.join(here, config)).read_text(encoding="utf-8")
-            named = named or tomllib.loads(text).get("database")
-        path = os.path.normpath(os.path.join(here, named or DEFAULT_DATABASE))
-    except (OSError, ValueError):
-        named = option(arguments, "--database")  # a command line is public
-        return Daemon(pid, uid, named or "a database that only root may know", named == str(ours))
-    inside = place(Path(root + path)).status  # as that process sees it, be it in a container
-    if inside and file.status:
-        read_only = os.statvfs(root + os.path.dirname(path)).f_flag & os.ST_RDONLY
-        same = os.path.samestat(inside, file.status)
-        return Daemon(pid, uid, path, same, "may only read" if read_only else "")
-    return Daemon(pid, uid, path, path == str(ours), "does not see" if file.status else "")
-
-
-def option(arguments: list[str], name: str) -> str | None:
-    """Return the value of an option on a command line."""
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return None
-
-
-# ------------------------------------------------------------------------------ judging
-
-
-def judge_holders(installation: Installation, census: Census) -> Iterator[Finding]:
-    """Judge who has the database open."""
-    if census.strays:
-        yield installation.finding("database_replaced", who=", ".join(sorted(census.strays)))
-    nobody = "nobody that this user may see; other containers cannot be seen"
-    yield ok("open by", ", ".join(sorted(census.holders)) or nobody)
-
-
-def judge_daemons(installation: Installation, daemons: list[Daemon], uid: int) -> Finding:
-    """Judge how many daemons serve the database, and as whom."""
-    here = [each for each in daemons if each.same]
-    who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in here)
-    first = next(iter(here), None)
-    if len(here) > 1:
-        return installation.finding("two_daemons", who=who)
-    if first and first.paused:
-        return installation.finding("paused", pid=first.pid)
-    if first and first.hindered:
-        return installation.finding("hindered", who=who, hindered=first.hindered)
-    if first and first.uid != uid:
-        return installation.finding("other_user", who=who, uid=first.uid)
-    others = [f"pid {each.pid} for {each.database}" for each in daemons if each not in here]
-    return ok("daemons", ", ".join([who or "none runs for this database", *others]))
-
-
-def _limit(name: str) -> tuple[int, str]:
-    """Return a limit and its name: the user's, or a container's if lower (namespaces(7))."""
-    limits = [(1 << 31, "none")]
-    for path in (f"fs/inotify/max_user_{name}", f"user/max_inotify_{name}"):
-        with contextlib.suppress(OSError):
-            limit = int(Path("/proc/sys", path).read_text(encoding="ascii"))
-            limits.append((limit, path.replace("/", ".")))
-    return min(limits)
-
-
-def judge_inotify(
-    installation: Installation, name: str, used: int, limit: int, sysctl: str
-) -> Finding:
-    """Judge one of the kernel's limits for inotify, which are per user (inotify(7))."""
-    uid = os.geteuid()
-    if used < limit * _SCARCE_SHARE:
-        return ok("inotify", f"user {uid} has {used:,} of {limit:,} {name}")
-    about = {"used": f"{used:,}", "limit": f"{limit:,}", "name": name, "sysctl": sysctl}
-    return installation.finding("inotify_limit", uid=uid, more=max(2 * limit, 512), **about)
-
-
-def judge_clock(installation: Installation, newest: float, now: float) -> Iterator[Finding]:
-    """Judge whether this machine's clock can be right, and the database is in use.
-
-    Args:
-        installation: whose database it is.
-        newest: when the database was last written; 0 if that is not known.
-        now: the time of this machine.
-
-    """
-    day = dt.datetime.fromtimestamp(now, dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    if newest > now + CLOCK_SECONDS:
-        yield installation.finding("clock", now=day, later=duration(newest - now))
-    else:
-        yield ok("clock", day)
-    if newest and now - newest > _SILENT_SECONDS:
-        yield installation.finding("no_activity", silence=duration(now - newest))
+        with open(path, "rb") as file:
+            kind, *_, pid = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except OSError:
+        return None  # there is none, or `not_permitted` was reported
+    return None if kind == fcntl.F_UNLCK else pid

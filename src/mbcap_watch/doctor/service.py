@@ -1,4 +1,4 @@
-"""The running daemon: `look` asks it and judges; `examine` is its part of `check`."""
+"""The running daemon: `look` asks it and judges; the rest is its part of `check`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import contextlib
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Final, TypeVar
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import msgspec
 
 from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ago, duration, ok
 from mbcap_watch.doctor.health import Health, judge
+from mbcap_watch.doctor.machine import Place, cut_off, place
 from mbcap_watch.errors import QUOTED, printable
+from mbcap_watch.settings import (
+    CONFIG_FILE,
+    CONFIG_VARIABLE,
+    DATABASE_VARIABLE,
+    DEFAULT_DATABASE,
+    ENV_PREFIX,
+)
 from mbcap_watch.telemetry.control import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.telemetry.control import Peer
@@ -35,61 +44,102 @@ _YOUNG_SECONDS: Final = 10.0
 # For how long files are asked for what they are; a mount whose server is gone never answers.
 _FILE_SECONDS: Final = 1.0
 
+# What an examination of the files cannot see.
+_UNSEEN: Final = {
+    *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "not_trusted"),
+    "rows_refused",
+}
+
+# What only a daemon knows, or only shows where one runs.
+_TOLD_BY_DAEMON: Final = {"ack_failed", "http_down", "log_unread", "other_snapshot_dir", "set_back"}
+
+# What is not wrong with an installation.
+_HARMLESS: Final = {"not_asked", "not_running", "starting"}
+
 
 def look(
-    settings: Settings, environ: Mapping[str, str], max_age: float | None = None
+    settings: Settings,
+    environ: Mapping[str, str],
+    max_age: float | None = None,
+    config: str | Path | None = None,
 ) -> tuple[Stats | None, Health]:
     """Ask the daemon with these settings for its stats, and judge. Takes a few seconds at most.
 
-    Args:
-        settings: of the daemon.
-        environ: the environment, for `RUNTIME_DIRECTORY`.
-        max_age: see `judge`.
-
+    `config` is the file that the settings are from, for the commands in remedies.
     """
-    tries, everyone, nobody = _TRIES, False, list[machine.Daemon]()
-    installation = Installation.of(settings)
+    here, tries, everyone = Installation.of(settings, config), _TRIES, False
     while True:
         peers = ask(settings, environ, everyone=everyone)
-        trusted = _trusted(settings, peers)
-        same = [peer for peer in peers if _is_for(peer, settings) and peer.uid in trusted]
-        if answered := [peer for peer in same if peer.stats is not None]:
-            return _judge_answer(answered, peers, trusted, settings, max_age)
+        trusted = _trusted(here, peers)
+        same = [peer for peer in peers if _is_for(peer, here) and peer.uid in trusted]
+        if answered := [peer.stats for peer in same if peer.stats is not None]:
+            stats = max(answered, key=lambda each: each.started_at)
+            others = [peer for peer in peers if peer.uid in trusted and peer.pid != stats.pid]
+            return stats, _judge_answer(here, stats, others, max_age)
         if silent := [peer for peer in same if peer.fate == "silent"]:
-            return None, _judge_silent(installation, silent[0])
+            return None, _judge_silent(here, silent[0])
         if not everyone:
             everyone = True
             continue
         known = {peer.pid for peer in peers if peer.stats is not None}
-        unasked = [
-            each
-            for each in _within(lambda: machine.daemons(settings.database), nobody)
-            if each.same and each.pid not in known
-        ]
+        found = _within(lambda: daemons(settings.database), list[Daemon]())
+        unasked = [each for each in found if each.same and each.pid not in known]
         tries -= 1
         if not unasked or not tries:
             break
         time.sleep(_AGAIN_SECONDS)
     if os.geteuid():
         trusted = {os.geteuid()}  # root's socket may be there, and closed to this user
-    hidden = tuple(_hidden(peers, unasked, trusted, settings))
     if mine := [each for each in unasked if each.uid in trusted]:
-        return None, _judge_unasked(installation, mine[0])
-    if hidden:
-        return None, Health.of("unknown", hidden)
-    return None, Health.of("not running", _absent(peers, same, settings))
+        return None, _judge_unasked(here, mine[0])
+    if unknown := list(_why_unknown(here, peers, unasked, trusted)):
+        return None, Health.of("unknown", unknown)
+    return None, Health.of("not running", _absent(here, peers, same))
 
 
-def _trusted(settings: Settings, peers: Sequence[Peer]) -> set[int]:
-    """Return the users whose sockets are believed.
+def examine(
+    here: Installation, settings: Settings, environ: Mapping[str, str], explained: object
+) -> Iterator[Finding]:
+    """Ask the daemon with these settings how it is, for `check`. Blocks.
 
-    Anybody can offer a socket. Root also believes the owner of the database, because the daemon is
-    meant to run as that user.
+    `explained`: a problem was found that may be why it is not well.
     """
+    _, health = look(settings, environ, config=here.config)
+    if health.healthy:
+        yield ok("service", health.verdict)
+    for each in health.problems:
+        text = f"{health.state}: {each.text}"
+        if each.code in _HARMLESS:
+            yield ok("service", text)
+        # As another user, or a moment later, all may look well from here.
+        elif each.code in _UNSEEN or not explained:
+            yield msgspec.structs.replace(each, subject="service", text=text)
+    for each in health.warnings:
+        if each.code in _TOLD_BY_DAEMON:
+            yield each
+
+
+def examine_daemons(here: Installation) -> list[Finding]:
+    """Judge how many daemons serve the database, and as whom. Blocks."""
+    found = daemons(Path(here.database))
+    ours = [each for each in found if each.same]
+    who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in ours)
+    if len(ours) > 1:
+        return [here.finding("two_daemons", who=who)]
+    for one in ours:
+        if machine.is_paused(one.pid):
+            return [here.finding("paused", pid=one.pid)]
+        if one.uid != os.geteuid():
+            return [here.finding("other_user", who=who, uid=one.uid)]
+    others = [f"pid {each.pid} for {each.database}" for each in found if not each.same]
+    return [ok("daemons", ", ".join([who or "none runs for this database", *others]))]
+
+
+def _trusted(here: Installation, peers: Sequence[Peer]) -> set[int]:
+    """Return the users whose sockets are believed; for root, the database's owner is among them."""
     uids = {0, os.geteuid()}
     if os.geteuid() == 0 and any(peer.uid for peer in peers):
-        owner = _within(lambda: os.stat(settings.database).st_uid, None)
-        uids |= set() if owner is None else {owner}
+        uids.add(_within(lambda: os.stat(here.database).st_uid, 0))
     return uids
 
 
@@ -98,10 +148,8 @@ def _within(function: Callable[[], T], otherwise: T) -> T:
     answer = [otherwise]
 
     def run() -> None:
-        try:
+        with contextlib.suppress(OSError):
             answer[0] = function()
-        except OSError:
-            return
 
     thread = threading.Thread(target=run, daemon=True)
     with contextlib.suppress(RuntimeError):  # there is no thread for it
@@ -110,11 +158,11 @@ def _within(function: Callable[[], T], otherwise: T) -> T:
     return answer[0]
 
 
-def _is_for(peer: Peer, settings: Settings) -> bool:
+def _is_for(peer: Peer, here: Installation) -> bool:
     """Whether a socket is of a daemon with these settings: by its own word, else by its name."""
     if peer.stats is None:
         return peer.named
-    paths = printable(str(settings.database)), printable(str(settings.snapshot_dir))
+    paths = printable(here.database), printable(here.snapshot_dir)
     return paths == (peer.stats.database, peer.stats.snapshot_dir)
 
 
@@ -122,143 +170,125 @@ def _is_for(peer: Peer, settings: Settings) -> bool:
 
 
 def _judge_answer(
-    answered: list[Peer],
-    peers: Sequence[Peer],
-    trusted: set[int],
-    settings: Settings,
-    max_age: float | None,
-) -> tuple[Stats, Health]:
-    stats = max((each.stats for each in answered if each.stats), key=lambda each: each.started_at)
-    health, installation = judge(stats, max_age), Installation.of(settings)
-    problems = tuple(_twins(installation, stats, [each for each in peers if each.uid in trusted]))
-    if health.healthy and _within(lambda: _is_missing(settings.database), otherwise=False):
-        problems += (installation.finding("database_missing"),)
-    return stats, msgspec.structs.replace(health, problems=problems + health.problems)
-
-
-def _is_missing(path: Path) -> bool:
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    return False
-
-
-def _twins(installation: Installation, stats: Stats, peers: Sequence[Peer]) -> Iterator[Finding]:
-    names = [
+    here: Installation, stats: Stats, others: Sequence[Peer], max_age: float | None
+) -> Health:
+    health = judge(stats, max_age, here)
+    twins = [
         f"{each.pid} (user {each.uid}, {each.stats.snapshot_dir})"
-        for each in peers
-        if each.stats and each.pid != stats.pid and each.stats.database == stats.database
+        for each in others
+        if each.stats and each.stats.database == stats.database
     ]
-    if names:
-        who = f"process {stats.pid} and {', '.join(names)}"
-        yield installation.finding("two_daemons", who=who)
+    problems = health.problems or tuple(_within(lambda: _unmet(here), list[Finding]()))
+    if twins:
+        who = f"process {stats.pid} and {', '.join(twins)}"
+        problems = (here.finding("two_daemons", who=who), *problems)
+    return msgspec.structs.replace(health, problems=problems)
 
 
-def _judge_silent(installation: Installation, peer: Peer) -> Health:
+def _unmet(here: Installation) -> list[Finding]:
+    """Name what no sync has met yet, or never will."""
+    found = cut_off(here)
+    try:
+        os.stat(here.database)
+    except (FileNotFoundError, NotADirectoryError):
+        found.append(here.finding("database_missing"))
+    return found
+
+
+def _judge_silent(here: Installation, peer: Peer) -> Health:
     if machine.is_paused(peer.pid):
-        return Health.of("paused", [installation.finding("paused", pid=peer.pid)])
+        return Health.of("paused", [here.finding("paused", pid=peer.pid)])
     silence = duration(SILENT_SECONDS)
-    blocked = installation.finding("blocked", pid=peer.pid, uid=peer.uid, silence=silence)
+    blocked = here.finding("blocked", pid=peer.pid, uid=peer.uid, silence=silence)
     return Health.of("stuck", [blocked])
 
 
-def _judge_unasked(installation: Installation, daemon: machine.Daemon) -> Health:
+def _judge_unasked(here: Installation, daemon: Daemon) -> Health:
     """Judge a daemon of which only /proc tells."""
-    pid, age = daemon.pid, _age(daemon.pid)
-    if daemon.paused:
-        return Health.of("paused", [installation.finding("paused", pid=pid)])
+    pid, fields, age = daemon.pid, machine.stat_of(daemon.pid), 0.0
+    if machine.is_paused(pid):
+        return Health.of("paused", [here.finding("paused", pid=pid)])
+    with contextlib.suppress(IndexError):  # it has just ended
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
     if age < _YOUNG_SECONDS:
         text = f"process {pid} was started {ago(age)}, and has no control socket yet"
-        return Health.of("starting", [installation.finding("starting", text)])
-    return Health.of("running", [installation.finding("unasked", pid=pid, uid=daemon.uid)])
+        return Health.of("starting", [here.finding("starting", text)])
+    return Health.of("running", [here.finding("unasked", pid=pid, uid=daemon.uid)])
 
 
-def _age(pid: int) -> float:
-    """Return for how many seconds a process has been running."""
-    fields = machine.stat_of(pid)
-    if len(fields) < 20:  # noqa: PLR2004 - it has just ended
-        return 0.0
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-
-
-def _hidden(
-    peers: Sequence[Peer],
-    unasked: Sequence[machine.Daemon],
-    trusted: set[int],
-    settings: Settings,
+def _why_unknown(
+    here: Installation, peers: Sequence[Peer], unasked: Sequence[Daemon], trusted: set[int]
 ) -> Iterator[Finding]:
-    """Tell of daemons with these settings that are another user's, and not believed."""
-    installation, me = Installation.of(settings), os.geteuid()
-    others = {each.pid: (each.uid, "") for each in unasked}
+    """Name daemons with these settings whose answer is refused, not believed, not understood."""
+    found = {each.pid: (each.uid, "", False) for each in unasked}
     for peer in peers:
-        if _is_for(peer, settings) and peer.fate != "gone":
-            others[peer.pid] = (peer.uid, _quote(peer.stats) if peer.stats else "")
-    for pid, (uid, said) in others.items():
+        if _is_for(peer, here) and peer.fate != "gone":
+            said = _verdict(peer.stats) if peer.stats else ""
+            found[peer.pid] = (peer.uid, said, peer.fate == "odd")
+    for pid, (uid, said, odd) in found.items():
         if uid not in trusted:
             code = "not_trusted" if said else "not_asked"
-            yield installation.finding(code, pid=pid, uid=uid, me=me, said=said)
-        elif any(peer.pid == pid and peer.fate == "odd" for peer in peers):
-            yield installation.finding("not_understood", pid=pid)
+            yield here.finding(code, pid=pid, uid=uid, me=os.geteuid(), said=said)
+        elif odd:
+            yield here.finding("not_understood", pid=pid)
 
 
-def _quote(stats: Stats) -> str:
+def _verdict(stats: Stats) -> str:
     health = judge(stats)
     why = "".join(f": {each.text}" for each in health.problems[:1])
     return printable(f"{health.verdict}{why}", 2 * QUOTED)
 
 
-def _absent(peers: Sequence[Peer], same: Sequence[Peer], settings: Settings) -> Iterator[Finding]:
-    installation = Installation.of(settings)
-    gone = [installation.finding("gone", pid=peer.pid) for peer in same if peer.fate == "gone"]
-    yield from gone or [installation.finding("not_running")]
+def _absent(here: Installation, peers: Sequence[Peer], same: Sequence[Peer]) -> Iterator[Finding]:
+    gone = [here.finding("gone", pid=peer.pid) for peer in same if peer.fate == "gone"]
+    yield from gone or [here.finding("not_running")]
     for peer in peers:
-        if peer.stats is not None and peer not in same:
-            others = peer.stats.database != printable(str(settings.database))
-            yield installation.finding(
-                "other_settings" if others else "other_snapshot_dir",
-                pid=peer.pid,
-                uid=peer.uid,
-                its_database=peer.stats.database,
-                its_snapshot_dir=peer.stats.snapshot_dir,
-            )
+        if (stats := peer.stats) is not None and peer not in same:
+            others = stats.database != printable(here.database)
+            code = "other_settings" if others else "other_snapshot_dir"
+            about = {"its_database": stats.database, "its_snapshot_dir": stats.snapshot_dir}
+            yield here.finding(code, pid=peer.pid, uid=peer.uid, **about)
 
 
-# ------------------------------------------------------------------------------ for `check`
-
-# What an examination of the files cannot see.
-_UNSEEN: Final = {
-    "blocked",
-    "gone",
-    "limit",
-    "no_apply",
-    "no_sync",
-    "not_permitted",
-    "not_trusted",
-    "rows_refused",
-}
-
-# What is not wrong with an installation.
-_HARMLESS: Final = {"not_asked", "not_running", "starting"}
+# ------------------------------------------------------------------------------ in /proc
 
 
-def examine(settings: Settings, environ: Mapping[str, str], *, explained: bool) -> list[Finding]:
-    """Ask the daemon with these settings how it is. Blocks.
+class Daemon(NamedTuple):
+    """A running `mbcap-watch run`, its database, and whether that is the one in question."""
 
-    Args:
-        settings: of the daemon.
-        environ: the environment, for `RUNTIME_DIRECTORY`.
-        explained: whether a problem was found that may be why it is not well.
+    pid: int
+    uid: int
+    database: str
+    same: bool
 
-    """
-    _, health = look(settings, environ)
-    found = [ok("service", health.verdict)] if health.healthy else []
-    for each in health.problems:
-        text = f"{health.state}: {each.text}"
-        if each.code in _HARMLESS:
-            found.append(ok("service", text))
-        # As another user, or a moment later, all may look well from here.
-        elif each.code in _UNSEEN or not explained:
-            found.append(msgspec.structs.replace(each, subject="service", text=text))
-    return found + [each for each in health.warnings if each.code == "other_snapshot_dir"]
+
+def daemons(database: Path) -> list[Daemon]:
+    """Return every `mbcap-watch run` of this machine, as far as /proc shows them. Blocks."""
+    file, found = place(Path(os.path.realpath(database))), list[Daemon]()
+    for pid in machine.processes():
+        with contextlib.suppress(OSError):  # it has just ended
+            if machine.is_daemon(arguments := machine.arguments_of(pid)):
+                uid = os.stat(f"/proc/{pid}").st_uid
+                found.append(_daemon(pid, uid, arguments, file, database))
+    return found
+
+
+def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -> Daemon:
+    named = machine.option(arguments, "--database")  # a command line is public
+    try:
+        variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+        environ = dict(variable.partition("=")[::2] for variable in variables)
+        here, root = os.readlink(f"/proc/{pid}/cwd"), f"/proc/{pid}/root"
+        path = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
+        config = machine.option(arguments, "--config") or environ.get(CONFIG_VARIABLE)
+        toml = Path(root + os.path.join(here, config or CONFIG_FILE))
+        if config or toml.exists():
+            path = path or tomllib.loads(toml.read_text(encoding="utf-8")).get("database")
+        path = os.path.normpath(os.path.join(here, path or DEFAULT_DATABASE))
+    except (OSError, ValueError):
+        return Daemon(pid, uid, named or "a database that only root may know", named == str(ours))
+    inside = place(Path(root + path)).status  # as that process sees it, be it in a container
+    if inside and file.status:
+        return Daemon(pid, uid, path, os.path.samestat(inside, file.status))
+    return Daemon(pid, uid, path, path == str(ours))

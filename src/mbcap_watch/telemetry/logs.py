@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
@@ -183,34 +183,17 @@ class Explained(Protocol):
     def remedy(self) -> str: ...  # noqa: D102 - what to do; empty if there is nothing
 
 
-class _Plain(NamedTuple):
-    code: str
-    text: str
-    remedy: str = ""
-
-
-def explain_plainly(result: PersistResult) -> Explained | None:
-    """Explain a result that is not well by what it says itself, for want of a catalogue."""
-    compared = result.outcome in ("applied", "unchanged")
-    if result.error or not compared:
-        nothing = "there is no database either" if result.cause == "no_database" else ""
-        return _Plain(result.outcome, "; ".join(filter(None, (result.error, nothing))))
-    if result.matches_nothing:
-        return _Plain("no_match", "not one key of the snapshot is in the database")
-    return _Plain("set_back", f"{result.set_back} rows") if result.set_back else None
-
-
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
     Lines on applied snapshots are the record, and are never suppressed; all others are when they
-    repeat. `explain` finds words for a result that is not well.
+    repeat. `explain` finds words for a result that is not well; None if it is.
     """
 
     def __init__(
         self,
+        explain: Callable[[PersistResult], Explained | None],
         clock: Callable[[], float] = time.monotonic,
-        explain: Callable[[PersistResult], Explained | None] = explain_plainly,
     ) -> None:
         self._clock, self._explain = clock, explain
         self._trouble = Throttle(calm=None, remind_after=REMINDER)

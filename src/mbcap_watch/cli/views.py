@@ -1,4 +1,4 @@
-"""What `status` prints: for programs, and for people the verdict first, then why, then figures."""
+"""What `status` and `top` show: the verdict first, then why, then the figures; or JSON."""
 
 from __future__ import annotations
 
@@ -22,29 +22,26 @@ if TYPE_CHECKING:
 
 def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
     """Return everything as JSON can hold it; ages are in seconds."""
+    moments: dict[str, float | None] = {}
+    if stats is not None:
+        moments = {
+            "start": stats.started_at,
+            "last_sync": stats.watch.last_sync,
+            "last_apply": stats.last_apply,
+            "last_result": stats.last_result_at,
+            "snapshot": stats.snapshot_time,
+            "last_error": stats.last_error.at if stats.last_error else None,
+        }
     return {
         "healthy": health.healthy,
         "state": health.state,
         "problems": msgspec.to_builtins(health.problems),
         "warnings": msgspec.to_builtins(health.warnings),
         "ages": {
-            name: None if moment is None else round(stats.sampled - moment, 3)
-            for name, moment in _moments(stats).items()
-        }
-        if stats
-        else {},
+            name: None if moment is None or stats is None else round(stats.sampled - moment, 3)
+            for name, moment in moments.items()
+        },
         "stats": msgspec.to_builtins(stats),
-    }
-
-
-def _moments(stats: Stats) -> dict[str, float | None]:
-    return {
-        "start": stats.started_at,
-        "last_sync": stats.watch.last_sync,
-        "last_apply": stats.last_apply,
-        "last_result": stats.last_result_at,
-        "snapshot": stats.snapshot_time,
-        "last_error": stats.last_error.at if stats.last_error else None,
     }
 
 
@@ -53,16 +50,10 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
 
     fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
-    cross, arrow = ("✗", "→") if fancy else ("x", "->")
     style = "green" if health.healthy else "red"
     console.print(plain(health.verdict, console), style=f"bold {style}", soft_wrap=True)
-    for mark, style, findings in (
-        (cross, "red", health.problems),
-        ("!", "yellow", health.warnings),
-    ):
-        for finding in findings:
-            console.print(plain(f"{mark} {finding.text}", console), style=style, soft_wrap=True)
-            console.print(plain(f"  {arrow} {finding.remedy}", console), soft_wrap=True)
+    for text, style in marked(health, *(("✗", "→") if fancy else ("x", "->"))):
+        console.print(plain(text, console), style=style, soft_wrap=True)
     if stats is None:
         return
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -71,6 +62,17 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     for name, value in rows(stats):
         table.add_row(name, plain(value, console))
     console.print(table)
+
+
+def marked(health: Health, cross: str = "✗", arrow: str = "→") -> Iterator[tuple[str, str]]:
+    """Yield each finding, and below it what to do, with their styles."""
+    for mark, style, findings in (
+        (cross, "red", health.problems),
+        ("!", "yellow", health.warnings),
+    ):
+        for finding in findings:
+            yield f"{mark} {finding.text}", style
+            yield f"  {arrow} {finding.remedy}", "default"
 
 
 def rows(stats: Stats) -> Iterator[tuple[str, str]]:
@@ -95,7 +97,7 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     yield "results", _counts(stats.outcomes)
     yield "because of", _counts(stats.reasons)
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
-    yield "rows changed", f"{changed}, {stats.failed_rows} refused"
+    yield "rows changed", f"{changed}, {stats.failed_rows} refused, {stats.set_back} set back"
     yield "lag", _summary(stats.lag_ms)
     yield "mbcap_persist", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _summary(lock.waits)
@@ -103,6 +105,8 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     lost = f"; last lost: {watch.last_problem}" if watch.last_problem else ""
     hits = f"sweep hits {watch.sweep_hits}, read errors {watch.read_errors}"
     yield "watch", f"re-arms {watch.rearms}, {hits}{lost}"
+    for name, output in stats.outputs.items():
+        yield name, f"{output.problem or 'works'} (last worked {since(output.last_good)})"
     if error is not None:
         over = "persists" if error.persists else "over"
         yield "last error", f"{error.outcome} ({since(error.at)}, {over}): {error.error}"
