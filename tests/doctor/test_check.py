@@ -667,6 +667,24 @@ def test_a_read_only_volume(installation: Path) -> None:
     assert f"ReadWritePaths={path}" in report("permissions", "problem")
 
 
+@pytest.mark.parametrize(
+    "mounts, code",
+    [
+        ("mount --bind {0} {0}; mount -o remount,ro,bind {0}", "read_only"),
+        ("mount -t tmpfs none {0}", "no_database"),
+    ],
+)
+async def test_a_daemon_whose_unit_keeps_it_away(
+    installation: Path, mounts: str, code: str
+) -> None:
+    """From here all looks well; the daemon itself knows better."""
+    inside = namespaces(mounts.format(installation.parent))
+    with daemon("--database", installation, inside=inside):
+        said = await service(installation, "running: ", "problem")
+        report = await check.examine(Settings(installation), os.environ)
+    assert [each.code for each in report if each.severity == "problem"] == [code], said
+
+
 def test_a_volume_that_is_a_single_file(installation: Path) -> None:
     report = check_with(installation, f"mount --bind {installation} {installation}")
     assert "mounted as a single file" in report("filesystem", "problem")
