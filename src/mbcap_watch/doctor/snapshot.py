@@ -115,7 +115,7 @@ def _unusable(here: Installation, error: SnapshotError) -> Finding:
         shut = place(Path(error.path))
         if isinstance(error.__cause__, PermissionError) and shut.status:
             return _refused(here, "snapshot", error.what, shut)
-        return here.finding(error.cause, error.what)
+        return here.finding(error.cause or "snapshot_unreadable", error.what)
     return here.finding("refused", f"refused: {error.what}")
 
 
