@@ -191,7 +191,7 @@ class SnapshotUnreadable(SnapshotError):
         cause: Literal["limit"] | None = None,
     ) -> None:
         super().__init__(path, problem)
-        self.cause: Cause = cause or "snapshot_unreadable"
+        self.cause: Cause | None = cause or "snapshot_unreadable"
 
 
 class SnapshotNotPublished(SnapshotError):
