@@ -217,6 +217,7 @@ STRANGERS = [(f"{number:04x}", "confirmed") for number in range(20)]
         (sql("PRAGMA journal_mode = delete"), "journal mode", "warning", ["delete, not WAL"]),
         (sql("DELETE FROM nodes", "DELETE FROM inactive_nodes"), "preview", "problem", ["no rows"]),
         (touched(-5), "activity", "warning", ["for 5 d", "old copy"]),
+        (touched(+1), "clock", "warning", ["in the future: the clock jumped", "timedatectl"]),
         ("seq 400 > meshcore.db-wal", "wal", "problem", ["left behind", "remove the -wal"]),
         ("rm mbcap-snapshot/*", "snapshot", "warning", ["does not exist", "CoreScope's server"]),
         ("rm -r mbcap-snapshot", "snapshot dir", "warning", ["the publisher creates it"]),
@@ -666,6 +667,24 @@ def test_a_read_only_volume(installation: Path) -> None:
     assert f"ReadWritePaths={path}" in report("permissions", "problem")
 
 
+@pytest.mark.parametrize(
+    "mounts, code",
+    [
+        ("mount --bind {0} {0}; mount -o remount,ro,bind {0}", "read_only"),
+        ("mount -t tmpfs none {0}", "no_database"),
+    ],
+)
+async def test_a_daemon_whose_unit_keeps_it_away(
+    installation: Path, mounts: str, code: str
+) -> None:
+    """From here all looks well; the daemon itself knows better."""
+    inside = namespaces(mounts.format(installation.parent))
+    with daemon("--database", installation, inside=inside):
+        said = await service(installation, "running: ", "problem")
+        report = await check.examine(Settings(installation), os.environ)
+    assert [each.code for each in report if each.severity == "problem"] == [code], said
+
+
 def test_a_volume_that_is_a_single_file(installation: Path) -> None:
     report = check_with(installation, f"mount --bind {installation} {installation}")
     assert "mounted as a single file" in report("filesystem", "problem")
@@ -807,8 +826,10 @@ def test_ages(written_at: str | None, placed_ago: float, level: str, words: str)
     "mount, codes",
     [
         (Mount("nfs4", "/mnt", ("rw", "nocto", "vers=4.2")), ["nocto"]),
-        (Mount("nfs4", "/mnt", ("rw", "vers=4.2")), []),
-        (Mount("ext4", "/", ("nocto",)), []),
+        (Mount("nfs4", "/mnt", ("rw", "vers=4.2", "acregmax=60")), []),
+        (Mount("nfs4", "/mnt", ("acregmax=600", "acdirmax=60")), ["attribute_cache"]),
+        (Mount("nfs4", "/mnt", ("nocto", "actimeo=3600")), ["nocto", "attribute_cache"]),
+        (Mount("ext4", "/", ("nocto", "actimeo=3600")), []),
     ],
 )
 def test_mount_options(mount: Mount, codes: list[str]) -> None:

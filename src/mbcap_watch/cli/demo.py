@@ -21,7 +21,7 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 from rich.console import Console
 
-from mbcap_watch.bridge.stream import watch
+from mbcap_watch.bridge.service import watch
 from mbcap_watch.cli import config
 from mbcap_watch.snapshot.files import (
     SNAPSHOT_NAME,

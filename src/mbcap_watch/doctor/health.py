@@ -12,7 +12,7 @@ from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from mbcap_watch.results import Outcome, PersistResult
     from mbcap_watch.telemetry.stats import Stats
@@ -47,25 +47,20 @@ State = Literal["starting", "running", "stuck", "paused", "not running", "unknow
 
 
 class Health(msgspec.Struct, frozen=True):
-    """The verdict on a daemon.
-
-    Attributes:
-        state: of the process, as far as it is known; `starting` before its first sync.
-        problems: each of them makes it unhealthy.
-        warnings: worth knowing; no reason to restart anything.
-
-    """
+    """The verdict on a daemon: the state of the process, as far as it is known, and findings."""
 
     state: State
-    problems: tuple[Finding, ...] = ()
-    warnings: tuple[Finding, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
-    @classmethod
-    def of(cls, state: State, findings: Iterable[Finding]) -> Health:
-        """Return the verdict that these findings make."""
-        each = tuple(findings)
-        problems = tuple(one for one in each if one.severity == "problem")
-        return cls(state, problems, tuple(one for one in each if one.severity != "problem"))
+    @property
+    def problems(self) -> tuple[Finding, ...]:
+        """What makes it unhealthy."""
+        return tuple(each for each in self.findings if each.severity == "problem")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """What is worth knowing; no reason to restart anything."""
+        return tuple(each for each in self.findings if each.severity == "warning")
 
     @property
     def healthy(self) -> bool:
@@ -108,7 +103,7 @@ def judge(stats: Stats, max_age: float | None = None, here: Installation | None 
         state = "starting"
         when = ago(stats.sampled - stats.started_at)
         findings.insert(0, here.finding("starting", pid=stats.pid, when=when))
-    return Health.of(state, findings)
+    return Health(state, tuple(findings))
 
 
 def _stuck(stats: Stats, here: Installation) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote, size
+from mbcap_watch.doctor.health import CLOCK_SECONDS
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.store.errors import SIDES
 from mbcap_watch.watcher.mounts import INOTIFY_FILESYSTEMS, UNKNOWN, Mount, mount_table
@@ -169,6 +170,8 @@ def examine(here: Installation) -> Iterator[Finding]:
     silence = time.time() - max((each.st_mtime for each in statuses if each), default=time.time())
     if silence > _SILENT_SECONDS:
         yield here.finding("no_activity", silence=duration(silence))
+    elif silence < -CLOCK_SECONDS:
+        yield here.finding("clock", later=duration(-silence))
     if not os.path.isdir("/proc/self"):
         yield here.finding("no_proc")
         return

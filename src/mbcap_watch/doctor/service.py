@@ -92,9 +92,9 @@ def look(
         trusted = {os.geteuid()}  # root's socket may be there, and closed to this user
     if mine := [each for each in unasked if each.uid in trusted]:
         return None, _judge_unasked(here, mine[0])
-    if unknown := list(_why_unknown(here, peers, unasked, trusted)):
-        return None, Health.of("unknown", unknown)
-    return None, Health.of("not running", _absent(here, peers, same))
+    if unknown := tuple(_why_unknown(here, peers, unasked, trusted)):
+        return None, Health("unknown", unknown)
+    return None, Health("not running", tuple(_absent(here, peers, same)))
 
 
 def examine(
@@ -178,11 +178,13 @@ def _judge_answer(
         for each in others
         if each.stats and each.stats.database == stats.database
     ]
-    problems = health.problems or tuple(_within(lambda: _unmet(here), list[Finding]()))
+    found = list(health.findings)
+    if health.healthy:
+        found += _within(lambda: _unmet(here), list[Finding]())
     if twins:
         who = f"process {stats.pid} and {', '.join(twins)}"
-        problems = (here.finding("two_daemons", who=who), *problems)
-    return msgspec.structs.replace(health, problems=problems)
+        found.insert(0, here.finding("two_daemons", who=who))
+    return Health(health.state, tuple(found))
 
 
 def _unmet(here: Installation) -> list[Finding]:
@@ -197,24 +199,24 @@ def _unmet(here: Installation) -> list[Finding]:
 
 def _judge_silent(here: Installation, peer: Peer) -> Health:
     if machine.is_paused(peer.pid):
-        return Health.of("paused", [here.finding("paused", pid=peer.pid)])
+        return Health("paused", (here.finding("paused", pid=peer.pid),))
     silence = duration(SILENT_SECONDS)
     blocked = here.finding("blocked", pid=peer.pid, uid=peer.uid, silence=silence)
-    return Health.of("stuck", [blocked])
+    return Health("stuck", (blocked,))
 
 
 def _judge_unasked(here: Installation, daemon: Daemon) -> Health:
     """Judge a daemon of which only /proc tells."""
     pid, fields, age = daemon.pid, machine.stat_of(daemon.pid), 0.0
     if machine.is_paused(pid):
-        return Health.of("paused", [here.finding("paused", pid=pid)])
+        return Health("paused", (here.finding("paused", pid=pid),))
     with contextlib.suppress(IndexError):  # it has just ended
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
     if age < _YOUNG_SECONDS:
         text = f"process {pid} was started {ago(age)}, and has no control socket yet"
-        return Health.of("starting", [here.finding("starting", text)])
-    return Health.of("running", [here.finding("unasked", pid=pid, uid=daemon.uid)])
+        return Health("starting", (here.finding("starting", text),))
+    return Health("running", (here.finding("unasked", pid=pid, uid=daemon.uid),))
 
 
 def _why_unknown(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mbcap_watch.settings import Settings
+
+# For so many seconds, an NFS client believes without asking, by default (nfs(5)).
+_CACHED_SECONDS: Final = 60
+_CACHES: Final = ("acregmin", "acregmax", "acdirmin", "acdirmax", "actimeo")
 
 
 def examine(
@@ -111,7 +115,7 @@ def _unusable(here: Installation, error: SnapshotError) -> Finding:
         shut = place(Path(error.path))
         if isinstance(error.__cause__, PermissionError) and shut.status:
             return _refused(here, "snapshot", error.what, shut)
-        return here.finding(error.cause, error.what)
+        return here.finding(error.cause or "snapshot_unreadable", error.what)
     return here.finding("refused", f"refused: {error.what}")
 
 
@@ -162,5 +166,10 @@ def examine_watch(here: Installation, settings: Settings) -> Iterator[Finding]:
 
 def judge_options(here: Installation, mount: Mount) -> Iterator[Finding]:
     """Judge the options of a network mount (nfs(5); measured for `nocto`: 47 s late)."""
-    if is_remote(mount) and "nocto" in mount.options:
-        yield here.finding("nocto", where=f"{mount.type} on {mount.mount_point}")
+    where = f"{mount.type} on {mount.mount_point}"
+    for option in mount.options if is_remote(mount) else ():
+        name, _, seconds = option.partition("=")
+        if name == "nocto":
+            yield here.finding("nocto", where=where)
+        elif name in _CACHES and seconds.isdigit() and int(seconds) > _CACHED_SECONDS:
+            yield here.finding("attribute_cache", where=where, option=option)
