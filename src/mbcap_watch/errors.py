@@ -170,7 +170,7 @@ class SnapshotUnreadable(SnapshotError):
     """
 
     hint = "the database stays as it is and the file is tried again"
-    cause = "snapshot_unreadable"
+    cause: Cause | None = "snapshot_unreadable"
 
 
 class SnapshotNotPublished(SnapshotError):
