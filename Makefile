@@ -1,4 +1,5 @@
 # The two commands of a newcomer are `make demo` and `make test`. Both create what they need.
+# `sudo make install DATABASE=/path/to/meshcore.db` makes a systemd service of it; see below.
 
 # The newest Python of 3.11 to 3.13 that answers.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -8,7 +9,7 @@ VENV := .venv
 PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
 TOX := $(VENV)/bin/tox run $(if $(PYENV),--discover $(PYENV))
 
-.PHONY: demo test check campaign bench format clean
+.PHONY: demo test check campaign bench format clean install uninstall
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mbcap-watch demo
@@ -51,3 +52,70 @@ $(VENV)/installed: $(VENV)/python pyproject.toml
 $(VENV)/tox: $(VENV)/python tox.toml
 	$(VENV)/bin/python -m pip install --quiet 'tox>=4.21'
 	touch $@
+
+# ------------------------------------------------------------------------------ as a service
+#
+# `make install` again is an upgrade. The TOML file is never overwritten; `make uninstall` leaves it.
+#
+#   DATABASE  the path of meshcore.db: goes into a new TOML file, and gives the defaults of the next
+#   OWNER     the user that the service runs as; without DATABASE and OWNER it stays as it is
+#   DATA      the one directory that the service may write into: that of the database
+#   PREFIX    the venv, a directory of its own
+#   DESTDIR   goes before every path, for who makes a package
+
+PREFIX ?= /opt/mbcap-watch
+DATABASE ?=
+OWNER ?= $(if $(DATABASE),$(shell stat -L -c %U '$(DATABASE)' 2>/dev/null))
+DATA ?= $(if $(DATABASE),$(patsubst %/,%,$(dir $(DATABASE))))
+# A Python in somebody's home (pyenv, uv) cannot be executed by the service's user.
+SYSTEM_PYTHON ?= /usr/bin/python3
+
+PROGRAM = $(DESTDIR)$(PREFIX)
+LINK = $(DESTDIR)/usr/local/bin/mbcap-watch
+UNITS = $(DESTDIR)/etc/systemd/system
+CHOICE = $(UNITS)/mbcap-watch.service.d/10-install.conf
+TOML = $(DESTDIR)/etc/mbcap-watch/mbcap-watch.toml
+SYSTEMD = $(if $(DESTDIR),,$(wildcard /run/systemd/system))
+
+install:
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(SYSTEM_PYTHON) is missing or older than Python 3.11: set SYSTEM_PYTHON= to one" \
+			"that every user can execute"; exit 1; }
+	@$(SYSTEM_PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(SYSTEM_PYTHON) cannot make a venv: apt install python3-venv"; exit 1; }
+	@test ! -e '$(PROGRAM)' || test -e '$(PROGRAM)/pyvenv.cfg' || { \
+		echo "$(PROGRAM) is there and is no venv: set PREFIX= to a directory of its own"; exit 1; }
+	@case '$(DATABASE)' in /*|'') ;; *) echo "DATABASE= must be an absolute path"; exit 1;; esac
+	@test -z '$(DATABASE)' || test -n '$(OWNER)' || { \
+		echo "$(DATABASE) is not there: set OWNER= to the user that will own it"; exit 1; }
+	@test -z '$(OWNER)' -o -n '$(DESTDIR)' || id '$(OWNER)' >/dev/null
+	umask 022 && $(SYSTEM_PYTHON) -m venv '$(PROGRAM)'
+	umask 022 && '$(PROGRAM)/bin/python' -m pip install --quiet --upgrade .
+	$(if $(DESTDIR),grep -rlI '$(DESTDIR)' '$(PROGRAM)/bin' '$(PROGRAM)/pyvenv.cfg' | \
+		xargs sed -i 's|$(DESTDIR)||g')
+	install -d '$(dir $(LINK))' '$(UNITS)' '$(dir $(TOML))'
+	ln -sfn '$(PREFIX)/bin/mbcap-watch' '$(LINK)'
+	for unit in mbcap-watch.service mbcap-watch@.service; do \
+		sed 's|/opt/mbcap-watch|$(PREFIX)|' "config/$$unit" >'$(UNITS)/'"$$unit" && \
+		chmod 644 '$(UNITS)/'"$$unit" || exit 1; done
+	test -e '$(TOML)' || { \
+		install -m 644 config/mbcap-watch.toml '$(TOML)' && \
+		$(if $(DATABASE),sed -i 's|^#\(database = \).*|\1"$(DATABASE)"|' '$(TOML)',:); }
+	$(if $(OWNER),install -d '$(dir $(CHOICE))'; { \
+		echo '[Service]'; echo 'User=$(OWNER)'; echo 'Group='; \
+		$(if $(DATA),echo 'ReadWritePaths='; echo 'ReadWritePaths=$(DATA)';) \
+		$(if $(filter /home/% /root/%,$(DATA)/),echo 'ProtectHome=no';) } >'$(CHOICE)')
+	$(if $(SYSTEMD),systemctl daemon-reload)
+	@grep -q '^database *=' '$(TOML)' || echo "Set database in $(TOML)."
+	@echo "Then: systemctl enable --now mbcap-watch (after an upgrade: systemctl restart mbcap-watch)"
+
+uninstall:
+	$(if $(SYSTEMD),-systemctl disable --now mbcap-watch.service mbcap-watch@.service)
+	$(if $(SYSTEMD),-systemctl stop 'mbcap-watch@*.service')
+	rm -f '$(LINK)' '$(UNITS)/mbcap-watch.service' '$(UNITS)/mbcap-watch@.service' '$(CHOICE)'
+	-rmdir --ignore-fail-on-non-empty '$(dir $(CHOICE))' 2>/dev/null
+	$(if $(SYSTEMD),systemctl daemon-reload)
+	@test ! -e '$(PROGRAM)/bin/mbcap-watch' || test -e '$(PROGRAM)/pyvenv.cfg' || { \
+		echo "$(PROGRAM) is no venv of make install: it is left alone"; exit 1; }
+	test ! -e '$(PROGRAM)/bin/mbcap-watch' || rm -rf '$(PROGRAM)'
+	@test ! -e '$(TOML)' || echo "$(TOML) is left."
