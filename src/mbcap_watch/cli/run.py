@@ -45,12 +45,15 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         as_json: whether each result is printed.
 
     Raises:
-        SettingsError: there is no library for what was asked for.
+        SettingsError: there is no library for what was asked for, or no database in /.
         OutputError: a result cannot be printed.
 
     """
     logs.configure(loaded.log_level, loaded.log_format, logs.UnblockedHandler())
     settings = loaded.settings
+    if loaded.origins["database"] == "default" and os.getcwd() == "/":  # as a service starts
+        where = loaded.file or "a TOML file, DB_PATH or --database"
+        raise SettingsError("database", f"is not set; set it in {where}")
     printer = _Printer(stop) if as_json else None
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
