@@ -113,7 +113,7 @@ uninstall:
 	$(if $(SYSTEMD),-systemctl disable --now mbcap-watch.service mbcap-watch@.service)
 	$(if $(SYSTEMD),-systemctl stop 'mbcap-watch@*.service')
 	rm -f '$(LINK)' '$(UNITS)/mbcap-watch.service' '$(UNITS)/mbcap-watch@.service' '$(CHOICE)'
-	-rmdir --ignore-fail-on-non-empty '$(dir $(CHOICE))' 2>/dev/null
+	test ! -d '$(dir $(CHOICE))' || rmdir --ignore-fail-on-non-empty '$(dir $(CHOICE))'
 	$(if $(SYSTEMD),systemctl daemon-reload)
 	@test ! -e '$(PROGRAM)/bin/mbcap-watch' || test -e '$(PROGRAM)/pyvenv.cfg' || { \
 		echo "$(PROGRAM) is no venv of make install: it is left alone"; exit 1; }
