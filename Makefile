@@ -1,15 +1,15 @@
 # The two commands of a newcomer are `make demo` and `make test`. Both create what they need.
 # `sudo make install DATABASE=/path/to/meshcore.db` makes a systemd service of it; see below.
 
-# The newest Python of 3.11 to 3.13 that answers.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+# The newest Python of 3.11 to 3.14 that answers.
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2])' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 # Interpreters that pyenv keeps are not on the PATH; the tests run on each that there is.
-PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-3])
+PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-4])
 TOX := $(VENV)/bin/tox run $(if $(PYENV),--discover $(PYENV))
 
-.PHONY: demo test check campaign bench format clean install uninstall
+.PHONY: demo test lint check campaign bench format clean install uninstall
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mbcap-watch demo
@@ -19,12 +19,16 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[bench]'
 	$(VENV)/bin/python -m benchmarks
 
-# All tests on the newest Python; on the others those that are not marked `slow` or `system`.
+# All tests on 3.13; on the other Pythons that there are, those not marked `slow` or `system`.
 test: $(VENV)/tox
-	$(TOX) -e all,3.11,3.12
+	$(TOX) -e all,3.11,3.12,3.14
+
+# What .pre-commit-config.yaml asks for.
+lint: $(VENV)/tox
+	$(TOX) -q -e lint,types,imports
 
 check: $(VENV)/tox
-	$(TOX) -e lint,types,imports,all,3.11,3.12
+	$(TOX) -e lint,types,imports,dist,alone,all,3.11,3.12,3.14
 
 # What the tests do briefly, at length: about a quarter of an hour.
 campaign: $(VENV)/tox
@@ -41,7 +45,7 @@ clean:
 	rm -rf $(VENV) .tox dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(VENV)/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 found; set PYTHON=/path/to/python3"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 found; set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
