@@ -28,10 +28,11 @@ from mbcap_watch.snapshot.codec import (
     SNAPSHOT_NAME,
     Entry,
     Snapshot,
+    encode,
     parse,
     parse_entries,
+    stamped,
 )
-from mbcap_watch.snapshot.encoder import encode, stamped
 
 __all__ = [
     "SNAPSHOT_NAME",
