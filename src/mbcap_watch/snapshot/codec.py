@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import msgspec
@@ -89,7 +90,7 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
 
     Raises:
         SnapshotRefused: the entries would take more memory than that.
-        SnapshotMalformed: whatever else is wrong with the bytes; nothing else is ever raised.
+        SnapshotMalformed: whatever else is wrong; nothing else is ever raised.
 
     """
     if not data or data.isspace():
@@ -107,13 +108,7 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
 
 
 def parse_entries(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
-    """Read a snapshot, or a bare JSON list of entries (which has no `writtenAt`).
-
-    Raises:
-        SnapshotRefused: as `parse`.
-        SnapshotMalformed: the bytes are neither.
-
-    """
+    """Read a snapshot as `parse` does, or a bare JSON list of entries (without `writtenAt`)."""
     if data.lstrip(b" \t\r\n")[:1] != b"[":
         return parse(data, source=source)
     _require_utf8(data, source)
@@ -125,13 +120,10 @@ def _decode(
 ) -> T:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as exc:
-        raise _malformed(source, where, exc) from exc
-
-
-def _malformed(source: str, where: str, exc: Exception) -> SnapshotMalformed:
-    what = "nested too deep" if isinstance(exc, RecursionError) else str(exc)
-    return SnapshotMalformed(source, where + what)
+    except msgspec.MsgspecError as exc:
+        raise SnapshotMalformed(source, f"{where}{exc}") from exc
+    except RecursionError as exc:
+        raise SnapshotMalformed(source, f"{where}nested too deep") from exc
 
 
 def _one_by_one(data: bytes | msgspec.Raw, document: bytes, source: str) -> tuple[Entry, ...]:
@@ -143,14 +135,15 @@ def _one_by_one(data: bytes | msgspec.Raw, document: bytes, source: str) -> tupl
     _require_memory(data, document, source)
     waiting = _decode(_raw_entries_decoder, data, source, "entries: ") or []
     waiting.reverse()
-    decode = _entry_decoder.decode
     done: list[Entry | None] = []
-    try:
-        while waiting:
-            done.extend(map(decode, reversed(waiting[-_BATCH:])))
-            del waiting[-_BATCH:]  # 48 bytes each
-    except (msgspec.MsgspecError, RecursionError) as exc:
-        raise _malformed(source, f"entries[{len(done)}]: ", exc) from exc
+    while waiting:
+        batch = waiting[: -_BATCH - 1 : -1]
+        del waiting[-_BATCH:]  # 48 bytes each
+        try:
+            done.extend(map(_entry_decoder.decode, batch))
+        except (msgspec.MsgspecError, RecursionError):
+            wrong = batch[len(done) % _BATCH]
+            _decode(_entry_decoder, wrong, source, f"entries[{len(done)}]: ")
     return _no_nulls(done)
 
 
@@ -187,11 +180,9 @@ def _require_utf8(data: bytes, source: str) -> None:
     """
     if data.isascii():
         return
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
     try:
-        for start in range(0, len(data), _PIECE):
-            decoder.decode(data[start : start + _PIECE])
-        decoder.decode(b"", final=True)
+        deque(codecs.iterdecode(pieces, "utf-8"), maxlen=0)
     except UnicodeDecodeError as exc:
         raise SnapshotMalformed(source, f"is not UTF-8: {exc.reason}") from exc
 
@@ -206,29 +197,20 @@ def _require_time(text: str, source: str) -> None:
     raise SnapshotMalformed(source, f"writtenAt {problem}")
 
 
-# ------------------------------------------------------------------------------ writing
-
-
 def stamped(snapshot: Snapshot) -> Snapshot:
-    """Return the snapshot with its time as Go prints it; the current UTC time for none or zero.
-
-    Raises:
-        SnapshotMalformed: it is no `Snapshot`, or `written_at` is not RFC 3339.
-
-    """
+    """Return the snapshot with its time as Go prints it; the current UTC time for none or zero."""
     time = _written_at(snapshot)
     return Snapshot(snapshot.entries, timestamp.now() if time == timestamp.ZERO else time)
 
 
 def _written_at(snapshot: object) -> str:
     """Return the snapshot's time as Go prints it; none is Go's zero time."""
-    if not isinstance(snapshot, Snapshot):
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"is a {type(snapshot).__name__}, no Snapshot")
-    given: object = snapshot.written_at
+    given: object = snapshot.written_at if isinstance(snapshot, Snapshot) else snapshot
+    if not isinstance(snapshot, Snapshot) or not isinstance(given, str | None):
+        problem = f"expected a Snapshot with written_at as text, got {type(given).__name__}"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
     if given is None:
         return timestamp.ZERO
-    if not isinstance(given, str):
-        raise SnapshotMalformed(SNAPSHOT_NAME, f"written_at is a {type(given).__name__}, no text")
     _require_time(given, SNAPSHOT_NAME)
     return timestamp.canonical(given)
 
@@ -240,9 +222,8 @@ def encode(snapshot: Snapshot) -> bytes:
     evidence. A key or a status that is None, which Go cannot have, is left out.
 
     `<`, `>`, `&`, U+2028 and U+2029 are escaped, as `json.Marshal` does by default ("HTMLEscape"
-    in its documentation). In JSON they stand only inside strings, so replacing them in the
-    finished text is safe. A backspace and a form feed are written `\b` and `\f`, as Go 1.22
-    and later do; earlier versions wrote `\u0008` and `\u000c`.
+    in its documentation); in JSON they stand only inside strings. A backspace and a form feed are
+    `\b` and `\f`, as from Go 1.22 on.
 
     Raises:
         SnapshotMalformed: a reader would refuse the result, or leave an entry out.
