@@ -83,7 +83,7 @@ class _Way:
     def walk(self, path: str, start: int | None) -> None:
         """Go to what `path` leads to; errors tell by its names where the way ends."""
         root = "/" if path.startswith("/") else ""
-        first = self._look(root or ".", None) if start is None else start
+        first = self._look(root or ".", None)[0] if start is None else start
         self._go(first, ".", first)
         names = _names(path)
         # What is still to be walked, the next name last: to which name of `path` it belongs, and
@@ -93,23 +93,23 @@ class _Way:
         while ahead:
             name, count, linked = ahead.pop()
             try:
-                found = self._look(name, self._found)
+                found, link = self._look(name, self._found)
             except (FileNotFoundError, NotADirectoryError) as exc:
                 if linked:
-                    link = root + "/".join(names[: count + 1])
-                    raise DanglingLink(errno.ENOENT, "is a symbolic link to nothing", link) from exc
+                    place = root + "/".join(names[: count + 1])
+                    text = "is a symbolic link to nothing"
+                    raise DanglingLink(errno.ENOENT, text, place) from exc
                 exc.filename = root + "/".join(names[:count])
                 raise
-            status = os.fstat(found)
-            if not stat.S_ISLNK(status.st_mode):
+            if link is None:
                 self._go(self._found, name, found)
                 continue
             links += 1
             if links > _MOST_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            if status.st_uid not in (0, os.geteuid()):
-                self.strangers.add(status.st_uid)
-            elif not status.st_size:
+            if link.st_uid not in (0, os.geteuid()):
+                self.strangers.add(link.st_uid)
+            elif not link.st_size:
                 # A link of the kernel's own, as /proc/1/root: its text is not where it leads.
                 found = self.keep(os.open(name, _PLACE, dir_fd=self._found))
                 self._go(found, ".", found)
@@ -117,7 +117,7 @@ class _Way:
             target = os.readlink("", dir_fd=found)
             ahead += [(each, count, True) for each in reversed(_names(target))]
             if target.startswith("/"):
-                found = self._look("/", None)
+                found, _ = self._look("/", None)
                 self._go(found, ".", found)
 
     def open(self) -> int:
@@ -141,13 +141,16 @@ class _Way:
         if self.strangers and self.strangers != {os.fstat(descriptor).st_uid}:
             raise ForeignLink(min(self.strangers))
 
-    def _look(self, name: str, directory: int | None) -> int:
+    def _look(self, name: str, directory: int | None) -> tuple[int, os.stat_result | None]:
+        """Return a descriptor of `name`, and what `stat` says of it if it is a link."""
         flags = _PLACE | os.O_NOFOLLOW
         try:
             # With O_DIRECTORY, a filesystem that is mounted on demand is mounted.
-            return self.keep(os.open(name, flags | os.O_DIRECTORY, dir_fd=directory))
+            return self.keep(os.open(name, flags | os.O_DIRECTORY, dir_fd=directory)), None
         except NotADirectoryError:  # a link is none, either
-            return self.keep(os.open(name, flags, dir_fd=directory))
+            found = self.keep(os.open(name, flags, dir_fd=directory))
+        status = os.fstat(found)
+        return found, status if stat.S_ISLNK(status.st_mode) else None
 
     def _go(self, directory: int, name: str, found: int) -> None:
         self._directory, self._name, self._found = directory, name, found

@@ -1,7 +1,7 @@
 """A watchdog observer on one directory: quick, and honest about its health.
 
 Uses private names of watchdog 7 (`_emitter_class`, `_inotify_fd`); the package pins `<8` and a
-test checks that they are there.
+test checks that they are there. Importing this fails where the system has no inotify.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ _MASK: Final = Mask(
     | InotifyConstants.IN_ONLYDIR
 )
 
-# Kubernetes replaces the files of a volume all at once, by renaming this link over the old one.
-_DATA_LINK: Final = "..data"
-_NAMES: Final = frozenset({SNAPSHOT_NAME, _DATA_LINK})
+# Kubernetes replaces the files of a volume all at once, by renaming the link `..data`.
+_NAMES: Final = (SNAPSHOT_NAME, "..data")
 
 # An observer opens an inotify instance and a pipe, and starts a thread each for reading from it,
-# for its one watch, and for telling us.
+# for its one watch, and for telling us. Its constructor leaks what it had opened when it fails.
 _DESCRIPTORS: Final = 3
 _THREADS: Final = 3
 
@@ -47,12 +46,6 @@ _STOP_SECONDS: Final = 5.0
 class _Emitter(InotifyEmitter):
     def get_event_mask_from_filter(self) -> Mask:
         return _MASK
-
-
-class _Observer(InotifyObserver):
-    def __init__(self) -> None:
-        super().__init__()
-        self._emitter_class = _Emitter
 
 
 class _Handler(FileSystemEventHandler):
@@ -85,26 +78,29 @@ class InotifyWatch:
         """
         self._directory = directory
         self._identity = _identity(directory)
-        # watchdog's constructor leaks what it had opened when it fails.
         require_descriptors(_DESCRIPTORS)
         require_threads(_THREADS)
         try:
-            self._observer = _Observer()
+            self._observer = InotifyObserver()
+            try:
+                self._arm(_Handler(on_change))
+            except BaseException:
+                self.close()
+                raise
         except RuntimeError as exc:  # somebody else has taken the thread meanwhile
             raise no_thread() from exc
-        try:
-            # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
-            os.set_inheritable(self._observer._inotify_fd._inotify_fd, False)  # noqa: FBT003, SLF001
-            self._observer.schedule(_Handler(on_change), os.path.realpath(directory))
-            self._observer.start()
-            self._kernel_watches = self._read_kernel_watches()
-            self._require_kernel_watch()
-        except RuntimeError as exc:
-            self.close()
-            raise no_thread() from exc
-        except BaseException:
-            self.close()
-            raise
+
+    def _arm(self, handler: _Handler) -> None:
+        self._observer._emitter_class = _Emitter  # noqa: SLF001
+        self._reader = self._observer._inotify_fd  # noqa: SLF001
+        self._descriptor = self._reader._inotify_fd  # noqa: SLF001
+        # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
+        os.set_inheritable(self._descriptor, False)  # noqa: FBT003
+        self._observer.schedule(handler, os.path.realpath(self._directory))
+        self._observer.start()
+        self._kernel_watches = self._read_kernel_watches()
+        if not self._kernel_watches:  # watchdog swallows EACCES
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
 
     def problem(self) -> str | None:
         """Return what is wrong with the watch, or None while it is sound.
@@ -118,11 +114,7 @@ class InotifyWatch:
                 return "the directory was replaced"
         except OSError as exc:
             return f"the directory cannot be reached ({exc.strerror})"
-        threads: list[threading.Thread] = [
-            self._observer,
-            self._observer._inotify_fd,  # noqa: SLF001
-            *self._observer.emitters,
-        ]
+        threads: list[threading.Thread] = [self._observer, self._reader, *self._observer.emitters]
         if not all(thread.is_alive() for thread in threads):
             return "a thread of the observer has ended"
         try:
@@ -138,15 +130,12 @@ class InotifyWatch:
         if self._observer.is_alive():
             self._observer.join(_STOP_SECONDS)
 
-    def _require_kernel_watch(self) -> None:
-        """See through watchdog, which swallows EACCES: the kernel's own list is empty then."""
-        if not self._kernel_watches:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
-
     def _read_kernel_watches(self) -> list[str]:
         """Return the watches that the kernel holds for us (proc(5), `/proc/pid/fdinfo`)."""
-        descriptor = self._observer._inotify_fd._inotify_fd  # noqa: SLF001
-        text = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+        try:
+            text = Path(f"/proc/self/fdinfo/{self._descriptor}").read_text(encoding="ascii")
+        except FileNotFoundError as exc:
+            raise OSError(errno.ENOSYS, "a watch cannot be checked without /proc") from exc
         return [line for line in text.splitlines() if line.startswith("inotify ")]
 
 

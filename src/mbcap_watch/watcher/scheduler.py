@@ -34,6 +34,10 @@ class Scheduler:
         self._first_notice = math.inf
         self._last_notice = -math.inf
         self._quiet_until = -math.inf
+        self._paces: dict[Reason, float] = {
+            "poll": settings.poll_interval,
+            "sweep": settings.sweep_interval,
+        }
         self._ticks: dict[Reason, float] = {"poll": now, "sweep": now + settings.sweep_interval}
         self._resync = now + settings.resync
         self._retry = math.inf
@@ -55,16 +59,16 @@ class Scheduler:
 
     def next(self, *, polling: bool) -> Due:
         """Return the next sync; it may be due already."""
-        dues = [
-            Due(self._rename_due(), "rename"),
-            Due(max(self._request, self._quiet_until), "request"),
-            Due(self._retry, "retry"),
-            Due(self._resync, "resync"),
-            Due(self._ticks["sweep"], "sweep"),
-        ]
-        if polling:
-            dues.append(Due(self._ticks["poll"], "poll"))
-        return min(dues, key=lambda due: due.at)
+        dues: dict[Reason, float] = {
+            "rename": self._rename_due(),
+            "request": max(self._request, self._quiet_until),
+            "retry": self._retry,
+            "resync": self._resync,
+            "sweep": self._ticks["sweep"],
+            "poll": self._ticks["poll"] if polling else math.inf,
+        }
+        reason = min(dues, key=dues.__getitem__)
+        return Due(dues[reason], reason)
 
     def begin(self, reason: Reason, now: float) -> None:
         """Note that a sync starts. What is notified from now on wants another one."""
@@ -73,9 +77,9 @@ class Scheduler:
             self._retry = math.inf
         if reason == "request":
             self._request = math.inf
-        if reason in ("poll", "sweep"):
-            interval, late = self._interval(reason), now - self._ticks[reason]
-            self._ticks[reason] += interval * max(1, math.ceil(late / interval))
+        if pace := self._paces.get(reason):
+            late = now - self._ticks[reason]
+            self._ticks[reason] += pace * max(1, math.ceil(late / pace))
 
     def end(self, now: float, *, idle: bool, compared: bool, retry_in: float | None) -> None:
         """Note that a sync has ended.
@@ -105,8 +109,3 @@ class Scheduler:
             self._last_notice + self._settings.debounce,
             self._first_notice + max(self._settings.max_wait, self._settings.debounce),
         )
-
-    def _interval(self, reason: Reason) -> float:
-        if reason == "poll":
-            return self._settings.poll_interval
-        return self._settings.sweep_interval

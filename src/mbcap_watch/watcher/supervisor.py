@@ -7,10 +7,18 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from watchdog.utils import UnsupportedLibcError
+
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
-from mbcap_watch.watcher.inotify import InotifyWatch
-from mbcap_watch.watcher.mounts import mount_of
+from mbcap_watch.watcher.mounts import UNKNOWN, mount_of
+
+try:
+    from mbcap_watch.watcher.inotify import InotifyWatch
+except UnsupportedLibcError:  # macOS, a BSD
+    _HAS_INOTIFY = False
+else:
+    _HAS_INOTIFY = True
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,9 +63,6 @@ class Watch:
     def refresh(self) -> None:
         """Arm, check, or repair the watch; say in `state` what came of it. Blocks."""
         self.awaits_directory = False
-        if self._settings.mode == "poll":
-            self._say(_ASKED_FOR)
-            return
         if self._inotify is not None:
             problem = self._inotify.problem()
             if problem is None:
@@ -78,16 +83,23 @@ class Watch:
                 self._say(why, degraded=True)
 
     def _arm(self, directory: Path) -> str:
+        """Return why it polls, or watches."""
+        mode = self._settings.mode
+        if mode == "poll":
+            return _ASKED_FOR
+        if not _HAS_INOTIFY:
+            return "this system has no inotify"
         mount = mount_of(directory)
-        if self._settings.mode == "auto" and not mount.delivers_inotify:
+        if mode == "auto" and mount == UNKNOWN:
+            return "without /proc it is unknown whether inotify sees every change"
+        if mode == "auto" and not mount.delivers_inotify:
             return f"inotify does not see every change on {mount.type}"
         self._inotify = InotifyWatch(directory, self._on_change)
         self.sees_every_change = mount.delivers_inotify
         self._arms += 1
         self.update(armed_since=time.time(), rearms=self._arms - 1)
-        return (
-            f"inotify sees every change on {mount.type}" if mount.delivers_inotify else _ASKED_FOR
-        )
+        said = f"inotify sees every change on {mount.type}"
+        return said if mount.delivers_inotify else _ASKED_FOR
 
     def close(self) -> None:
         """Disarm the watch. Blocks."""
