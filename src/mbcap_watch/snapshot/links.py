@@ -1,17 +1,14 @@
 """Open what a path leads to, following no link that another user may have put there as a trap.
 
-Whoever may write into the snapshot's directory can put a symbolic link in place of the file, and
-whoever may write into the directory above can put one in place of the directory. A daemon of root
-would follow it to files that the owner of the link may not read, and its errors would tell what is
-there. So one rule holds for every link on the way, wherever it lies:
-
-A link is followed if it is root's or our own user's, or if what it leads to belongs to the owner of
-the link. (Kubernetes' links into `..data` are root's.)
+Whoever may write into the snapshot's directory, or into the one above, can put a symbolic link in
+place of the file or the directory. A daemon of root would follow it to files that the owner of the
+link may not read, and its errors would tell what is there. So one rule holds for every link on the
+way: it is followed if it is root's or our own user's, or if what it leads to belongs to the owner
+of the link. (Kubernetes' links into `..data` are root's.)
 
 The kernel has no such rule, so the path is walked here, name by name. Each name is opened relative
 to the directory that was opened before it, without following it (O_PATH: devices and files of the
 kernel do not notice), and only what was opened is judged: nothing can be exchanged in between.
-
 Where there is no O_PATH (macOS), the kernel follows all links: run nothing as root there.
 """
 
@@ -85,7 +82,7 @@ class _Way:
         root = "/" if path.startswith("/") else ""
         first = self._look(root or ".", None)[0] if start is None else start
         self._go(first, ".", first)
-        names = _names(path)
+        names = list(filter(None, path.split("/")))
         # What is still to be walked, the next name last: to which name of `path` it belongs, and
         # whether a link led there.
         ahead = [(name, count, False) for count, name in enumerate(names)][::-1]
@@ -115,7 +112,7 @@ class _Way:
                 self._go(found, ".", found)
                 continue
             target = os.readlink("", dir_fd=found)
-            ahead += [(each, count, True) for each in reversed(_names(target))]
+            ahead += [(each, count, True) for each in reversed(target.split("/")) if each]
             if target.startswith("/"):
                 found, _ = self._look("/", None)
                 self._go(found, ".", found)
@@ -166,7 +163,3 @@ class _Way:
         for descriptor in self._opened.difference(needed):
             self._opened.remove(descriptor)
             os.close(descriptor)
-
-
-def _names(path: str) -> list[str]:
-    return [name for name in path.split("/") if name]

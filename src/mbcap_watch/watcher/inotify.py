@@ -34,73 +34,60 @@ _MASK: Final = Mask(
 # Kubernetes replaces the files of a volume all at once, by renaming the link `..data`.
 _NAMES: Final = (SNAPSHOT_NAME, "..data")
 
-# An observer opens an inotify instance and a pipe, and starts a thread each for reading from it,
-# for its one watch, and for telling us. Its constructor leaks what it had opened when it fails.
-_DESCRIPTORS: Final = 3
-_THREADS: Final = 3
-
-# An observer that has begun to stop ends within half a second (measured); this is for the odd case.
-_STOP_SECONDS: Final = 5.0
-
 
 class _Emitter(InotifyEmitter):
     def get_event_mask_from_filter(self) -> Mask:
         return _MASK
 
 
-class _Handler(FileSystemEventHandler):
-    def __init__(self, on_change: Callable[[], None]) -> None:
-        self._on_change = on_change
-
-    def dispatch(self, event: FileSystemEvent) -> None:
-        # By path, never by type: a rename inside the directory is a move, one from outside a
-        # creation.
-        path = os.fsdecode(event.dest_path or event.src_path)
-        if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
-            self._on_change()
-
-
-class InotifyWatch:
+class InotifyWatch(FileSystemEventHandler):
     """An armed watch. All its methods may block and belong off the event loop."""
 
     def __init__(self, directory: Path, on_change: Callable[[], None]) -> None:
-        """Arm the watch.
+        """Arm the watch on where `directory` leads to.
 
-        Args:
-            directory: the directory to watch; where it leads to, if it is a symbolic link.
-            on_change: called from a watchdog thread for every replacement of the snapshot and
-                when the directory goes. It must not block or raise.
+        A watchdog thread calls `on_change` for every replacement of the snapshot, and when the
+        directory goes. It must not block or raise.
 
         Raises:
-            OSError: the directory cannot be watched (missing, no permission, ENOSPC, EMFILE or
-                EAGAIN for the kernel's limits, …). Nothing is left behind.
+            OSError: the directory cannot be watched. Nothing is left behind.
 
         """
         self._directory = directory
-        self._identity = _identity(directory)
-        require_descriptors(_DESCRIPTORS)
-        require_threads(_THREADS)
+        self._on_change = on_change
+        self._was = os.stat(directory)
+        # For an inotify instance and a pipe, and for threads that read from it, from its one watch,
+        # and tell us. The constructor leaks what it has opened when it fails.
+        require_descriptors(3)
+        require_threads(3)
         try:
             self._observer = InotifyObserver()
             try:
-                self._arm(_Handler(on_change))
+                self._arm()
             except BaseException:
                 self.close()
                 raise
         except RuntimeError as exc:  # somebody else has taken the thread meanwhile
             raise no_thread() from exc
 
-    def _arm(self, handler: _Handler) -> None:
+    def _arm(self) -> None:
         self._observer._emitter_class = _Emitter  # noqa: SLF001
         self._reader = self._observer._inotify_fd  # noqa: SLF001
         self._descriptor = self._reader._inotify_fd  # noqa: SLF001
         # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
         os.set_inheritable(self._descriptor, False)  # noqa: FBT003
-        self._observer.schedule(handler, os.path.realpath(self._directory))
+        self._observer.schedule(self, os.path.realpath(self._directory))
         self._observer.start()
         self._kernel_watches = self._read_kernel_watches()
         if not self._kernel_watches:  # watchdog swallows EACCES
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        """Hear from watchdog."""
+        # By path, never by type: a rename inside the directory is a move, from outside a creation.
+        path = os.fsdecode(event.dest_path or event.src_path)
+        if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
+            self._on_change()
 
     def problem(self) -> str | None:
         """Return what is wrong with the watch, or None while it is sound.
@@ -110,7 +97,7 @@ class InotifyWatch:
         must live, and the kernel must still list the watch.
         """
         try:
-            if _identity(self._directory) != self._identity:
+            if not os.path.samestat(os.stat(self._directory), self._was):
                 return "the directory was replaced"
         except OSError as exc:
             return f"the directory cannot be reached ({exc.strerror})"
@@ -128,7 +115,7 @@ class InotifyWatch:
         """Stop the observer and wait for its threads."""
         self._observer.stop()
         if self._observer.is_alive():
-            self._observer.join(_STOP_SECONDS)
+            self._observer.join(5.0)  # it takes half a second (measured)
 
     def _read_kernel_watches(self) -> list[str]:
         """Return the watches that the kernel holds for us (proc(5), `/proc/pid/fdinfo`)."""
@@ -137,8 +124,3 @@ class InotifyWatch:
         except FileNotFoundError as exc:
             raise OSError(errno.ENOSYS, "a watch cannot be checked without /proc") from exc
         return [line for line in text.splitlines() if line.startswith("inotify ")]
-
-
-def _identity(directory: Path) -> tuple[int, int]:
-    status = os.stat(directory)
-    return status.st_dev, status.st_ino

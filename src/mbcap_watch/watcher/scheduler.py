@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbcap_watch.results import Reason
     from mbcap_watch.settings import Settings
-
-
-class Due(NamedTuple):
-    """The next sync."""
-
-    at: float
-    reason: Reason
 
 
 class Scheduler:
@@ -35,17 +28,20 @@ class Scheduler:
         self._last_notice = -math.inf
         self._quiet_until = -math.inf
         self._paces: dict[Reason, float] = {
-            "poll": settings.poll_interval,
             "sweep": settings.sweep_interval,
+            "poll": settings.poll_interval,
         }
-        self._ticks: dict[Reason, float] = {"poll": now, "sweep": now + settings.sweep_interval}
-        self._resync = now + settings.resync
-        self._retry = math.inf
-        self._request = math.inf
+        self._due: dict[Reason, float] = {
+            "request": math.inf,
+            "retry": math.inf,
+            "resync": now + settings.resync,
+            "sweep": now + settings.sweep_interval,
+            "poll": now,
+        }
 
     def request(self, now: float) -> None:
         """Note that somebody wants a sync."""
-        self._request = min(self._request, now)
+        self._due["request"] = min(self._due["request"], now)
 
     def notify(self, now: float) -> None:
         """Note that the file was replaced."""
@@ -57,29 +53,22 @@ class Scheduler:
         """Whether a notice waits to be served."""
         return self._first_notice < math.inf
 
-    def next(self, *, polling: bool) -> Due:
-        """Return the next sync; it may be due already."""
-        dues: dict[Reason, float] = {
-            "rename": self._rename_due(),
-            "request": max(self._request, self._quiet_until),
-            "retry": self._retry,
-            "resync": self._resync,
-            "sweep": self._ticks["sweep"],
-            "poll": self._ticks["poll"] if polling else math.inf,
-        }
+    def next(self, *, polling: bool) -> tuple[float, Reason]:
+        """Return when the next sync is due, which may be in the past, and why."""
+        dues = {"rename": self._rename_due(), **self._due}
+        dues["request"] = max(dues["request"], self._quiet_until)
+        if not polling:
+            del dues["poll"]
         reason = min(dues, key=dues.__getitem__)
-        return Due(dues[reason], reason)
+        return dues[reason], reason
 
     def begin(self, reason: Reason, now: float) -> None:
         """Note that a sync starts. What is notified from now on wants another one."""
         self._first_notice, self._last_notice = math.inf, -math.inf
-        if reason == "retry":
-            self._retry = math.inf
-        if reason == "request":
-            self._request = math.inf
         if pace := self._paces.get(reason):
-            late = now - self._ticks[reason]
-            self._ticks[reason] += pace * max(1, math.ceil(late / pace))
+            self._due[reason] += pace * max(1, math.ceil((now - self._due[reason]) / pace))
+        elif reason in ("retry", "request"):
+            self._due[reason] = math.inf
 
     def end(self, now: float, *, idle: bool, compared: bool, retry_in: float | None) -> None:
         """Note that a sync has ended.
@@ -95,17 +84,13 @@ class Scheduler:
         """
         if not idle:
             self._quiet_until = now + self._settings.debounce
-        if compared or self._resync <= now:
-            self._resync = now + self._settings.resync
-        if retry_in is not None:
-            self._retry = now + retry_in
-        elif compared:
-            self._retry = math.inf
+        if compared or self._due["resync"] <= now:
+            self._due["resync"] = now + self._settings.resync
+        if retry_in is not None or compared:
+            self._due["retry"] = math.inf if retry_in is None else now + retry_in
 
     def _rename_due(self) -> float:
         if self._first_notice >= self._quiet_until:
             return self._first_notice
-        return min(
-            self._last_notice + self._settings.debounce,
-            self._first_notice + max(self._settings.max_wait, self._settings.debounce),
-        )
+        longest = max(self._settings.max_wait, self._settings.debounce)
+        return min(self._last_notice + self._settings.debounce, self._first_notice + longest)
