@@ -181,6 +181,7 @@ BOOT = """
     exec env -i container=test PATH="$PATH" "$4" --unit=basic.target --log-target=null
 """
 SYSTEMD = "/usr/lib/systemd/systemd"
+JOURNAL = "journalctl -o cat _SYSTEMD_UNIT=mbcap-watch.service"
 
 
 class Machine:
@@ -216,6 +217,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     tools = ("unshare", "nsenter", "pivot_root", "useradd")
     if os.geteuid() or not os.path.exists(SYSTEMD) or not all(map(shutil.which, tools)):
         pytest.skip("needs root, systemd, util-linux and useradd")
+    fit = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))"
+    if subprocess.run([SYSTEM_PYTHON, "-c", fit], check=False, capture_output=True).returncode:
+        pytest.skip(f"{SYSTEM_PYTHON} is too old, or lacks venv")
     top, data = tmp_path / "top", tmp_path / "data"
     top.mkdir()
     data.mkdir()
@@ -233,7 +237,10 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         return state.stdout.strip() in ("running", "degraded")
 
     try:
-        wait_until(up, "systemd")
+        try:
+            wait_until(up, "systemd")
+        except AssertionError as exc:
+            pytest.skip(f"systemd does not boot here: {exc}")
         yield Machine(int(children.read_text()), data)
     finally:
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -273,8 +280,7 @@ def test_with_a_real_systemd(machine: Machine) -> None:
     assert machine.run("systemctl", "restart", "mbcap-watch").returncode
     wait_until(lambda: machine.shown("ActiveState") == "failed")
     assert (machine.shown("ExecMainStatus"), machine.shown("NRestarts")) == ("2", "0")
-    said = machine.shell("journalctl -o cat _SYSTEMD_UNIT=mbcap-watch.service").splitlines()
-    assert said[-1].endswith(f"database: is not set; set it in {toml}"), said
+    wait_until(lambda: f"database: is not set; set it in {toml}\n" in machine.shell(JOURNAL))
     machine.drop_in("[Service]\nEnvironment=DB_PATH=/srv/meshcore.db\n")
     machine.shell("systemctl restart mbcap-watch")
 
