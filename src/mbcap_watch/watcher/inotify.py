@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from watchdog.events import DirDeletedEvent, FileSystemEvent, FileSystemEventHandler
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
@@ -36,11 +37,23 @@ _NAMES: Final = (SNAPSHOT_NAME, "..data")
 
 
 class _Emitter(InotifyEmitter):
+    """Tells of an event itself; through the observer's queue and thread it takes 0.5 ms longer."""
+
+    def __init__(self, on_change: Callable[[], None], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._on_change = on_change
+
     def get_event_mask_from_filter(self) -> Mask:
         return _MASK
 
+    def queue_event(self, event: FileSystemEvent) -> None:
+        # By path, never by type: a rename inside the directory is a move, from outside a creation.
+        path = os.fsdecode(event.dest_path or event.src_path)
+        if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
+            self._on_change()
 
-class InotifyWatch(FileSystemEventHandler):
+
+class InotifyWatch:
     """An armed watch. All its methods may block and belong off the event loop."""
 
     def __init__(self, directory: Path, on_change: Callable[[], None]) -> None:
@@ -54,40 +67,32 @@ class InotifyWatch(FileSystemEventHandler):
 
         """
         self._directory = directory
-        self._on_change = on_change
         self._was = os.stat(directory)
         # For an inotify instance and a pipe, and for threads that read from it, from its one watch,
-        # and tell us. The constructor leaks what it has opened when it fails.
+        # and for handlers that there are none of. The constructor leaks what it opened if it fails.
         require_descriptors(3)
         require_threads(3)
         try:
             self._observer = InotifyObserver()
             try:
-                self._arm()
+                self._arm(on_change)
             except BaseException:
                 self.close()
                 raise
         except RuntimeError as exc:  # somebody else has taken the thread meanwhile
             raise no_thread() from exc
 
-    def _arm(self) -> None:
-        self._observer._emitter_class = _Emitter  # noqa: SLF001
+    def _arm(self, on_change: Callable[[], None]) -> None:
+        self._observer._emitter_class = partial(_Emitter, on_change)  # type: ignore[assignment]  # noqa: SLF001
         self._reader = self._observer._inotify_fd  # noqa: SLF001
         self._descriptor = self._reader._inotify_fd  # noqa: SLF001
         # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
         os.set_inheritable(self._descriptor, False)  # noqa: FBT003
-        self._observer.schedule(self, os.path.realpath(self._directory))
+        self._observer.schedule(FileSystemEventHandler(), os.path.realpath(self._directory))
         self._observer.start()
         self._kernel_watches = self._read_kernel_watches()
         if not self._kernel_watches:  # watchdog swallows EACCES
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
-
-    def dispatch(self, event: FileSystemEvent) -> None:
-        """Hear from watchdog."""
-        # By path, never by type: a rename inside the directory is a move, from outside a creation.
-        path = os.fsdecode(event.dest_path or event.src_path)
-        if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
-            self._on_change()
 
     def problem(self) -> str | None:
         """Return what is wrong with the watch, or None while it is sound.
