@@ -62,36 +62,40 @@ $(VENV)/tox: $(VENV)/python tox.toml
 # `make install` again is an upgrade. The TOML file is never overwritten; `make uninstall` leaves it.
 #
 #   DATABASE  the path of meshcore.db: goes into a new TOML file, and gives the defaults of the next
-#   OWNER     the user that the service runs as; without DATABASE and OWNER it stays as it is
-#   DATA      the one directory that the service may write into: that of the database
+#   OWNER     the user that the service runs as: the owner of the database
+#   DATA      the one directory that it may write into: that of the database
 #   PREFIX    the venv, a directory of its own
 #   DESTDIR   goes before every path, for who makes a package
+#
+# Without DATABASE and OWNER, the choice of the last time stays, or else what the unit says.
 
 PREFIX ?= /opt/mbcap-watch
 DATABASE ?=
 OWNER ?= $(if $(DATABASE),$(shell stat -L -c %U '$(DATABASE)' 2>/dev/null))
-DATA ?= $(if $(DATABASE),$(patsubst %/,%,$(dir $(DATABASE))))
+DATA ?= $(if $(DATABASE),$(shell dirname '$(DATABASE)'))
 # A Python in somebody's home (pyenv, uv) cannot be executed by the service's user.
 SYSTEM_PYTHON ?= /usr/bin/python3
 
 PROGRAM = $(DESTDIR)$(PREFIX)
 LINK = $(DESTDIR)/usr/local/bin/mbcap-watch
+MANUAL = $(DESTDIR)/usr/local/share/man/man1/mbcap-watch.1
 UNITS = $(DESTDIR)/etc/systemd/system
 CHOICE = $(UNITS)/mbcap-watch.service.d/10-install.conf
 TOML = $(DESTDIR)/etc/mbcap-watch/mbcap-watch.toml
 SYSTEMD = $(if $(DESTDIR),,$(wildcard /run/systemd/system))
+FAIL = { echo "$(1)"; exit 1; }
 
 install:
-	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "$(SYSTEM_PYTHON) is missing or older than Python 3.11: set SYSTEM_PYTHON= to one" \
-			"that every user can execute"; exit 1; }
-	@$(SYSTEM_PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-		echo "$(SYSTEM_PYTHON) cannot make a venv: apt install python3-venv"; exit 1; }
-	@test ! -e '$(PROGRAM)' || test -e '$(PROGRAM)/pyvenv.cfg' || { \
-		echo "$(PROGRAM) is there and is no venv: set PREFIX= to a directory of its own"; exit 1; }
-	@case '$(DATABASE)' in /*|'') ;; *) echo "DATABASE= must be an absolute path"; exit 1;; esac
-	@test -z '$(DATABASE)' || test -n '$(OWNER)' || { \
-		echo "$(DATABASE) is not there: set OWNER= to the user that will own it"; exit 1; }
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		$(call FAIL,$(SYSTEM_PYTHON) is missing or older than Python 3.11: set SYSTEM_PYTHON= to one \
+		that every user can execute)
+	@$(SYSTEM_PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		$(call FAIL,$(SYSTEM_PYTHON) cannot make a venv: apt install python3-venv)
+	@test ! -e '$(PROGRAM)' || test -e '$(PROGRAM)/pyvenv.cfg' || \
+		$(call FAIL,$(PROGRAM) is there and is no venv: set PREFIX= to a directory of its own)
+	@case '$(DATABASE)' in /*|'') ;; *) $(call FAIL,DATABASE= must be an absolute path);; esac
+	@test -z '$(DATABASE)' || test -n '$(OWNER)' || \
+		$(call FAIL,$(DATABASE) is not there: set OWNER= to the user that will own it)
 	@test -z '$(OWNER)' -o -n '$(DESTDIR)' || id '$(OWNER)' >/dev/null
 	umask 022 && $(SYSTEM_PYTHON) -m venv '$(PROGRAM)'
 	umask 022 && '$(PROGRAM)/bin/python' -m pip install --quiet --upgrade .
@@ -99,27 +103,31 @@ install:
 		xargs sed -i 's|$(DESTDIR)||g')
 	install -d '$(dir $(LINK))' '$(UNITS)' '$(dir $(TOML))'
 	ln -sfn '$(PREFIX)/bin/mbcap-watch' '$(LINK)'
+	test ! -e docs/mbcap-watch.1 || install -D -m 644 docs/mbcap-watch.1 '$(MANUAL)'
 	for unit in mbcap-watch.service mbcap-watch@.service; do \
-		sed 's|/opt/mbcap-watch|$(PREFIX)|' "config/$$unit" >'$(UNITS)/'"$$unit" && \
-		chmod 644 '$(UNITS)/'"$$unit" || exit 1; done
+		sed 's|/opt/mbcap-watch|$(PREFIX)|' "config/$$unit" >"$(UNITS)/$$unit" && \
+		chmod 644 "$(UNITS)/$$unit" || exit 1; done
 	test -e '$(TOML)' || { \
 		install -m 644 config/mbcap-watch.toml '$(TOML)' && \
 		$(if $(DATABASE),sed -i 's|^#\(database = \).*|\1"$(DATABASE)"|' '$(TOML)',:); }
-	$(if $(OWNER),install -d '$(dir $(CHOICE))'; { \
-		echo '[Service]'; echo 'User=$(OWNER)'; echo 'Group='; \
-		$(if $(DATA),echo 'ReadWritePaths='; echo 'ReadWritePaths=$(DATA)';) \
-		$(if $(filter /home/% /root/%,$(DATA)/),echo 'ProtectHome=no';) } >'$(CHOICE)')
+ifneq ($(OWNER),)
+	install -d '$(dir $(CHOICE))'
+	printf '[Service]\nUser=$(OWNER)\nGroup=\n' >'$(CHOICE)'
+	test -z '$(DATA)' || printf 'ReadWritePaths=\nReadWritePaths="$(DATA)"\n' >>'$(CHOICE)'
+	case '$(DATA)' in /home/*|/root/*) echo ProtectHome=no >>'$(CHOICE)';; esac
+endif
 	$(if $(SYSTEMD),systemctl daemon-reload)
 	@grep -q '^database *=' '$(TOML)' || echo "Set database in $(TOML)."
 	@echo "Then: systemctl enable --now mbcap-watch (after an upgrade: systemctl restart mbcap-watch)"
 
 uninstall:
+	@test ! -e '$(PROGRAM)/bin/mbcap-watch' || test -e '$(PROGRAM)/pyvenv.cfg' || \
+		$(call FAIL,$(PROGRAM) is no venv of make install: it is left alone)
 	$(if $(SYSTEMD),-systemctl disable --now mbcap-watch.service mbcap-watch@.service)
 	$(if $(SYSTEMD),-systemctl stop 'mbcap-watch@*.service')
-	rm -f '$(LINK)' '$(UNITS)/mbcap-watch.service' '$(UNITS)/mbcap-watch@.service' '$(CHOICE)'
+	rm -f '$(LINK)' '$(MANUAL)' '$(UNITS)/mbcap-watch.service' '$(UNITS)/mbcap-watch@.service'
+	rm -f '$(CHOICE)'
 	test ! -d '$(dir $(CHOICE))' || rmdir --ignore-fail-on-non-empty '$(dir $(CHOICE))'
 	$(if $(SYSTEMD),systemctl daemon-reload)
-	@test ! -e '$(PROGRAM)/bin/mbcap-watch' || test -e '$(PROGRAM)/pyvenv.cfg' || { \
-		echo "$(PROGRAM) is no venv of make install: it is left alone"; exit 1; }
 	test ! -e '$(PROGRAM)/bin/mbcap-watch' || rm -rf '$(PROGRAM)'
 	@test ! -e '$(TOML)' || echo "$(TOML) is left."

@@ -61,7 +61,7 @@ def files(root: Path) -> list[str]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
     """What the first `make install` put below DESTDIR, its arguments, and what it said."""
     root = tmp_path_factory.mktemp("root")
-    database = make_database(tmp_path_factory.mktemp("data") / "meshcore.db")
+    database = make_database(tmp_path_factory.mktemp("my data") / "meshcore.db")
     arguments = [f"DESTDIR={root}", "PREFIX=/opt/own", f"DATABASE={database}"]
     return root, arguments, checked(make("install", *arguments))
 
@@ -87,7 +87,7 @@ def test_it_installs_what_the_service_needs(installed: tuple[Path, list[str], st
     assert f'\ndatabase = "{database}"\n' in (root / "etc/mbcap-watch/mbcap-watch.toml").read_text()
     choice = (root / "etc/systemd/system/mbcap-watch.service.d/10-install.conf").read_text()
     assert f"User={Path(database).owner()}\n" in choice
-    assert f"ReadWritePaths={Path(database).parent}\n" in choice
+    assert f'ReadWritePaths="{Path(database).parent}"\n' in choice
 
 
 def test_an_upgrade_keeps_the_choices_and_uninstalling_keeps_the_configuration(
@@ -101,9 +101,9 @@ def test_an_upgrade_keeps_the_choices_and_uninstalling_keeps_the_configuration(
     checked(make("install", destdir, prefix))
     assert (toml.read_text(), choice.read_text()) == ('database = "/elsewhere.db"\n', before)
 
-    checked(make("install", destdir, prefix, "OWNER=somebody"))
-    assert "User=somebody\nGroup=\n" in choice.read_text()
-    assert "ReadWritePaths" not in choice.read_text()
+    checked(make("install", destdir, prefix, "OWNER=somebody", "DATA=/home/pi"))
+    lines = ["User=somebody", "Group=", "ReadWritePaths=", 'ReadWritePaths="/home/pi"']
+    assert choice.read_text().splitlines() == ["[Service]", *lines, "ProtectHome=no"]
 
     (root / "etc/systemd/system/mbcap-watch.service.d/override.conf").write_text("[Service]\n")
     checked(make("uninstall", destdir, prefix))
