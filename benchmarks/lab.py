@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.cli import demo
-from mbcap_watch.snapshot.encoder import encode
+from mbcap_watch.snapshot.codec import encode
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, Entry, Snapshot, ensure_snapshot_dir
 
 if TYPE_CHECKING:

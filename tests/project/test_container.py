@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,19 +142,55 @@ def test_the_steps_build_a_program_that_serves_corescopes_directory(image: Path)
 # ------------------------------------------------------------------------------ compose.yaml
 
 
-def service(name: str) -> list[str]:
-    """Return the lines of one service, without comments."""
-    text = re.sub(r"(^|\s)#.*", "", (ROOT / "config" / "compose.yaml").read_text())
-    match = re.search(rf"^  {name}:\n((?:    .*\n|\s*\n)*)", text, re.MULTILINE)
-    assert match, name
+COMPOSE = ROOT / "config" / "compose.yaml"
+
+
+def ours() -> list[str]:
+    """Return the lines of the service, without comments."""
+    text = re.sub(r"(^|\s)#.*", "", COMPOSE.read_text())
+    match = re.search(r"^services:\s+  mbcap-watch:\n((?:    .*\n|\s*\n)*)", text, re.MULTILINE)
+    assert match
+    assert not text[match.end() :].strip()  # no other service, no name for a common project
     return [line.strip() for line in match[1].splitlines() if line.strip()]
 
 
 def test_compose_shares_the_directory_and_the_owner_and_gives_away_little() -> None:
-    ours, theirs = service("mbcap-watch"), service("corescope")
-    for start in ("user: ", '- "${CORESCOPE_DATA'):
-        (mine,) = (line for line in ours if line.startswith(start))
-        assert mine in theirs
-    assert {"read_only: true", "network_mode: none", "cap_drop: [ALL]"} <= set(ours)
-    (grace,) = (line.split()[1] for line in ours if line.startswith("stop_grace_period: "))
+    lines = set(ours())
+    assert {"read_only: true", "network_mode: none", "cap_drop: [ALL]"} <= lines
+    assert any(line.startswith('- "${CORESCOPE_DATA:?') for line in lines)
+    assert any(line.startswith('user: "${CORESCOPE_USER:?') for line in lines)
+    (grace,) = (line.split()[1] for line in lines if line.startswith("stop_grace_period: "))
     assert int(grace.removesuffix("s")) > signals._STOP_SECONDS
+
+
+def compose(*files: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    docker = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+    if shutil.which(docker[0]) is None:
+        pytest.skip("needs docker compose")
+    return subprocess.run(
+        [*docker, *(word for file in files for word in ("-f", str(file))), "config"],
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("data", ["/srv/corescope", "meshcore-data"])
+def test_compose_adds_to_corescopes_own_file_and_changes_nothing_in_it(
+    data: str, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "compose.yaml"
+    service = "services:\n  corescope:\n    image: corescope\n    volumes:\n      - {}:/app/data\n"
+    theirs.write_text(service.format(data) + "volumes:\n  meshcore-data: {}\n")
+    alone = compose(theirs)
+    if alone.returncode:
+        pytest.skip(f"no docker compose: {alone.stderr}")
+    environ = {"CORESCOPE_DATA": data, "CORESCOPE_USER": "1000:1000"}
+    both = compose(theirs, COMPOSE, **environ)
+    assert both.returncode == 0, both.stderr
+    assert [line for line in alone.stdout.splitlines() if line not in both.stdout] == []
+    assert f"{data}:/app/data:z" in both.stdout or "selinux: z" in both.stdout
+    forgotten = compose(theirs, COMPOSE, CORESCOPE_DATA=data)
+    assert forgotten.returncode
+    assert "set it to the owner of meshcore.db" in forgotten.stderr

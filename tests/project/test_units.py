@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ from mbcap_watch.cli import output, signals
 from mbcap_watch.settings import DEFAULT_MAX_BYTES
 from mbcap_watch.telemetry.control import places
 from mbcap_watch.telemetry.systemd import Notifier
-from support import TESTS
+from processes import MBCAP_WATCH
+from support import DEADLINE, TESTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,6 +124,25 @@ def test_the_units_fit_the_code(name: str) -> None:
     assert seconds(only(name, "RestartSec")) * 5 > 10
     # A directory that is missing must fail the start: with "-" it would stay read-only for ever.
     assert not only(name, "ReadWritePaths").startswith("-")
+
+
+def test_a_service_without_a_database_ends_and_says_so(tmp_path: Path) -> None:
+    """A service starts in /, where no path is meant."""
+    toml = tmp_path / "mbcap-watch.toml"
+    toml.write_text("")
+    environ = {key: value for key, value in os.environ.items() if key != "DB_PATH"}
+    done = subprocess.run(
+        [*MBCAP_WATCH, "run", "--config", toml],
+        cwd="/",
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == output.EXIT_USAGE
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(f"database: is not set; set it in {toml}")
 
 
 @UNITS

@@ -20,10 +20,11 @@ from mbcap_watch.snapshot.codec import (
     MAX_WRITTEN_AT,
     Entry,
     Snapshot,
+    encode,
     parse,
     parse_entries,
+    stamped,
 )
-from mbcap_watch.snapshot.encoder import encode, stamped
 from mbcap_watch.store.plan import desired_state
 
 KEY = "5f3a" * 16

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbcap_watch.settings import Settings
-from mbcap_watch.watcher.scheduler import Due, Scheduler
+from mbcap_watch.watcher.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from mbcap_watch.results import Reason
@@ -47,7 +47,7 @@ def test_a_lone_ring_is_served_at_once() -> None:
     plan.notify(START + 3)
     assert plan.next(polling=False) == (START + 3, "rename")
     look(plan, "rename", START + 3)
-    assert plan.next(polling=False).reason != "rename"
+    assert plan.next(polling=False)[1] != "rename"
 
 
 def test_ringing_tells_whether_a_ring_waits() -> None:
@@ -101,7 +101,7 @@ def test_a_ring_early_in_a_long_look_is_due_when_it_ends() -> None:
     plan.begin("rename", START)
     plan.notify(START + 1)
     plan.end(START + 5, idle=False, compared=True, retry_in=None)
-    assert plan.next(polling=False).at <= START + 5
+    assert plan.next(polling=False)[0] <= START + 5
 
 
 def test_an_unending_burst_cannot_postpone_a_look_beyond_max_wait() -> None:
@@ -132,7 +132,7 @@ def serve(
     waiting = sorted(rings)
     free = START
     while waiting or plan.pending:
-        due = max(plan.next(polling=False).at, free) if plan.pending else math.inf
+        due = max(plan.next(polling=False)[0], free) if plan.pending else math.inf
         if waiting and waiting[0] <= due:
             plan.notify(waiting.pop(0))
             continue
@@ -188,7 +188,7 @@ def test_no_look_without_a_ring(rings: list[float]) -> None:
 @pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
 def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bool) -> None:
     plan = scheduler(**{f"{reason}_interval": 1})
-    at = plan.next(polling=polling).at
+    at = plan.next(polling=polling)[0]
     assert plan.next(polling=polling) == (at, reason)
     for late in (0, TICK, 0.5, 1 - TICK):
         look(plan, reason, at + late, compared=False)
@@ -199,7 +199,7 @@ def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bo
 @pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
 def test_missed_beats_are_skipped_not_made_up_for(reason: Reason, polling: bool) -> None:
     plan = scheduler(**{f"{reason}_interval": 1})
-    at = plan.next(polling=polling).at
+    at = plan.next(polling=polling)[0]
     look(plan, reason, at + 7.25, compared=False)
     assert plan.next(polling=polling) == (at + 8, reason)
 
@@ -212,10 +212,10 @@ def test_the_first_poll_is_at_once_the_first_sweep_is_not() -> None:
 
 def test_there_are_sweeps_between_polls() -> None:
     plan = scheduler(poll_interval=2, sweep_interval=5)
-    served: list[Due] = []
+    served: list[tuple[float, Reason]] = []
     while len(served) < 6:
         served.append(plan.next(polling=True))
-        look(plan, served[-1].reason, served[-1].at, compared=False)
+        look(plan, served[-1][1], served[-1][0], compared=False)
     assert [(at - START, reason) for at, reason in served] == [
         (0, "poll"),
         (2, "poll"),
@@ -268,7 +268,7 @@ def test_a_retry_is_due_once() -> None:
     look(plan, "rename", START, seconds=1, compared=False, retry_in=0.5)
     assert plan.next(polling=False) == (START + 1.5, "retry")
     look(plan, "retry", START + 1.5, compared=False)
-    assert plan.next(polling=False).reason != "retry"
+    assert plan.next(polling=False)[1] != "retry"
 
 
 def test_a_retry_that_fails_too_may_ask_for_another() -> None:
@@ -282,7 +282,7 @@ def test_success_on_the_way_makes_the_retry_needless() -> None:
     plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=5)
     look(plan, "rename", START + 2)
-    assert plan.next(polling=False).reason != "retry"
+    assert plan.next(polling=False)[1] != "retry"
 
 
 def test_a_look_that_had_nothing_to_do_leaves_the_retry_alone() -> None:
@@ -304,7 +304,7 @@ def test_a_comparison_makes_the_retry_needless() -> None:
     plan = scheduler()
     look(plan, "rename", START, compared=False, retry_in=1)
     look(plan, "rename", START + 0.5, compared=True)
-    assert plan.next(polling=False).reason != "retry"
+    assert plan.next(polling=False)[1] != "retry"
 
 
 def test_a_rename_just_after_an_idle_look_is_served_at_once() -> None:

@@ -43,12 +43,13 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     """Bridge until `stop` says so; `as_json`: print each result.
 
     Raises:
-        SettingsError: there is no library for what was asked for.
+        SettingsError: there is no library for what was asked for, or no database in /.
         OutputError: a result cannot be printed.
 
     """
     handler, settings = logs.UnblockedHandler(), loaded.settings
     logs.configure(loaded.log_level, loaded.log_format, handler)
+    _require_database(loaded)
     metrics = Metrics(settings, version=__version__, pid=os.getpid())
     metrics.outputs["log"] = handler.writer.output
 
@@ -102,6 +103,13 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         printer.end()
     logger.info("stopped")
     stop.ignore_more()
+
+
+def _require_database(loaded: config.Config) -> None:
+    """Raise where the default path of the database leads to /data: a service starts in /."""
+    if loaded.origins["database"] == "default" and os.getcwd() == "/":
+        where = loaded.file or "a TOML file, DB_PATH or --database"
+        raise SettingsError("database", f"is not set; set it in {where}")
 
 
 class _Printer:

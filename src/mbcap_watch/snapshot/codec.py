@@ -1,13 +1,14 @@
-"""What the bytes of a snapshot mean: `Entry`, `Snapshot` and `parse`. Pure."""
+"""What the bytes of a snapshot mean, and the bytes that Go writes for one. Pure."""
 
 from __future__ import annotations
 
 import codecs
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections import deque
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import msgspec
 
-from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused, quoted
+from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused, printable, quoted
 from mbcap_watch.snapshot import timestamp
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _LEAST_COUNTED: Final = 4
 _BATCH: Final = 1000  # entries between two times that memory is given back
 
 
-class Entry(msgspec.Struct, frozen=True, gc=False):
+class Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What the server found out about one node. A field that was null or missing is None."""
 
     public_key: str | None = None
@@ -58,22 +59,20 @@ class Snapshot(msgspec.Struct, frozen=True):
     written_at: str | None = None
 
 
-class _Document(msgspec.Struct, rename={"written_at": "writtenAt"}):
-    """`snapshot.json` as it may be read: anything may be missing or null.
-
-    The entries are not decoded, and take no memory.
-    """
+class _Document(msgspec.Struct, Generic[T], rename={"written_at": "writtenAt"}):
+    """`snapshot.json` as it may be read: anything may be missing or null."""
 
     written_at: str | None = None
-    entries: msgspec.Raw = msgspec.Raw(b"null")
+    entries: T = None  # type: ignore[assignment]  # missing
 
 
 class _Counted(msgspec.Struct, gc=False):
     """An entry that is only counted, at 16 bytes."""
 
 
-_document_decoder = msgspec.json.Decoder(_Document | None)
-_entries_decoder = msgspec.json.Decoder(tuple[Entry | None, ...] | None)
+_small_decoder = msgspec.json.Decoder(_Document[tuple[Entry | None, ...] | None] | None)
+# Its entries are not decoded, and take no memory.
+_large_decoder = msgspec.json.Decoder(_Document[msgspec.Raw] | None)
 _counting_decoder = msgspec.json.Decoder(list[_Counted | None] | None)
 _raw_entries_decoder = msgspec.json.Decoder(list[msgspec.Raw] | None)
 _entry_decoder = msgspec.json.Decoder(Entry | None)
@@ -91,30 +90,29 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
 
     Raises:
         SnapshotRefused: the entries would take more memory than that.
-        SnapshotMalformed: whatever else is wrong with the bytes; nothing else is ever raised.
+        SnapshotMalformed: whatever else is wrong; nothing else is ever raised.
 
     """
     if not data or data.isspace():
         raise SnapshotMalformed(source, "is empty")
     _require_utf8(data, source)
-    document = _decode(_document_decoder, data, source) or _Document()
-    if document.written_at is not None:
-        require_time(document.written_at, source)
-    return Snapshot(_decode_entries(document.entries, data, source), document.written_at)
+    if len(data) < _LARGE:
+        small = _decode(_small_decoder, data, source) or _Document()
+        written_at, entries = small.written_at, _no_nulls(small.entries or ())
+    else:
+        large = _decode(_large_decoder, data, source) or _Document()
+        written_at, entries = large.written_at, _one_by_one(large.entries or b"null", data, source)
+    if written_at is not None:
+        _require_time(written_at, source)
+    return Snapshot(entries, written_at)
 
 
 def parse_entries(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
-    """Read a snapshot, or a bare JSON list of entries (which has no `writtenAt`).
-
-    Raises:
-        SnapshotRefused: as `parse`.
-        SnapshotMalformed: the bytes are neither.
-
-    """
+    """Read a snapshot as `parse` does, or a bare JSON list of entries (without `writtenAt`)."""
     if data.lstrip(b" \t\r\n")[:1] != b"[":
         return parse(data, source=source)
     _require_utf8(data, source)
-    return Snapshot(_decode_entries(data, data, source))
+    return Snapshot(_one_by_one(data, data, source))
 
 
 def _decode(
@@ -122,34 +120,30 @@ def _decode(
 ) -> T:
     try:
         return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as exc:
-        raise _malformed(source, where, exc) from exc
+    except msgspec.MsgspecError as exc:
+        raise SnapshotMalformed(source, f"{where}{exc}") from exc
+    except RecursionError as exc:
+        raise SnapshotMalformed(source, f"{where}nested too deep") from exc
 
 
-def _malformed(source: str, where: str, exc: Exception) -> SnapshotMalformed:
-    what = "nested too deep" if isinstance(exc, RecursionError) else str(exc)
-    return SnapshotMalformed(source, where + what)
-
-
-def _decode_entries(data: bytes | msgspec.Raw, document: bytes, source: str) -> tuple[Entry, ...]:
-    """Decode a list of entries; each entry of a large one by itself.
+def _one_by_one(data: bytes | msgspec.Raw, document: bytes, source: str) -> tuple[Entry, ...]:
+    """Decode a list of entries, each by itself.
 
     msgspec holds the GIL while one call lasts: 16 ms for 100,000 entries, which a host's event loop
     would feel. One by one, the longest hold is 6 ms; all of them together take 20 ms longer.
     """
-    if (size := memoryview(data).nbytes) < _LARGE:
-        return _no_nulls(_decode(_entries_decoder, data, source, "entries: ") or ())
-    _require_memory(data, size, document, source)
+    _require_memory(data, document, source)
     waiting = _decode(_raw_entries_decoder, data, source, "entries: ") or []
     waiting.reverse()
-    decode = _entry_decoder.decode
     done: list[Entry | None] = []
-    try:
-        while waiting:
-            done.extend(map(decode, reversed(waiting[-_BATCH:])))
-            del waiting[-_BATCH:]  # 48 bytes each
-    except (msgspec.MsgspecError, RecursionError) as exc:
-        raise _malformed(source, f"entries[{len(done)}]: ", exc) from exc
+    while waiting:
+        batch = waiting[: -_BATCH - 1 : -1]
+        del waiting[-_BATCH:]  # 48 bytes each
+        try:
+            done.extend(map(_entry_decoder.decode, batch))
+        except (msgspec.MsgspecError, RecursionError):
+            wrong = batch[len(done) % _BATCH]
+            _decode(_entry_decoder, wrong, source, f"entries[{len(done)}]: ")
     return _no_nulls(done)
 
 
@@ -157,26 +151,26 @@ def _no_nulls(entries: Sequence[Entry | None]) -> tuple[Entry, ...]:
     return tuple([entry or _NO_ENTRY for entry in entries])
 
 
-def _require_memory(data: bytes | msgspec.Raw, size: int, document: bytes, source: str) -> None:
+def _require_memory(data: bytes | msgspec.Raw, document: bytes, source: str) -> None:
     """Raise SnapshotRefused if decoding would take more than ten times the size in memory.
 
     Only very many very small entries do that. Commas are counted first, which costs next to
     nothing; there are fewer entries than commas.
     """
-    if not swells(document.count(b","), size):
+
+    def swells(entries: int) -> bool:
+        return size >= _LARGE and entries * LEAST_ENTRY > size
+
+    size = memoryview(data).nbytes
+    if not swells(document.count(b",")):
         return
     entries = document.count(b"{")
     if entries * _LEAST_COUNTED <= size:  # else nearly all are entries: `{},{},{},`
         entries = len(_decode(_counting_decoder, data, source, "entries: ") or ())
-    if swells(entries, size):
+    if swells(entries):
         problem = f"has {entries:,} entries in {size:,} bytes, which is fewer than {LEAST_ENTRY}"
         problem += " for each: decoded, they would take more than ten times as much memory"
         raise SnapshotRefused(source, problem)
-
-
-def swells(entries: int, size: int) -> bool:
-    """Whether so many entries in so many bytes would take too much memory when decoded."""
-    return size >= _LARGE and entries * LEAST_ENTRY > size
 
 
 def _require_utf8(data: bytes, source: str) -> None:
@@ -186,17 +180,14 @@ def _require_utf8(data: bytes, source: str) -> None:
     """
     if data.isascii():
         return
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
     try:
-        for start in range(0, len(data), _PIECE):
-            decoder.decode(data[start : start + _PIECE])
-        decoder.decode(b"", final=True)
+        deque(codecs.iterdecode(pieces, "utf-8"), maxlen=0)
     except UnicodeDecodeError as exc:
         raise SnapshotMalformed(source, f"is not UTF-8: {exc.reason}") from exc
 
 
-def require_time(text: str, source: str) -> None:
-    """Raise SnapshotMalformed unless `text` is RFC 3339 and short enough."""
+def _require_time(text: str, source: str) -> None:
     if len(text) > MAX_WRITTEN_AT:
         problem = f"has {len(text):,} characters, more than {MAX_WRITTEN_AT}"
     elif not timestamp.is_valid(text):
@@ -204,3 +195,58 @@ def require_time(text: str, source: str) -> None:
     else:
         return
     raise SnapshotMalformed(source, f"writtenAt {problem}")
+
+
+def stamped(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot with its time as Go prints it; the current UTC time for none or zero."""
+    time = _written_at(snapshot)
+    return Snapshot(snapshot.entries, timestamp.now() if time == timestamp.ZERO else time)
+
+
+def _written_at(snapshot: object) -> str:
+    """Return the snapshot's time as Go prints it; none is Go's zero time."""
+    given: object = snapshot.written_at if isinstance(snapshot, Snapshot) else snapshot
+    if not isinstance(snapshot, Snapshot) or not isinstance(given, str | None):
+        problem = f"expected a Snapshot with written_at as text, got {type(given).__name__}"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem)
+    if given is None:
+        return timestamp.ZERO
+    _require_time(given, SNAPSHOT_NAME)
+    return timestamp.canonical(given)
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    r"""Return the bytes that Go's `encoding/json` writes for the same snapshot.
+
+    `parse` makes the same snapshot of them, with its time as Go prints it and None for an empty
+    evidence. A key or a status that is None, which Go cannot have, is left out.
+
+    `<`, `>`, `&`, U+2028 and U+2029 are escaped, as `json.Marshal` does by default ("HTMLEscape"
+    in its documentation); in JSON they stand only inside strings. A backspace and a form feed are
+    `\b` and `\f`, as from Go 1.22 on.
+
+    Raises:
+        SnapshotMalformed: a reader would refuse the result, or leave an entry out.
+
+    """
+    written_at = _written_at(snapshot)
+    try:
+        entries = [Entry(e.public_key, e.status, e.evidence or None) for e in snapshot.entries]
+        text = msgspec.json.encode(entries, enc_hook=str.__str__)  # of a subclass of str
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as exc:
+        problem = f"its entries cannot be written as JSON: {printable(str(exc))}"
+        raise SnapshotMalformed(SNAPSHOT_NAME, problem) from exc
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char.encode(), b"\\u%04x" % ord(char))
+    data = b'{"writtenAt":"%b","entries":%b}' % (written_at.encode(), text)
+    try:
+        same = parse(data).entries == tuple(entries)
+    except SnapshotRefused as exc:
+        raise SnapshotMalformed(SNAPSHOT_NAME, exc.problem) from exc
+    if not same:  # of bytes, say, msgspec makes text
+        raise SnapshotMalformed(SNAPSHOT_NAME, "a key, a status or an evidence is no text")
+    for entry in entries:
+        if len(entry.public_key or "") > MAX_KEY or len(entry.evidence or "") > MAX_EVIDENCE:
+            problem = "a reader leaves out a key of more than {:,} characters, or evidence of {:,}"
+            raise SnapshotMalformed(SNAPSHOT_NAME, problem.format(MAX_KEY, MAX_EVIDENCE))
+    return data

@@ -6,13 +6,14 @@ alone. What the bytes mean is in `codec`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import stat
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mbcap_watch.errors import (
     SnapshotMalformed,
@@ -23,35 +24,19 @@ from mbcap_watch.errors import (
 )
 from mbcap_watch.limits import LIMIT_ERRORS
 from mbcap_watch.settings import DEFAULT_MAX_BYTES, SNAPSHOT_DIR_NAME
-from mbcap_watch.snapshot import links
-from mbcap_watch.snapshot.codec import (
-    SNAPSHOT_NAME,
-    Entry,
-    Snapshot,
-    parse,
-    parse_entries,
-)
-from mbcap_watch.snapshot.encoder import encode, stamped
+from mbcap_watch.snapshot import codec, links
+from mbcap_watch.snapshot.codec import SNAPSHOT_NAME, Entry, Snapshot, parse, parse_entries
 
-__all__ = [
-    "SNAPSHOT_NAME",
-    "Entry",
-    "Snapshot",
-    "encode",
-    "ensure_snapshot_dir",
-    "parse",
-    "parse_entries",
-    "read_file",
-    "read_snapshot",
-    "snapshot_dir",
-    "snapshot_path",
-    "write_snapshot",
-]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-_LEFTOVER_SECONDS = 3600.0
+# Of codec, for whoever reads and publishes.
+__all__ = ["SNAPSHOT_NAME", "Entry", "Snapshot", "parse", "parse_entries"]
 
-
-# ------------------------------------------------------------------------------ paths
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_LEFTOVER_SECONDS: Final = 3600.0
+# By the letter that `ls -l` shows.
+_KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
 
 
 def snapshot_dir(database: str | os.PathLike[str]) -> Path:
@@ -86,9 +71,6 @@ def _directory(database: str | os.PathLike[str], override: str | os.PathLike[str
     return snapshot_dir(database) if override is None else Path(override)
 
 
-# ------------------------------------------------------------------------------ reading
-
-
 def read_snapshot(
     database: str | os.PathLike[str],
     *,
@@ -115,14 +97,7 @@ def read_snapshot(
 
 
 class SnapshotFile(NamedTuple):
-    """What was read.
-
-    Attributes:
-        data: the whole file.
-        changed_at: when it was put in place, in seconds since the epoch by the filesystem's
-            clock (its ctime, which a rename sets).
-
-    """
+    """What was read: the whole file, and its ctime, which a rename sets."""
 
     data: bytes
     changed_at: float
@@ -141,14 +116,11 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     """
     try:
         with links.opened(os.fspath(path.parent)) as directory:
-            if not stat.S_ISDIR(os.fstat(directory).st_mode):
-                raise _not_a_directory(path.parent)
-            _revalidate(directory)
+            # It may not be listed, or no directory: what follows tells.
+            with _ignoring(errno.EBADF, errno.ENOTDIR), os.scandir(directory) as listing:
+                next(listing, None)  # one call to the kernel does it, however many files there are
             with links.opened(path.name, directory) as descriptor:
-                status = os.fstat(descriptor)
-                _require_regular(path, status, max_bytes)
-                data = _read_to_end(path, descriptor, status.st_size, max_bytes)
-                return SnapshotFile(data, status.st_ctime)
+                return _read(path, descriptor, max_bytes)
     except links.ForeignLink as exc:
         raise SnapshotRefused(path, str(exc.strerror)) from exc
     except links.DanglingLink as exc:
@@ -157,63 +129,32 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     except FileNotFoundError as exc:
         raise SnapshotNotFound(path, "does not exist") from exc
     except NotADirectoryError as exc:
-        raise _not_a_directory(path.parent / exc.filename) from exc
+        place = path.parent / exc.filename
+        raise SnapshotNotFound(place, "is not a directory", unusual=True) from exc
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
         text = f"cannot be read: {exc.strerror}"
-        raise SnapshotUnreadable(
-            path, text, "limit" if exc.errno in LIMIT_ERRORS else None
-        ) from exc
+        limit = exc.errno in LIMIT_ERRORS
+        raise SnapshotUnreadable(path, text, "limit" if limit else None) from exc
 
 
-def _revalidate(directory: int) -> None:
-    try:
-        with os.scandir(directory) as listing:
-            next(listing, None)  # one call to the kernel does it, however many files there are
-    except OSError as exc:
-        if exc.errno != errno.EBADF:  # that is one that may be entered but not listed
-            raise
-
-
-def _not_a_directory(path: Path) -> SnapshotNotFound:
-    return SnapshotNotFound(path, "is not a directory", unusual=True)
-
-
-def _require_regular(path: Path, status: os.stat_result, max_bytes: int) -> None:
+def _read(path: Path, descriptor: int, max_bytes: int) -> SnapshotFile:
+    status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        kind = _KINDS[stat.filemode(status.st_mode)[0]]
         raise SnapshotRefused(path, f"is {kind}, not a regular file")
-    if status.st_size > max_bytes:
-        raise _too_large(path, max_bytes)
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-
-
-def _too_large(path: Path, max_bytes: int) -> SnapshotRefused:
-    return SnapshotRefused(path, f"is larger than max_bytes ({max_bytes:,} bytes)")
-
-
-def _read_to_end(path: Path, descriptor: int, size_hint: int, max_bytes: int) -> bytes:
-    """Read until end of file; the size that `fstat` tells is only a hint on some filesystems."""
     chunks: list[bytes] = []
-    total = 0
-    while chunk := os.read(descriptor, min(max(size_hint, 1 << 16), max_bytes - total) + 1):
+    # On some filesystems the size that `fstat` tells is only a hint.
+    total, size = 0, status.st_size
+    while size <= max_bytes:
+        chunk = os.read(descriptor, min(max(size, 1 << 16), max_bytes - total) + 1)
+        if not chunk:
+            return SnapshotFile(b"".join(chunks), status.st_ctime)
         chunks.append(chunk)
         total += len(chunk)
-        if total > max_bytes:
-            raise _too_large(path, max_bytes)
-    return b"".join(chunks)
-
-
-# ------------------------------------------------------------------------------ publishing
+        size = max(size, total)
+    raise SnapshotRefused(path, f"is larger than max_bytes ({max_bytes:,} bytes)")
 
 
 def write_snapshot(
@@ -243,8 +184,8 @@ def write_snapshot(
         SnapshotNotPublished: the operating system refused; the old snapshot is still there.
 
     """
-    snapshot = stamped(snapshot)
-    data = encode(snapshot)
+    snapshot = codec.stamped(snapshot)
+    data = codec.encode(snapshot)
     if len(data) > max_bytes:
         problem = f"takes {len(data):,} bytes, more than max_bytes ({max_bytes:,})"
         raise SnapshotMalformed(SNAPSHOT_NAME, problem)
@@ -254,7 +195,10 @@ def write_snapshot(
     try:
         remove_leftovers(directory, SNAPSHOT_NAME)
         try:
-            _write_and_sync(temporary, data)
+            with open(os.open(temporary, _CREATE, 0o644), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -265,30 +209,28 @@ def write_snapshot(
     return snapshot
 
 
-def _write_and_sync(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
-
-
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every filesystem can
-            raise
+        with _ignoring(errno.EINVAL, errno.ENOTSUP):  # not every filesystem can
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _ignoring(*numbers: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in numbers:
+            raise
 
 
 def remove_leftovers(directory: Path, name: str) -> None:
     """Remove temporary files for `name` that a killed process left an hour ago or more."""
     for path in directory.glob(f"{name}.*.tmp"):
-        try:
+        # It may just be renamed or removed by its owner, or not be ours to remove.
+        with contextlib.suppress(OSError):
             if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
                 path.unlink()
-        except OSError:
-            continue  # just renamed or removed by its owner, or not ours to remove

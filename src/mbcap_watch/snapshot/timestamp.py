@@ -9,8 +9,11 @@ import time
 # Go's zero time, which a Go publisher leaves behind when it set no time at all.
 ZERO = "0001-01-01T00:00:00Z"
 
+_HOUR, _SIXTY = r"(?:[01]\d|2[0-3])", r"[0-5]\d"
 _RFC3339 = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))", re.ASCII
+    rf"(\d{{4}})-(0[1-9]|1[0-2])-(\d\d)T{_HOUR}:{_SIXTY}:{_SIXTY}"
+    rf"(?:\.(\d+))?(?:Z|([+-]{_HOUR}:{_SIXTY}))",
+    re.ASCII,
 )
 
 
@@ -23,16 +26,8 @@ def is_valid(text: str) -> bool:
     match = _RFC3339.fullmatch(text)
     if match is None:
         return False
-    year, month, day, hour, minute, second = (int(part) for part in match.groups()[:6])
-    return (
-        1 <= month <= 12
-        and 1 <= day <= calendar.monthrange(year, month)[1]
-        and hour < 24
-        and minute < 60
-        and second < 60
-        and int(match[9] or 0) < 24
-        and int(match[10] or 0) < 60
-    )
+    year, month, day = map(int, match.groups()[:3])
+    return 1 <= day <= calendar.monthrange(year, month)[1]
 
 
 def canonical(text: str) -> str:
@@ -43,11 +38,9 @@ def canonical(text: str) -> str:
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError(text)
-    fraction = (match[7] or "")[:9].rstrip("0")
-    offset = f"{match[8]}{match[9]}:{match[10]}" if match[8] else "Z"
-    if offset[1:] == "00:00":
-        offset = "Z"
-    return text[:19] + ("." + fraction if fraction else "") + offset
+    fraction, offset = (match[4] or "")[:9].rstrip("0"), match[5]
+    zone = offset if offset and offset[1:] != "00:00" else "Z"
+    return text[:19] + ("." + fraction if fraction else "") + zone
 
 
 def now() -> str:

@@ -1,7 +1,7 @@
 """A watchdog observer on one directory: quick, and honest about its health.
 
 Uses private names of watchdog 7 (`_emitter_class`, `_inotify_fd`); the package pins `<8` and a
-test checks that they are there.
+test checks that they are there. Importing this fails where the system has no inotify.
 """
 
 from __future__ import annotations
@@ -32,17 +32,8 @@ _MASK: Final = Mask(
     | InotifyConstants.IN_ONLYDIR
 )
 
-# Kubernetes replaces the files of a volume all at once, by renaming this link over the old one.
-_DATA_LINK: Final = "..data"
-_NAMES: Final = frozenset({SNAPSHOT_NAME, _DATA_LINK})
-
-# An observer opens an inotify instance and a pipe, and starts a thread each for reading from it,
-# for its one watch, and for handlers, of which there are none.
-_DESCRIPTORS: Final = 3
-_THREADS: Final = 3
-
-# An observer that has begun to stop ends within half a second (measured); this is for the odd case.
-_STOP_SECONDS: Final = 5.0
+# Kubernetes replaces the files of a volume all at once, by renaming the link `..data`.
+_NAMES: Final = (SNAPSHOT_NAME, "..data")
 
 
 class _Emitter(InotifyEmitter):
@@ -56,57 +47,52 @@ class _Emitter(InotifyEmitter):
         return _MASK
 
     def queue_event(self, event: FileSystemEvent) -> None:
-        # By path, never by type: a rename inside the directory is a move, one from outside a
-        # creation.
+        # By path, never by type: a rename inside the directory is a move, from outside a creation.
         path = os.fsdecode(event.dest_path or event.src_path)
         if os.path.basename(path) in _NAMES or isinstance(event, DirDeletedEvent):
             self._on_change()
-
-
-class _Observer(InotifyObserver):
-    def __init__(self, on_change: Callable[[], None]) -> None:
-        super().__init__()
-        self._emitter_class = partial(_Emitter, on_change)  # type: ignore[assignment]
 
 
 class InotifyWatch:
     """An armed watch. All its methods may block and belong off the event loop."""
 
     def __init__(self, directory: Path, on_change: Callable[[], None]) -> None:
-        """Arm the watch.
+        """Arm the watch on where `directory` leads to.
 
-        Args:
-            directory: the directory to watch; where it leads to, if it is a symbolic link.
-            on_change: called from a watchdog thread for every replacement of the snapshot and
-                when the directory goes. It must not block or raise.
+        A watchdog thread calls `on_change` for every replacement of the snapshot, and when the
+        directory goes. It must not block or raise.
 
         Raises:
-            OSError: the directory cannot be watched (missing, no permission, ENOSPC, EMFILE or
-                EAGAIN for the kernel's limits, …). Nothing is left behind.
+            OSError: the directory cannot be watched. Nothing is left behind.
 
         """
         self._directory = directory
-        self._identity = _identity(directory)
-        # watchdog's constructor leaks what it had opened when it fails.
-        require_descriptors(_DESCRIPTORS)
-        require_threads(_THREADS)
+        self._was = os.stat(directory)
+        # For an inotify instance and a pipe, and for threads that read from it, from its one watch,
+        # and for handlers that there are none of. The constructor leaks what it opened if it fails.
+        require_descriptors(3)
+        require_threads(3)
         try:
-            self._observer = _Observer(on_change)
+            self._observer = InotifyObserver()
+            try:
+                self._arm(on_change)
+            except BaseException:
+                self.close()
+                raise
         except RuntimeError as exc:  # somebody else has taken the thread meanwhile
             raise no_thread() from exc
-        try:
-            # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
-            os.set_inheritable(self._observer._inotify_fd._inotify_fd, False)  # noqa: FBT003, SLF001
-            self._observer.schedule(FileSystemEventHandler(), os.path.realpath(directory))
-            self._observer.start()
-            self._kernel_watches = self._read_kernel_watches()
-            self._require_kernel_watch()
-        except RuntimeError as exc:
-            self.close()
-            raise no_thread() from exc
-        except BaseException:
-            self.close()
-            raise
+
+    def _arm(self, on_change: Callable[[], None]) -> None:
+        self._observer._emitter_class = partial(_Emitter, on_change)  # type: ignore[assignment]  # noqa: SLF001
+        self._reader = self._observer._inotify_fd  # noqa: SLF001
+        self._descriptor = self._reader._inotify_fd  # noqa: SLF001
+        # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.
+        os.set_inheritable(self._descriptor, False)  # noqa: FBT003
+        self._observer.schedule(FileSystemEventHandler(), os.path.realpath(self._directory))
+        self._observer.start()
+        self._kernel_watches = self._read_kernel_watches()
+        if not self._kernel_watches:  # watchdog swallows EACCES
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
 
     def problem(self) -> str | None:
         """Return what is wrong with the watch, or None while it is sound.
@@ -116,15 +102,11 @@ class InotifyWatch:
         must live, and the kernel must still list the watch.
         """
         try:
-            if _identity(self._directory) != self._identity:
+            if not os.path.samestat(os.stat(self._directory), self._was):
                 return "the directory was replaced"
         except OSError as exc:
             return f"the directory cannot be reached ({exc.strerror})"
-        threads: list[threading.Thread] = [
-            self._observer,
-            self._observer._inotify_fd,  # noqa: SLF001
-            *self._observer.emitters,
-        ]
+        threads: list[threading.Thread] = [self._observer, self._reader, *self._observer.emitters]
         if not all(thread.is_alive() for thread in threads):
             return "a thread of the observer has ended"
         try:
@@ -138,20 +120,12 @@ class InotifyWatch:
         """Stop the observer and wait for its threads."""
         self._observer.stop()
         if self._observer.is_alive():
-            self._observer.join(_STOP_SECONDS)
-
-    def _require_kernel_watch(self) -> None:
-        """See through watchdog, which swallows EACCES: the kernel's own list is empty then."""
-        if not self._kernel_watches:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self._directory))
+            self._observer.join(5.0)  # it takes half a second (measured)
 
     def _read_kernel_watches(self) -> list[str]:
         """Return the watches that the kernel holds for us (proc(5), `/proc/pid/fdinfo`)."""
-        descriptor = self._observer._inotify_fd._inotify_fd  # noqa: SLF001
-        text = Path(f"/proc/self/fdinfo/{descriptor}").read_text(encoding="ascii")
+        try:
+            text = Path(f"/proc/self/fdinfo/{self._descriptor}").read_text(encoding="ascii")
+        except FileNotFoundError as exc:
+            raise OSError(errno.ENOSYS, "a watch cannot be checked without /proc") from exc
         return [line for line in text.splitlines() if line.startswith("inotify ")]
-
-
-def _identity(directory: Path) -> tuple[int, int]:
-    status = os.stat(directory)
-    return status.st_dev, status.st_ino

@@ -22,14 +22,7 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(NamedTuple):
-    """The mount that a directory leads to.
-
-    Attributes:
-        type: of its filesystem, as `ext4` or `nfs4`; "unknown" where the kernel does not say.
-        mount_point: where it is mounted.
-        options: its options, those of the mount and those of the filesystem.
-
-    """
+    """The mount that a directory leads to; `options` are its own and those of the filesystem."""
 
     type: str
     mount_point: str
@@ -48,45 +41,37 @@ def mount_of(directory: Path) -> Mount:
     """Return the mount that `directory` leads to: links are followed, over-mounts are seen.
 
     The kernel is asked for the mount of an open directory, so that no guess from path names is
-    needed (proc(5), `/proc/pid/fdinfo` and `/proc/pid/mountinfo`).
+    needed (proc(5), `/proc/pid/fdinfo` and `/proc/pid/mountinfo`). Without /proc, it is UNKNOWN.
 
     Raises:
         OSError: the directory cannot be opened.
 
     """
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(directory, flags)
     try:
-        mount_id = _mount_id(descriptor)
+        lines = list(_lines(f"/proc/self/fdinfo/{descriptor}"))
     finally:
         os.close(descriptor)
-    for fields in _mountinfo():
-        if fields[0] == mount_id:
-            return _parse_mount(fields)
-    return UNKNOWN  # as without /proc: the careful answer is to poll
+    mount_id = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), None)
+    return next((mount for number, mount in _mounts() if number == mount_id), UNKNOWN)
 
 
 def mount_table() -> list[Mount]:
     """Return all mounts, later ones above earlier ones, without touching any of them."""
-    return [_parse_mount(fields) for fields in _mountinfo()]
+    return [mount for _, mount in _mounts()]
 
 
-def _mountinfo() -> Iterator[list[str]]:
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as lines:
+def _mounts() -> Iterator[tuple[str, Mount]]:
+    for line in _lines("/proc/self/mountinfo"):
+        fields = line.split(" ")
+        yield fields[0], _parse_mount(fields)
+
+
+def _lines(path: str) -> Iterator[str]:
+    with contextlib.suppress(OSError), open(path, "rb") as lines:
         # Only a newline ends a line and only a space a field; names may hold everything else.
-        for line in lines:
-            yield os.fsdecode(line.rstrip(b"\n")).split(" ")
-
-
-def _mount_id(descriptor: int) -> str | None:
-    try:
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
-            for line in lines:
-                key, _, value = line.partition(":")
-                if key == "mnt_id":
-                    return value.strip()
-    except OSError:
-        return None  # as above
-    return None
+        yield from (os.fsdecode(line.rstrip(b"\n")) for line in lines)
 
 
 def _parse_mount(fields: list[str]) -> Mount:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbcap_watch.results import Reason
     from mbcap_watch.settings import Settings
-
-
-class Due(NamedTuple):
-    """The next sync."""
-
-    at: float
-    reason: Reason
 
 
 class Scheduler:
@@ -34,14 +27,21 @@ class Scheduler:
         self._first_notice = math.inf
         self._last_notice = -math.inf
         self._quiet_until = -math.inf
-        self._ticks: dict[Reason, float] = {"poll": now, "sweep": now + settings.sweep_interval}
-        self._resync = now + settings.resync
-        self._retry = math.inf
-        self._request = math.inf
+        self._paces: dict[Reason, float] = {
+            "sweep": settings.sweep_interval,
+            "poll": settings.poll_interval,
+        }
+        self._due: dict[Reason, float] = {
+            "request": math.inf,
+            "retry": math.inf,
+            "resync": now + settings.resync,
+            "sweep": now + settings.sweep_interval,
+            "poll": now,
+        }
 
     def request(self, now: float) -> None:
         """Note that somebody wants a sync."""
-        self._request = min(self._request, now)
+        self._due["request"] = min(self._due["request"], now)
 
     def notify(self, now: float) -> None:
         """Note that the file was replaced."""
@@ -53,29 +53,22 @@ class Scheduler:
         """Whether a notice waits to be served."""
         return self._first_notice < math.inf
 
-    def next(self, *, polling: bool) -> Due:
-        """Return the next sync; it may be due already."""
-        dues = [
-            Due(self._rename_due(), "rename"),
-            Due(max(self._request, self._quiet_until), "request"),
-            Due(self._retry, "retry"),
-            Due(self._resync, "resync"),
-            Due(self._ticks["sweep"], "sweep"),
-        ]
-        if polling:
-            dues.append(Due(self._ticks["poll"], "poll"))
-        return min(dues, key=lambda due: due.at)
+    def next(self, *, polling: bool) -> tuple[float, Reason]:
+        """Return when the next sync is due, which may be in the past, and why."""
+        dues = {"rename": self._rename_due(), **self._due}
+        dues["request"] = max(dues["request"], self._quiet_until)
+        if not polling:
+            del dues["poll"]
+        reason = min(dues, key=dues.__getitem__)
+        return dues[reason], reason
 
     def begin(self, reason: Reason, now: float) -> None:
         """Note that a sync starts. What is notified from now on wants another one."""
         self._first_notice, self._last_notice = math.inf, -math.inf
-        if reason == "retry":
-            self._retry = math.inf
-        if reason == "request":
-            self._request = math.inf
-        if reason in ("poll", "sweep"):
-            interval, late = self._interval(reason), now - self._ticks[reason]
-            self._ticks[reason] += interval * max(1, math.ceil(late / interval))
+        if pace := self._paces.get(reason):
+            self._due[reason] += pace * max(1, math.ceil((now - self._due[reason]) / pace))
+        elif reason in ("retry", "request"):
+            self._due[reason] = math.inf
 
     def end(self, now: float, *, idle: bool, compared: bool, retry_in: float | None) -> None:
         """Note that a sync has ended.
@@ -91,22 +84,13 @@ class Scheduler:
         """
         if not idle:
             self._quiet_until = now + self._settings.debounce
-        if compared or self._resync <= now:
-            self._resync = now + self._settings.resync
-        if retry_in is not None:
-            self._retry = now + retry_in
-        elif compared:
-            self._retry = math.inf
+        if compared or self._due["resync"] <= now:
+            self._due["resync"] = now + self._settings.resync
+        if retry_in is not None or compared:
+            self._due["retry"] = math.inf if retry_in is None else now + retry_in
 
     def _rename_due(self) -> float:
         if self._first_notice >= self._quiet_until:
             return self._first_notice
-        return min(
-            self._last_notice + self._settings.debounce,
-            self._first_notice + max(self._settings.max_wait, self._settings.debounce),
-        )
-
-    def _interval(self, reason: Reason) -> float:
-        if reason == "poll":
-            return self._settings.poll_interval
-        return self._settings.sweep_interval
+        longest = max(self._settings.max_wait, self._settings.debounce)
+        return min(self._last_notice + self._settings.debounce, self._first_notice + longest)

@@ -7,10 +7,18 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from watchdog.utils import UnsupportedLibcError
+
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
-from mbcap_watch.watcher.inotify import InotifyWatch
-from mbcap_watch.watcher.mounts import mount_of
+from mbcap_watch.watcher.mounts import UNKNOWN, mount_of
+
+try:
+    from mbcap_watch.watcher.inotify import InotifyWatch
+except UnsupportedLibcError:  # macOS, a BSD
+    _HAS_INOTIFY = False
+else:
+    _HAS_INOTIFY = True
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +46,7 @@ class Watch:
         self._settings = settings
         self._on_change = on_change
         self._inotify: InotifyWatch | None = None
-        self._arms = 0
+        self._rearms = -1
         self.sees_every_change = False
         self.awaits_directory = False
         self.state = WatchState()
@@ -55,9 +63,6 @@ class Watch:
     def refresh(self) -> None:
         """Arm, check, or repair the watch; say in `state` what came of it. Blocks."""
         self.awaits_directory = False
-        if self._settings.mode == "poll":
-            self._say(_ASKED_FOR)
-            return
         if self._inotify is not None:
             problem = self._inotify.problem()
             if problem is None:
@@ -66,38 +71,42 @@ class Watch:
             self.update(last_problem=problem)
         directory = self._settings.snapshot_dir
         try:
-            self._say(self._arm(directory))
+            why, degraded = self._arm(directory), False
         except OSError as exc:
             missing = not os.path.exists(directory)
             # It may have been made just now, between the two calls.
             self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
-            if missing and not isinstance(exc, PermissionError):
-                self._say(f"{directory} does not exist yet")
-            else:
+            degraded = not missing or isinstance(exc, PermissionError)
+            why = f"{directory} does not exist yet"
+            if degraded:
                 why = f"no inotify watch on {directory} for now: {exc.strerror}"
-                self._say(why, degraded=True)
+        # It names a directory.
+        self.update(
+            mode="poll" if self.polling else "inotify", why=printable(why), degraded=degraded
+        )
 
     def _arm(self, directory: Path) -> str:
+        """Return why it polls, or watches."""
+        mode = self._settings.mode
+        if mode == "poll":
+            return _ASKED_FOR
+        if not _HAS_INOTIFY:
+            return "this system has no inotify"
         mount = mount_of(directory)
-        if self._settings.mode == "auto" and not mount.delivers_inotify:
+        if mode == "auto" and mount == UNKNOWN:
+            return "without /proc it is unknown whether inotify sees every change"
+        if mode == "auto" and not mount.delivers_inotify:
             return f"inotify does not see every change on {mount.type}"
         self._inotify = InotifyWatch(directory, self._on_change)
         self.sees_every_change = mount.delivers_inotify
-        self._arms += 1
-        self.update(armed_since=time.time(), rearms=self._arms - 1)
-        return (
-            f"inotify sees every change on {mount.type}" if mount.delivers_inotify else _ASKED_FOR
-        )
+        self._rearms += 1
+        self.update(armed_since=time.time(), rearms=self._rearms)
+        said = f"inotify sees every change on {mount.type}"
+        return said if mount.delivers_inotify else _ASKED_FOR
 
     def close(self) -> None:
         """Disarm the watch. Blocks."""
         if self._inotify is not None:
             self._inotify.close()
             self._inotify, self.sees_every_change = None, False
-
-    def _say(self, why: str, *, degraded: bool = False) -> None:
-        why = printable(why)  # it names a directory
-        if self._inotify is None:
-            self.update(mode="poll", why=why, armed_since=None, degraded=degraded)
-        else:
-            self.update(mode="inotify", why=why, degraded=False)
+            self.update(armed_since=None)
