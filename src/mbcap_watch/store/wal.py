@@ -12,6 +12,7 @@ import contextlib
 import enum
 import fcntl
 import functools
+import itertools
 import os
 import struct
 import threading
@@ -179,7 +180,7 @@ def _release_replaced(real: str) -> None:
             if found == identity == _identity(os.stat(path)):
                 continue
         if found == identity:
-            if _open_here(identity) != [descriptor]:
+            if _others(descriptor):
                 continue
             os.close(descriptor)
         del _kept[identity]
@@ -194,9 +195,14 @@ def _require_own_shm(database: Path, real: str) -> None:
     kept = {descriptor for descriptor, _ in _kept.values()}
 
     def is_open_here(path: str) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return not kept.issuperset(_open_here(_identity(os.stat(path))))
-        return False
+        try:
+            place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # to close it drops no lock
+        except FileNotFoundError:
+            return False
+        try:
+            return not kept.issuperset(_others(place))
+        finally:
+            os.close(place)
 
     if is_open_here(real) and not is_open_here(f"{real}-shm"):
         links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
@@ -220,19 +226,36 @@ def release(database: Path) -> None:
     real = os.path.realpath(database)
     with opening_lock(database):
         for identity, (descriptor, path) in list(_kept.items()):
-            if path in (real, f"{real}-shm") and _open_here(identity) == [descriptor]:
+            if path in (real, f"{real}-shm") and not _others(descriptor):
                 os.close(descriptor)
                 del _kept[identity]
 
 
-def _open_here(identity: tuple[int, int]) -> list[int]:
-    """Return this process's descriptors of a file."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
+def _others(descriptor: int) -> list[int]:
+    """Return this process's other descriptors of the file.
+
+    Another of its descriptors may be on a mount whose server does not answer: `fstat` would wait
+    for ever. So it is asked only about what can be the same file by what the kernel knows itself:
+    the filesystem, by whatever mount, and the inode (proc(5), `fdinfo` and `mountinfo`).
+    """
+    with open("/proc/self/mountinfo", "rb") as lines:
+        filesystems = {mount: device for mount, _, device, *_ in map(bytes.split, lines)}
+
+    def known(descriptor: int) -> tuple[bytes | None, bytes | None]:
+        with open(f"/proc/self/fdinfo/{descriptor}", "rb") as lines:
+            # The first four lines; before Linux 5.14 there is no `ino:`.
+            found = dict(line.split()[:2] for line in itertools.islice(lines, 4))
+        return filesystems.get(found[b"mnt_id:"]), found.get(b"ino:")
+
+    ours, identity, others = known(descriptor), _identity(os.fstat(descriptor)), []
+    for other in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):  # closed meanwhile
-            if _identity(os.fstat(int(name))) == identity:
-                found.append(int(name))
-    return found
+            pairs = zip(known(other), ours, strict=True)
+            if other == descriptor or any(a != b and a and b for a, b in pairs):
+                continue
+            if _identity(os.fstat(other)) == identity:
+                others.append(other)
+    return others
 
 
 def identity_of(path: str) -> tuple[int, int] | None:
