@@ -13,7 +13,7 @@ from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
 from mbcap_watch.store import schema
-from mbcap_watch.store.plan import Change
+from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.schema import Table
 from mbcap_watch.store.steps import Query, Write, Written
@@ -45,10 +45,12 @@ def start(tally: Tally, **options: Any) -> tuple[Steps, Query | Write]:
     return steps, steps.send(COLUMNS)
 
 
-def answer(step: Query) -> list[Any]:
+def answer(step: Query) -> list[Any] | Page:
     if "max(" in step.sql:
         return [(4, 7)]
-    return ROWS["inactive_nodes" if "inactive_nodes" in step.sql else "nodes"]
+    return Page(
+        *zip(*ROWS["inactive_nodes" if "inactive_nodes" in step.sql else "nodes"], strict=True)
+    )
 
 
 def played(steps: Steps, step: Query | Write, written: dict[str, int] | None = None) -> list[Write]:
@@ -91,9 +93,9 @@ def test_the_delta_is_looked_up_and_written_before_anything_else_is_read() -> No
     steps, step = start(Tally(), delta={"c": (2, "z")})
     assert isinstance(step, Query)
     assert (step.parameters, "IN (?)" in step.sql, step.is_page) == (("c",), True, True)
-    step = steps.send([(3, "c", 0, "")])
+    step = steps.send(Page((3,), ("c",), (0,), ("",)))
     assert "inactive_nodes" in step.sql  # type: ignore[union-attr]
-    step = steps.send([])
+    step = steps.send(Page())
     assert step == Write(NODES, [Change(3, "c", (0, ""), (2, "z"))], "allow")
     step = steps.send(Written(1))
     assert "max(" in step.sql  # type: ignore[union-attr]

@@ -51,8 +51,7 @@ class Pages(NamedTuple):
     """How the tables are read.
 
     Attributes:
-        rows: rows per SELECT; bounds the memory. Larger pages are not faster (500 to 10,000 rows:
-            52 to 55 ms per 100,000), but a small mesh should need one.
+        rows: rows per SELECT; bounds the memory.
         keys: keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL.
         rows_per_key: a larger table is not read as a whole. That costs about 0.5 µs a row, looking
             up keys 2.3 µs a key.
@@ -223,24 +222,22 @@ class _Pass:
         sql = SCAN.format(table=table.name, row=table.row)
         after, full = -math.inf, True  # every integer may be a rowid
         while full:
-            rows = yield Query(sql, (after, self._pages.rows), is_page=True)
-            yield from self._compare(table, self._values, rows)
-            full = len(rows) == self._pages.rows
-            after = rows[-1][0] if full else after
+            page = yield Query(sql, (after, after, self._pages.rows - 1), is_page=True)
+            yield from self._compare(table, self._values, page)
+            full = len(page.ids) == self._pages.rows
+            after = max(page.ids, default=after)
 
     def _look_up(self, table: Table) -> Steps:
         items = iter(self._values.items())
         # A column that ignores case gives rows of other keys as well, also of another page's.
-        while page := dict(itertools.islice(items, self._pages.keys)):
-            keys = ", ".join("?" * len(page))
+        while some := dict(itertools.islice(items, self._pages.keys)):
+            keys = ", ".join("?" * len(some))
             sql = LOOKUP.format(table=table.name, row=table.row, keys=keys)
-            rows = yield Query(sql, tuple(page), is_page=True)
-            yield from self._compare(table, page, rows)
+            page = yield Query(sql, tuple(some), is_page=True)
+            yield from self._compare(table, some, page)
 
-    def _compare(
-        self, table: Table, values: Mapping[str, plan.Value], rows: Sequence[Any]
-    ) -> Steps:
-        matched, changes = plan.compare(values, rows, self._downgrade)
+    def _compare(self, table: Table, values: Mapping[str, plan.Value], page: plan.Page) -> Steps:
+        matched, changes = plan.compare(values, page, self._downgrade)
         self._tally.matched[table.name] += len(matched)
         self._seen.update(matched)
         pending = self.pending.setdefault(table, [])
