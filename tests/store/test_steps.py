@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,36 @@ def test_only_rows_that_differ_are_written() -> None:
         {"nodes": 2, "inactive_nodes": 1},
     )
     assert (tally.wanted, tally.unmatched, tally.waiting) == (4, 1, None)
+
+
+@pytest.mark.parametrize(
+    "before, written, revalued",
+    [
+        ([(0, None), (0, "")], 2, 0),
+        ([(1, "x"), (0, None)], 2, 1),
+        ([(0, "x"), (3, None)], 2, 2),
+        ([("0", None), (2, "")], 2, 2),
+        ([(1, "x"), (1, "y")], 0, 0),
+        ([(1, "x"), (1, "y")], 1, 1),
+        ([(1, "x"), (0, None)], 1, 0),  # which of the two was written is not known
+    ],
+)
+def test_rows_that_had_another_value_are_counted_when_they_are_written(
+    before: list[tuple[Any, Any]], written: int, revalued: int
+) -> None:
+    tally = Tally()
+    steps, step = start(tally)
+    rows = [(n, key, *value) for n, (key, value) in enumerate(zip("ab", before, strict=True))]
+    pages, answers = iter([Page(*zip(*rows, strict=True)), Page()]), iter([written])
+    with contextlib.suppress(StopIteration):
+        while True:
+            if isinstance(step, Write):
+                step = steps.send(Written(next(answers, 0)))
+            elif step.is_page:
+                step = steps.send(next(pages, Page()))
+            else:
+                step = steps.send(answer(step))
+    assert (tally.changed.total(), tally.revalued) == (written, revalued)
 
 
 def test_batches_are_as_large_as_told() -> None:

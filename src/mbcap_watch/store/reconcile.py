@@ -74,6 +74,8 @@ class Tally:
         wanted: keys that the snapshot has a value for.
         matched: rows that the snapshot has a value for, by table.
         changed: rows written, by table.
+        revalued: of the rows written, at least so many held another value, and not none; where a
+            batch was written in part, it is not known which of its rows were.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
         served: the tables that can be served.
@@ -89,6 +91,7 @@ class Tally:
     wanted: int = 0
     matched: Counter[str] = dataclasses.field(default_factory=Counter)
     changed: Counter[str] = dataclasses.field(default_factory=Counter)
+    revalued: int = 0
     unmatched: int = 0
     failed: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
     served: frozenset[str] = frozenset()
@@ -267,6 +270,8 @@ class _Pass:
         tally = self._tally
         written = yield Write(table, changes, self._downgrade)
         tally.changed[table.name] += written.rows
+        blank = sum(change.before in ((0, None), (0, "")) for change in changes)
+        tally.revalued += max(0, written.rows - blank)
         if written.error is None:
             self.missed += len(changes) - written.rows
             return
