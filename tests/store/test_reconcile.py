@@ -17,7 +17,7 @@ from mbcap_watch.store import reconcile, steps
 from mbcap_watch.store.connection import Database, open_database
 from mbcap_watch.store.plan import Change
 from mbcap_watch.store.reconcile import Tally
-from mbcap_watch.store.schema import Table
+from mbcap_watch.store.steps import Table
 from support import (
     connect,
     document,

@@ -13,11 +13,9 @@ from mbcap_watch import PersistResult, SchemaMissing, Settings, persist_once
 from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
-from mbcap_watch.store import schema
 from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.schema import Table
-from mbcap_watch.store.steps import Query, Write, Written
+from mbcap_watch.store.steps import PROBE, Query, Table, Write, Written
 from support import connect, document, put, read_rows
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ def start(tally: Tally, **options: Any) -> tuple[Steps, Query | Write]:
     options = {"batch_rows": 500, "downgrade": "allow", **options}
     steps = reconcile(DATABASE, WANTED, tally, **options)
     probe = next(steps)
-    assert probe == Query(schema.PROBE)
+    assert probe == Query(PROBE)
     return steps, steps.send(COLUMNS)
 
 
@@ -151,7 +149,7 @@ def test_a_refused_batch_is_halved_until_the_row_is_found() -> None:
     try:
         while True:
             if isinstance(step, Query):
-                step = steps.send(COLUMNS if step.sql == schema.PROBE else answer(step))
+                step = steps.send(COLUMNS if step.sql == PROBE else answer(step))
                 continue
             seen += keys([step])
             bad = any(c.public_key == "c" for c in step.changes)
@@ -168,7 +166,7 @@ def test_columns_that_are_dropped_between_reading_and_writing_are_no_refusal() -
     steps, step = start(Tally())
     while isinstance(step, Query):
         step = steps.send(answer(step))
-    assert steps.send(Written(0, gone)) == Query(schema.PROBE)
+    assert steps.send(Written(0, gone)) == Query(PROBE)
     with pytest.raises(sqlite3.OperationalError, match="no such column"):
         steps.send(COLUMNS[3:])
 
