@@ -27,8 +27,7 @@ from mbcap_watch.errors import (
     SchemaMissing,
     printable,
 )
-from mbcap_watch.store.library import HAS_RESET_BUG
-from mbcap_watch.store.native import open_to_read
+from mbcap_watch.store.native import HAS_RESET_BUG, open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import TABLES, preview_steps
 from mbcap_watch.store.wal import Wal, is_wal_database, release

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import random
 import sqlite3
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -16,8 +15,7 @@ import anyio
 
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
-from mbcap_watch.store.library import HAS_RESET_BUG
-from mbcap_watch.store.native import CHECKPOINT, Connection
+from mbcap_watch.store.native import CHECKPOINT, HAS_RESET_BUG, Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
 
 if TYPE_CHECKING:
@@ -176,22 +174,11 @@ async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator
 async def _connect(
     path: Path, grace: float, tally: Tally
 ) -> tuple[Connection, aiosqlite.Connection]:
-    opened: list[Connection] = []
-    threads: list[threading.Thread] = []
-
-    def factory(*_: Any, **__: Any) -> Connection:
-        threads.append(threading.current_thread())
-        opened.append(Connection(path, grace, owes_checkpoint=tally.owes_checkpoint))
-        return opened[0]
-
-    connection = aiosqlite.connect(path, factory=factory)
+    # Opened here, and handed over: aiosqlite would leave the thread of one that fails behind.
+    opened = Connection(path, grace, owes_checkpoint=tally.owes_checkpoint)
+    connection = aiosqlite.connect(path, factory=lambda *_, **__: opened)
     try:
-        await connection
+        return opened, await connection
     except RuntimeError as exc:
+        opened.close()
         raise no_thread() from exc
-    except BaseException:
-        # aiosqlite does not wait for the thread of a connection that failed.
-        for thread in threads:
-            thread.join()
-        raise
-    return opened[0], connection

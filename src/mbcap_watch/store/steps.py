@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import traceback
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -21,35 +21,26 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------ tables
 
-TableName = Literal["nodes", "inactive_nodes"]
-TABLES: Final = get_args(TableName)
+TABLES: Final = ("nodes", "inactive_nodes")
 COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
-_WRITTEN: Final = COLUMNS[1:]
 
 # SQLite's names for the rowid. A column of the same name hides one of them
 # (https://www.sqlite.org/rowidtable.html).
 _ROWIDS: Final = ("rowid", "_rowid_", "oid")
 
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
-
-
-# A row for each column of each table, with NULL where there is none. pragma_table_xinfo knows
-# generated columns, which pragma_table_info omits. It is not asked about views and virtual tables
-# (those have no root page): it would fail if what they refer to is gone. pragma_index_info knows a
-# table as an index if it is WITHOUT ROWID (https://www.sqlite.org/pragma.html#pragma_index_info).
+# Of each table that is there: what it is, whether it is WITHOUT ROWID (pragma_index_info knows it
+# as an index then), its columns, and one that is generated and to be written. pragma_table_xinfo
+# knows generated columns, which pragma_table_info omits. It is not asked about views and virtual
+# tables (those have no root page): it would fail if what they refer to is gone.
 PROBE: Final = (
-    "SELECT m.name, iif(m.type = 'table' AND NOT m.rootpage, 'virtual table', m.type),"
-    " (SELECT count(*) FROM pragma_index_info(m.name)), x.name, x.hidden"
+    "SELECT lower(m.name), iif(m.type = 'table' AND NOT m.rootpage, 'virtual table', m.type),"
+    " (SELECT count(*) FROM pragma_index_info(m.name)), group_concat(lower(x.name)),"
+    " min(iif(x.hidden IN (2, 3) AND x.name LIKE 'multibyte%', lower(x.name), NULL))"
     " FROM sqlite_master AS m LEFT JOIN"
     " pragma_table_xinfo(CASE WHEN m.type = 'table' AND m.rootpage THEN m.name END) AS x"
-    f" ON x.name COLLATE NOCASE IN ({_listed((*COLUMNS, *_ROWIDS))})"
-    f" WHERE m.type IN ('table', 'view') AND m.name COLLATE NOCASE IN ({_listed(TABLES)})"
+    f" ON x.name COLLATE NOCASE IN {(*COLUMNS, *_ROWIDS)}"
+    f" WHERE m.type IN ('table', 'view') AND m.name COLLATE NOCASE IN {TABLES} GROUP BY m.name"
 )
-
-# What `hidden` is of a generated column, virtual or stored.
-_GENERATED: Final = (2, 3)
 
 
 class Table(NamedTuple):
@@ -72,7 +63,7 @@ class Table(NamedTuple):
 
 
 def served(
-    answer: Iterable[tuple[str, str, int, str | None, int | None]],
+    answer: Iterable[tuple[str, str, int, str | None, str | None]],
 ) -> tuple[list[Table], str]:
     """Return the tables that can be served, and for people what keeps the others from it.
 
@@ -80,37 +71,25 @@ def served(
         answer: what the database says to `PROBE`.
 
     """
-    kinds: dict[str, str] = {}
-    clustered: set[str] = set()
-    columns: dict[str, dict[str, int | None]] = {table: {} for table in TABLES}
-    for name, kind, indexed, column, hidden in answer:
-        table = name.lower()
-        kinds[table] = kind
-        if indexed:
-            clustered.add(table)
-        if column is not None:
-            columns[table][column.lower()] = hidden
+    found = {table: about for table, *about in answer}
     tables, obstacles = [], []
-    for table, found in columns.items():
-        if obstacle := _obstacle(table, kinds.get(table), found):
-            obstacles.append(obstacle)
-            continue
-        free = [name for name in _ROWIDS if name not in found and table not in clustered]
-        tables.append(Table(table, free[0] if free else "public_key"))
+    for table in TABLES:
+        kind, clustered, names, generated = found.get(table, ("", 0, "", ""))
+        columns = str(names).split(",")
+        missing = [column for column in COLUMNS if column not in columns]
+        if not kind:
+            obstacles.append(f"no table {table}")
+        elif kind != "table":
+            proper = "a table" if kind == "view" else "an ordinary one"
+            obstacles.append(f"{table} is a {kind}, not {proper}")
+        elif missing:
+            obstacles.append(f"{table} lacks {', '.join(missing)}")
+        elif generated:
+            obstacles.append(f"{generated} of {table} is a generated column and cannot be written")
+        else:
+            free = [name for name in _ROWIDS if name not in columns and not clustered]
+            tables.append(Table(table, free[0] if free else "public_key"))
     return tables, "; ".join(obstacles)
-
-
-def _obstacle(table: str, kind: str | None, columns: dict[str, int | None]) -> str | None:
-    if kind is None:
-        return f"no table {table}"
-    if kind != "table":
-        return f"{table} is a {kind}, not {'a table' if kind == 'view' else 'an ordinary one'}"
-    if missing := [column for column in COLUMNS if column not in columns]:
-        return f"{table} lacks {', '.join(missing)}"
-    for column in _WRITTEN:
-        if columns[column] in _GENERATED:
-            return f"{column} of {table} is a generated column and cannot be written"
-    return None
 
 
 # ------------------------------------------------------------------------------ steps

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
-import functools
 import itertools
 import os
 import struct
@@ -41,17 +40,15 @@ class Wal(enum.Enum):
     LEFT_BEHIND = enum.auto()
 
 
+_opening: Final[dict[str, threading.Lock]] = {}
+
+
 def opening_lock(database: Path) -> threading.Lock:
     """Return the lock that is held from `require_own_wal` until the connection's first read.
 
     Each database has its own: one on a disk that does not answer holds up no other.
     """
-    return _opening_lock(os.path.realpath(database))
-
-
-@functools.cache
-def _opening_lock(_: str) -> threading.Lock:
-    return threading.Lock()
+    return _opening.setdefault(os.path.realpath(database), threading.Lock())
 
 
 def require_own_wal(database: Path, grace: float) -> Wal:
@@ -72,7 +69,7 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     real = os.path.realpath(database)
     try:
         if _CAN_ASK:
-            _release_replaced(real)
+            _release(real, replaced=True)
             _require_own_shm(database, real)
         if not os.stat(f"{real}-wal").st_size:
             return Wal.EMPTY
@@ -122,6 +119,15 @@ def size(path: str) -> int:
         return 0
 
 
+def identity_of(file: str | int) -> tuple[int, int] | None:
+    """Return which file is at a path or descriptor, as device and inode; None if there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _held_lock(path: str, span: tuple[int, int]) -> int:
     """Return what kind of lock anybody, this process included, holds in `span` of the file.
 
@@ -140,7 +146,7 @@ def _held_lock(path: str, span: tuple[int, int]) -> int:
 
 
 # Descriptors to ask with, and the path of each, by file.
-_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
+_kept: Final[dict[tuple[int, int] | None, tuple[int, str]]] = {}
 
 
 def _descriptor(path: str) -> int | None:
@@ -151,36 +157,36 @@ def _descriptor(path: str) -> int | None:
     opened it may close at any moment. So the descriptor is one of our own, and is kept until
     `release`.
     """
-    try:
-        identity = _identity(os.stat(path))
-        if identity not in _kept:
+    if (identity := identity_of(path)) not in _kept:
+        try:
             # O_NONBLOCK: a FIFO may stand there.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
             opened = os.open(path, flags)
-            identity = _identity(os.fstat(opened))
-            _kept[identity] = opened, path
-    except FileNotFoundError:
-        return None
+        except FileNotFoundError:
+            return None
+        identity = identity_of(opened)
+        _kept[identity] = opened, path
     return _kept[identity][0]
 
 
-def _release_replaced(real: str) -> None:
-    """Close the descriptors of the database's files that were replaced or removed.
+def release(database: Path) -> None:
+    """Close the descriptors that were kept to ask with; for the end of a bridge."""
+    with opening_lock(database):
+        _release(os.path.realpath(database))
 
-    Nobody can open such a file at its path any more. While a connection has it open, its descriptor
-    stays.
+
+def _release(real: str, *, replaced: bool = False) -> None:
+    """Close the descriptors of the database's files, or only of those that were replaced.
+
+    Where a connection of this process has the file open, its descriptor stays.
     """
     for identity, (descriptor, path) in list(_kept.items()):
         if path not in (real, f"{real}-shm"):
             continue
-        found = None
-        with contextlib.suppress(OSError):  # a host may have closed all that it does not know
-            found = _identity(os.fstat(descriptor))
-        with contextlib.suppress(OSError):
-            if found == identity == _identity(os.stat(path)):
+        if identity_of(descriptor) == identity:  # a host may have closed all that it does not know
+            if replaced and identity_of(path) == identity:
                 continue
-        if found == identity:
-            if _others(descriptor):
+            if _is_open_here(f"/proc/self/fd/{descriptor}"):
                 continue
             os.close(descriptor)
         del _kept[identity]
@@ -192,79 +198,47 @@ def _require_own_shm(database: Path, real: str) -> None:
     SQLite shares one `-shm` among the connections of a process. Ours would lock the removed one,
     and everybody else the new one: what either of them writes could be lost.
     """
-    kept = {descriptor for descriptor, _ in _kept.values()}
-
-    def is_open_here(path: str) -> bool:
-        try:
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # to close it drops no lock
-        except FileNotFoundError:
-            return False
-        try:
-            return not kept.issuperset(_others(place))
-        finally:
-            os.close(place)
-
-    if is_open_here(real) and not is_open_here(f"{real}-shm"):
-        links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
-        if any(_target(link) == f"{real}-shm (deleted)" for link in links):
-            problem = "this process has it open with a -shm that was removed; restart this process"
-            raise ForeignWal(database, problem, "wal_replaced")
-
-
-def _target(link: str) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""  # closed meanwhile
-
-
-def release(database: Path) -> None:
-    """Close the descriptors that were kept to ask with; for the end of a bridge.
-
-    Where a connection of this process has the file open, they stay.
-    """
-    real = os.path.realpath(database)
-    with opening_lock(database):
-        for identity, (descriptor, path) in list(_kept.items()):
-            if path in (real, f"{real}-shm") and not _others(descriptor):
-                os.close(descriptor)
-                del _kept[identity]
-
-
-def _others(descriptor: int) -> list[int]:
-    """Return this process's other descriptors of the file.
-
-    Another of its descriptors may be on a mount whose server does not answer: `fstat` would wait
-    for ever. So it is asked only about what can be the same file by what the kernel knows itself:
-    the filesystem, by whatever mount, and the inode (proc(5), `fdinfo` and `mountinfo`).
-    """
-    with open("/proc/self/mountinfo", "rb") as lines:
-        filesystems = {mount: device for mount, _, device, *_ in map(bytes.split, lines)}
-
-    def known(descriptor: int) -> tuple[bytes | None, bytes | None]:
-        with open(f"/proc/self/fdinfo/{descriptor}", "rb") as lines:
-            # The first four lines; before Linux 5.14 there is no `ino:`.
-            found = dict(line.split()[:2] for line in itertools.islice(lines, 4))
-        return filesystems.get(found[b"mnt_id:"]), found.get(b"ino:")
-
-    ours, identity, others = known(descriptor), _identity(os.fstat(descriptor)), []
-    for other in map(int, os.listdir("/proc/self/fd")):
+    if not _is_open_here(real) or _is_open_here(f"{real}-shm"):
+        return
+    for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile
-            pairs = zip(known(other), ours, strict=True)
-            if other == descriptor or any(a != b and a and b for a, b in pairs):
-                continue
-            if _identity(os.fstat(other)) == identity:
-                others.append(other)
-    return others
+            if os.readlink(f"/proc/self/fd/{name}") == f"{real}-shm (deleted)":
+                problem = "it is open here with a -shm that was removed; restart this process"
+                raise ForeignWal(database, problem, "wal_replaced")
 
 
-def identity_of(path: str) -> tuple[int, int] | None:
-    """Return which file is at `path`, as device and inode; None if there is none."""
+def _is_open_here(path: str) -> bool:
+    """Whether this process has the file open, apart from `_kept`; True if /proc does not say.
+
+    One of its descriptors may be on a mount whose server does not answer: to `stat` that would
+    wait for ever. So it is asked only about what can be the same file by what the kernel knows
+    itself: the filesystem, by whatever mount, and the inode (proc(5), `fdinfo` and `mountinfo`).
+    """
     try:
-        return _identity(os.stat(path))
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # to close it drops no lock
+    except FileNotFoundError:
+        return False
+    own = {place, *(descriptor for descriptor, _ in _kept.values())}
+    try:
+        with open("/proc/self/mountinfo", "rb") as lines:
+            filesystems = {mount: device for mount, _, device, *_ in map(bytes.split, lines)}
+        known, identity = _fdinfo(place, filesystems), identity_of(place)
+        for descriptor in {*map(int, os.listdir("/proc/self/fd"))} - own:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                pairs = zip(known, _fdinfo(descriptor, filesystems), strict=True)
+                may_be = all(a == b or not (a and b) for a, b in pairs)
+                if may_be and identity_of(descriptor) == identity:
+                    return True
     except OSError:
-        return None
+        return True
+    finally:
+        os.close(place)
+    return False
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _fdinfo(descriptor: int, filesystems: dict[bytes, bytes]) -> tuple[bytes | None, bytes | None]:
+    """Return the filesystem and the inode of a descriptor, each if the kernel says."""
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as lines:
+        # The first four lines; before Linux 5.14 there is no `ino`.
+        found = dict(line.split()[:2] for line in itertools.islice(lines, 4))
+    return filesystems.get(found[b"mnt_id:"]), found.get(b"ino:")
