@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The pauses between attempts while another connection has the lock, less a random part, and how
-# long they go on. More patience is the caller's.
+# The pauses between attempts while another connection has the lock, and how long they go on.
 BUSY_PAUSES: Final = (0.001, 0.002, 0.005, 0.010, 0.015, 0.025)
 BUSY_SECONDS: Final = 0.1
 
@@ -48,28 +47,18 @@ _DESCRIPTORS: Final = 3
 
 
 class Database:
-    """An open database: runs the steps of `reconcile`, each to its end whatever is cancelled.
-
-    Args:
-        files: what tells whether its files are still those that were opened.
-        connection: to it.
-        tally: is told how long the lock was waited for, and held.
-
-    """
+    """An open database: runs the steps of `reconcile`, each to its end whatever is cancelled."""
 
     def __init__(self, files: Connection, connection: aiosqlite.Connection, tally: Tally) -> None:
         self._files = files
         self._connection = connection
         self._tally = tally
-        self._reads_text = True
         self._unchecked = 0
         self._free_until = 0.0
 
     async def query(self, step: Query) -> list[Any] | Page:
         """Return all rows at once: a cursor that is not read to its end pins the WAL."""
-        if step.is_page:
-            return await when_free(lambda: read_page(self._fetch, step))
-        return await when_free(lambda: self._fetch(step.sql, step.parameters))
+        return await when_free(lambda: read_page(self._fetch, step))
 
     async def write(self, step: Write) -> Written:
         """Write a batch; what refuses single rows is returned, other errors are raised."""
@@ -148,12 +137,7 @@ async def when_free(call: Callable[[], Awaitable[T]]) -> T:
 
 @contextlib.asynccontextmanager
 async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator[Database]:
-    """Open read-write, without ever creating the file.
-
-    Args:
-        path: of the database.
-        tally: is told of waits and holds, and whether a checkpoint is owed at the end.
-        grace: as `wal.require_own_wal`.
+    """Open read-write, without ever creating the file; `grace` as in `wal.require_own_wal`.
 
     Raises:
         DatabaseMissing, ForeignWal, DatabaseBusy, DatabaseFailed: on the way in, or out of the

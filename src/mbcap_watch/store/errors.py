@@ -101,13 +101,7 @@ _PROBLEMS: Final[dict[int, tuple[str, Cause | None]]] = {
 
 
 def explain(database: Path, code: int) -> tuple[str, Cause | None]:
-    """Return what is wrong, for people and for programs. Blocks.
-
-    Args:
-        database: its path.
-        code: SQLite's primary error code.
-
-    """
+    """Return what is behind SQLite's primary error code, for people and programs. Blocks."""
     problem, cause = _PROBLEMS.get(code, ("SQLite failed", None))
     with contextlib.suppress(OSError):  # what is there is out of reach
         if found := _obstacle(os.path.realpath(database), code):

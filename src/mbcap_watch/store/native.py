@@ -63,14 +63,8 @@ _READ_SECONDS: Final = 0.1
 class Connection(sqlite3.Connection):
     """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
 
-    Args:
-        path: of the database.
-        grace: as `wal.require_own_wal`.
-        owes_checkpoint: whether the connection before could not empty the WAL that it filled.
-
-    Attributes:
-        owes_checkpoint: the same of this one, once it is closed.
-
+    `grace` as in `wal.require_own_wal`. `owes_checkpoint` says whether the connection before could
+    not empty the WAL that it filled; once it is closed, it says so of this one.
     """
 
     def __init__(self, path: Path, grace: float, *, owes_checkpoint: bool) -> None:
@@ -206,11 +200,6 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
 
     Whoever opens a WAL database creates -wal and -shm where they are missing, `mode=ro` or not.
     Where one is missing, nobody has it open, and `immutable` does without (sqlite.org/uri.html).
-
-    Args:
-        path: of the database.
-        grace: as `wal.require_own_wal`.
-        timeout: seconds to wait for a lock that keeps readers out.
 
     Raises:
         DatabaseMissing, ForeignWal, DatabaseFailed: as `open_database`.

@@ -27,14 +27,9 @@ Value: TypeAlias = tuple[int, str | None]
 
 
 class Page(NamedTuple):
-    """Rows of `nodes` or `inactive_nodes` as they are now, by column; any may hold any type.
+    """Rows of a table as they are now, by column; any column may hold any type.
 
-    Attributes:
-        ids: what tells each row apart in its table: its rowid, or its key.
-        keys: `public_key`, as stored.
-        sups: `multibyte_sup`.
-        evidences: `multibyte_evidence`.
-
+    `ids` tell the rows apart: rowids, or keys where there are none.
     """
 
     ids: Sequence[Any] = ()
@@ -126,12 +121,6 @@ def compare(values: Mapping[str, Value], page: Page, downgrade: Downgrade) -> Co
     """Return which rows the snapshot knows, and which of them differ from it.
 
     Whole columns are compared at once, and only rows that differ one by one.
-
-    Args:
-        values: as in `DesiredState`.
-        page: the rows.
-        downgrade: with `never`, a stored value is not lowered.
-
     """
     wanted = list(map(values.get, page.keys))
     differ = map(operator.ne, zip(page.sups, page.evidences, strict=True), wanted)

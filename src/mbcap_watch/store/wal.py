@@ -129,12 +129,7 @@ def identity_of(file: str | int) -> tuple[int, int] | None:
 
 
 def _held_lock(path: str, span: tuple[int, int]) -> int:
-    """Return what kind of lock anybody, this process included, holds in `span` of the file.
-
-    Returns:
-        `F_RDLCK`, `F_WRLCK` or `F_UNLCK`.
-
-    """
+    """Return what kind of lock anybody holds in `span` of the file; `F_UNLCK` if none."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
     descriptor = _descriptor(path)
     if descriptor is None:
