@@ -40,7 +40,6 @@ CHECKPOINT_ROWS: Final = 10_000
 # 0.4, the 95th percentile of a neighbour's wait is three times as long (`benchmarks neighbour`).
 PAUSE_SHARE: Final = 0.7
 _LONGEST_PAUSE: Final = 0.001
-_LARGE_BATCH: Final = 100  # rows; what is smaller is in nobody's way
 
 # The database, its -wal and its -shm.
 _DESCRIPTORS: Final = 3
@@ -87,8 +86,7 @@ class Database:
             self._unchecked = 0
             with contextlib.suppress(sqlite3.Error), anyio.CancelScope(shield=True):
                 await self._connection.execute_fetchall(CHECKPOINT)
-        if written.rows >= _LARGE_BATCH:
-            self._free_until = ended + min(PAUSE_SHARE * hold, _LONGEST_PAUSE)
+        self._free_until = ended + min(PAUSE_SHARE * hold, _LONGEST_PAUSE)
         return written
 
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
@@ -124,15 +122,15 @@ async def when_free(call: Callable[[], Awaitable[T]]) -> T:
 
     """
     give_up = time.monotonic() + BUSY_SECONDS
-    for pause in itertools.chain(BUSY_PAUSES, itertools.repeat(BUSY_PAUSES[-1])):
+    pauses = itertools.chain(BUSY_PAUSES, itertools.repeat(BUSY_PAUSES[-1]))
+    while True:
         try:
             with anyio.CancelScope(shield=True):
                 return await call()
         except sqlite3.OperationalError as exc:
             if not is_busy(exc) or time.monotonic() >= give_up:
                 raise
-        await anyio.sleep(pause * random.uniform(0.5, 1.0))
-    raise AssertionError  # the pauses never end
+        await anyio.sleep(next(pauses) * random.uniform(0.5, 1.0))
 
 
 @contextlib.asynccontextmanager

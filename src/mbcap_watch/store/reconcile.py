@@ -35,8 +35,7 @@ MAX_PASSES: Final = 3
 # 0.3 s.
 BATCH_CHARACTERS: Final = 256 * 1024
 
-# Waits and holds that are remembered of one snapshot: a million rows take 2,000, but a database may
-# be busy for days.
+# Waits and holds that are remembered: a million rows take 2,000; a database may be busy for days.
 MAX_TIMES: Final = 10_000
 
 # Rows that are looked for one by one when they are refused.
@@ -113,20 +112,11 @@ def reconcile(
     downgrade: Downgrade,
     pages: Pages = PAGES,
 ) -> Steps:
-    """Make the rows what `values` says; count in `tally` what was done.
+    """Make the rows what `values` says, by public key; count in `tally` what was done.
 
     Compares first, without the write lock; then writes only the rows that differ, in batches that
-    each hold the lock for as long as one statement takes.
-
-    Args:
-        database: what an error calls it.
-        values: by public key.
-        tally: is written.
-        delta: those of `values` that are likely to differ. Their rows are written before all the
-            others are compared, which they then are as well.
-        batch_rows: rows per transaction; `MAX_BATCH_ROWS` at most.
-        downgrade: whether a stored value may be lowered.
-        pages: how the tables are read.
+    each hold the lock for as long as one statement takes. The rows of `delta`, those of `values`
+    that are likely to differ, are written before all the others are compared.
 
     Raises:
         SchemaMissing: no table can be served.
@@ -166,13 +156,10 @@ def _sizes(tables: Sequence[Table]) -> Generator[Query, Any, dict[Table, float]]
 
 
 class _Work:
-    """Compares the rows with `values`, and writes those that differ on its way.
+    """Compares rows with their values, and writes those that differ on its way.
 
-    Attributes:
-        writes: whether it writes.
-        pending: rows that differ and are not written yet, by table.
-        missed: rows that had changed between reading and writing them.
-
+    `pending` are the rows that differ and are not written yet; `missed` counts those that had
+    changed between reading and writing them.
     """
 
     def __init__(self, tally: Tally, batch_rows: int, downgrade: Downgrade, pages: Pages) -> None:

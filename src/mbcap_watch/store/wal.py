@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
-import itertools
+import glob
 import os
 import struct
 import threading
@@ -193,11 +193,10 @@ def _require_own_shm(database: Path, real: str) -> None:
     SQLite shares one `-shm` among the connections of a process. Ours would lock the removed one,
     and everybody else the new one: what either of them writes could be lost.
     """
-    if not _is_open_here(real) or _is_open_here(f"{real}-shm"):
-        return
-    for name in os.listdir("/proc/self/fd"):
+    for link in glob.iglob("/proc/self/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile
-            if os.readlink(f"/proc/self/fd/{name}") == f"{real}-shm (deleted)":
+            removed = os.readlink(link) == f"{real}-shm (deleted)"
+            if removed and _is_open_here(real) and not _is_open_here(f"{real}-shm"):
                 problem = "it is open here with a -shm that was removed; restart this process"
                 raise ForeignWal(database, problem, "wal_replaced")
 
@@ -215,13 +214,11 @@ def _is_open_here(path: str) -> bool:
         return False
     own = {place, *(descriptor for descriptor, _ in _kept.values())}
     try:
-        with open("/proc/self/mountinfo", "rb") as lines:
-            filesystems = {mount: device for mount, _, device, *_ in map(bytes.split, lines)}
-        known, identity = _fdinfo(place, filesystems), identity_of(place)
+        (mount, inode), identity = _fdinfo(place), identity_of(place)
         for descriptor in {*map(int, os.listdir("/proc/self/fd"))} - own:
             with contextlib.suppress(OSError):  # closed meanwhile
-                pairs = zip(known, _fdinfo(descriptor, filesystems), strict=True)
-                may_be = all(a == b or not (a and b) for a, b in pairs)
+                its_mount, its_inode = _fdinfo(descriptor)
+                may_be = its_inode == inode and _may_be_one_filesystem(its_mount, mount)
                 if may_be and identity_of(descriptor) == identity:
                     return True
     except OSError:
@@ -231,9 +228,20 @@ def _is_open_here(path: str) -> bool:
     return False
 
 
-def _fdinfo(descriptor: int, filesystems: dict[bytes, bytes]) -> tuple[bytes | None, bytes | None]:
-    """Return the filesystem and the inode of a descriptor, each if the kernel says."""
-    with open(f"/proc/self/fdinfo/{descriptor}", "rb") as lines:
-        # The first four lines; before Linux 5.14 there is no `ino`.
-        found = dict(line.split()[:2] for line in itertools.islice(lines, 4))
-    return filesystems.get(found[b"mnt_id:"]), found.get(b"ino:")
+def _fdinfo(descriptor: int) -> tuple[bytes, bytes | None]:
+    """Return the mount and the inode of a descriptor; before Linux 5.14 no inode."""
+    file = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        words = os.read(file, 200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
+    finally:
+        os.close(file)
+    return words[5], words[7] if words[6:7] == [b"ino:"] else None
+
+
+def _may_be_one_filesystem(mount: bytes, other: bytes) -> bool:
+    if mount == other:
+        return True
+    with open("/proc/self/mountinfo", "rb") as lines:
+        devices = {words[0]: words[2] for words in map(bytes.split, lines)}
+    known = devices.get(mount), devices.get(other)
+    return None in known or known[0] == known[1]
