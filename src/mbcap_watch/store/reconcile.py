@@ -46,7 +46,7 @@ class Pages(NamedTuple):
     """How the tables are read.
 
     Attributes:
-        rows: rows per SELECT; bounds the memory.
+        rows: rowids per SELECT; bounds the memory.
         keys: keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL.
         rows_per_key: a larger table is not read as a whole. That costs about 0.5 µs a row, looking
             up keys 2.3 µs a key.
@@ -184,21 +184,19 @@ class _Work:
         self.pending, self.missed = {table: [] for table in sizes}, 0
         for table, size in sizes.items():
             if size <= self._pages.rows_per_key * len(values):
-                yield from self._scan(table, values)
+                yield from self._scan(table, int(size), values)
             else:
                 yield from self._look_up(table, values)
         self._tally.unmatched = len(values) - len(self._seen)
         for table in sizes:
             yield from self._write_pending(table, 1)
 
-    def _scan(self, table: Table, values: Mapping[str, plan.Value]) -> Steps:
-        sql = SCAN.format(table=table.name, row=table.row)
-        after, full = -math.inf, True  # every integer may be a rowid
-        while full:
-            page = yield Query(sql, (after, after, self._pages.rows - 1), is_page=True)
+    def _scan(self, table: Table, size: int, values: Mapping[str, plan.Value]) -> Steps:
+        sql, rows = SCAN.format(table=table.name, row=table.row), self._pages.rows
+        bounds = (-math.inf, *range(rows, size, rows), math.inf)  # every integer may be a rowid
+        for after, last in itertools.pairwise(bounds):
+            page = yield Query(sql, (after, last), is_page=True)
             yield from self._compare(table, values, page)
-            full = len(page.ids) == self._pages.rows
-            after = max(page.ids, default=after)
 
     def _look_up(self, table: Table, values: Mapping[str, plan.Value]) -> Steps:
         items = iter(values.items())

@@ -91,10 +91,7 @@ _ROWS: Final = (
     " FROM {table}"
 )
 # Not LIMIT: as a subquery with a limit, a page takes half as long again.
-SCAN: Final = _ROWS + (
-    " WHERE {row} > ? AND {row} <= coalesce((SELECT {row} FROM {table} WHERE {row} > ?"
-    " ORDER BY {row} LIMIT 1 OFFSET ?), 9223372036854775807)"
-)
+SCAN: Final = _ROWS + " WHERE {row} > ? AND {row} <= ?"
 LOOKUP: Final = _ROWS + " WHERE public_key IN ({keys})"
 
 # One statement is one transaction, which nothing can tear: neither a cancellation nor a thread
