@@ -42,18 +42,17 @@ def require_threads(count: int) -> None:
 
     """
     enough = threading.Event()
-    started: list[threading.Thread] = []
+    threads = [threading.Thread(target=enough.wait, daemon=True) for _ in range(count)]
     try:
-        for _ in range(count):
-            thread = threading.Thread(target=enough.wait, daemon=True)
+        for thread in threads:
             thread.start()
-            started.append(thread)
     except RuntimeError as exc:
         raise no_thread() from exc
     finally:
         enough.set()
-        for thread in started:
-            thread.join()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def no_thread() -> OSError:

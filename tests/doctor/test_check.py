@@ -26,7 +26,7 @@ from mbcap_watch.doctor.findings import Finding, Installation, ok, size
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import timestamp
 from mbcap_watch.store import steps
-from mbcap_watch.store.library import HAS_RESET_BUG
+from mbcap_watch.store.native import HAS_RESET_BUG
 from mbcap_watch.watcher.mounts import Mount
 from support import (
     TESTS,

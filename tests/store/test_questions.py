@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -240,3 +242,60 @@ async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_
         with other_process(ASK, str(database)) as process:
             assert read_line(process) == "locked locked"
         connection.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def mounted(near: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Mount something for the block; yields the process that mounts, or serves the mount."""
+    if shutil.which(command[0]) is None or not os.access("/dev/fuse", os.W_OK):
+        pytest.skip(f"needs {command[0]} and /dev/fuse")
+    near.mkdir()
+    with subprocess.Popen([*command, str(near)], stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: os.path.ismount(near) or process.poll(), "the mount")
+            if not os.path.ismount(near):
+                pytest.skip("cannot mount here")
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            subprocess.run(["umount", "-l", near], check=False)
+            process.terminate()
+
+
+@pytest.mark.system
+def test_a_descriptor_of_the_host_on_a_mount_that_does_not_answer(
+    database: Path, tmp_path: Path
+) -> None:
+    far, near = tmp_path / "far", tmp_path / "near"
+    far.mkdir()
+    (far / "file").touch()
+    command = ("bindfs", "-f", "-o", "attr_timeout=0", str(far))
+    with mounted(near, *command) as process, open(near / "file", "rb"), connect(database) as other:
+        other.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        process.send_signal(signal.SIGSTOP)
+        # If it hangs, this test shall fail and not hang.
+        rescue = threading.Timer(8, process.send_signal, [signal.SIGCONT])
+        rescue.start()
+        assert require_own_wal(database, 60.0) is Wal.IN_USE
+        wal.release(database)
+        assert rescue.is_alive(), "it waited for the mount"
+        rescue.cancel()
+        rescue.join()
+        process.send_signal(signal.SIGCONT)  # to close a file, its server is asked as well
+    wal.release(database)
+
+
+@pytest.mark.system
+def test_the_host_has_the_database_open_by_another_mount(database: Path, tmp_path: Path) -> None:
+    """The same file: closing a descriptor of it drops the locks of that connection, too."""
+    near = tmp_path / "near"
+    with (
+        mounted(near, "mount", "--bind", str(tmp_path)),
+        connect(near / database.name) as connection,
+    ):
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        assert require_own_wal(database, 60.0) is Wal.IN_USE
+        wal.release(database)
+        with other_process(ASK, str(database)) as process:
+            assert read_line(process) == "locked locked"
+    wal.release(database)

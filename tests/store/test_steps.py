@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,9 @@ from mbcap_watch import PersistResult, SchemaMissing, Settings, persist_once
 from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
-from mbcap_watch.store import schema
-from mbcap_watch.store.plan import Change
+from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.schema import Table
-from mbcap_watch.store.steps import Query, Write, Written
+from mbcap_watch.store.steps import PROBE, Query, Table, Write, Written
 from support import connect, document, put, read_rows
 
 if TYPE_CHECKING:
@@ -25,9 +24,8 @@ if TYPE_CHECKING:
 
 DATABASE = Path("meshcore.db")
 COLUMNS = [
-    (table, "table", 0, column, 0)
+    (table, "table", 0, "public_key,multibyte_sup,multibyte_evidence", None)
     for table in ("nodes", "inactive_nodes")
-    for column in ("public_key", "multibyte_sup", "multibyte_evidence")
 ]
 NODES, INACTIVE = Table("nodes", "rowid"), Table("inactive_nodes", "rowid")
 WANTED: dict[str, Value] = {"a": (2, "x"), "b": (1, "y"), "c": (2, "z"), "gone": (2, "")}
@@ -41,14 +39,16 @@ def start(tally: Tally, **options: Any) -> tuple[Steps, Query | Write]:
     options = {"batch_rows": 500, "downgrade": "allow", **options}
     steps = reconcile(DATABASE, WANTED, tally, **options)
     probe = next(steps)
-    assert probe == Query(schema.PROBE)
+    assert probe == Query(PROBE)
     return steps, steps.send(COLUMNS)
 
 
-def answer(step: Query) -> list[Any]:
+def answer(step: Query) -> list[Any] | Page:
     if "max(" in step.sql:
         return [(4, 7)]
-    return ROWS["inactive_nodes" if "inactive_nodes" in step.sql else "nodes"]
+    return Page(
+        *zip(*ROWS["inactive_nodes" if "inactive_nodes" in step.sql else "nodes"], strict=True)
+    )
 
 
 def played(steps: Steps, step: Query | Write, written: dict[str, int] | None = None) -> list[Write]:
@@ -82,6 +82,36 @@ def test_only_rows_that_differ_are_written() -> None:
     assert (tally.wanted, tally.unmatched, tally.waiting) == (4, 1, None)
 
 
+@pytest.mark.parametrize(
+    "before, written, revalued",
+    [
+        ([(0, None), (0, "")], 2, 0),
+        ([(1, "x"), (0, None)], 2, 1),
+        ([(0, "x"), (3, None)], 2, 2),
+        ([("0", None), (2, "")], 2, 2),
+        ([(1, "x"), (1, "y")], 0, 0),
+        ([(1, "x"), (1, "y")], 1, 1),
+        ([(1, "x"), (0, None)], 1, 0),  # which of the two was written is not known
+    ],
+)
+def test_rows_that_had_another_value_are_counted_when_they_are_written(
+    before: list[tuple[Any, Any]], written: int, revalued: int
+) -> None:
+    tally = Tally()
+    steps, step = start(tally)
+    rows = [(n, key, *value) for n, (key, value) in enumerate(zip("ab", before, strict=True))]
+    pages, answers = iter([Page(*zip(*rows, strict=True)), Page()]), iter([written])
+    with contextlib.suppress(StopIteration):
+        while True:
+            if isinstance(step, Write):
+                step = steps.send(Written(next(answers, 0)))
+            elif step.is_page:
+                step = steps.send(next(pages, Page()))
+            else:
+                step = steps.send(answer(step))
+    assert (tally.changed.total(), tally.revalued) == (written, revalued)
+
+
 def test_batches_are_as_large_as_told() -> None:
     writes = played(*start(Tally(), batch_rows=1))
     assert keys(writes) == [("nodes", ["a"]), ("nodes", ["c"]), ("inactive_nodes", ["a"])]
@@ -91,9 +121,9 @@ def test_the_delta_is_looked_up_and_written_before_anything_else_is_read() -> No
     steps, step = start(Tally(), delta={"c": (2, "z")})
     assert isinstance(step, Query)
     assert (step.parameters, "IN (?)" in step.sql, step.is_page) == (("c",), True, True)
-    step = steps.send([(3, "c", 0, "")])
+    step = steps.send(Page((3,), ("c",), (0,), ("",)))
     assert "inactive_nodes" in step.sql  # type: ignore[union-attr]
-    step = steps.send([])
+    step = steps.send(Page())
     assert step == Write(NODES, [Change(3, "c", (0, ""), (2, "z"))], "allow")
     step = steps.send(Written(1))
     assert "max(" in step.sql  # type: ignore[union-attr]
@@ -118,7 +148,7 @@ def test_a_refused_batch_is_halved_until_the_row_is_found() -> None:
     try:
         while True:
             if isinstance(step, Query):
-                step = steps.send(COLUMNS if step.sql == schema.PROBE else answer(step))
+                step = steps.send(COLUMNS if step.sql == PROBE else answer(step))
                 continue
             seen += keys([step])
             bad = any(c.public_key == "c" for c in step.changes)
@@ -135,9 +165,9 @@ def test_columns_that_are_dropped_between_reading_and_writing_are_no_refusal() -
     steps, step = start(Tally())
     while isinstance(step, Query):
         step = steps.send(answer(step))
-    assert steps.send(Written(0, gone)) == Query(schema.PROBE)
+    assert steps.send(Written(0, gone)) == Query(PROBE)
     with pytest.raises(sqlite3.OperationalError, match="no such column"):
-        steps.send(COLUMNS[3:])
+        steps.send(COLUMNS[1:])
 
 
 def test_no_table_to_serve() -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path
-from mbcap_watch.store.library import has_reset_bug
+from mbcap_watch.store.native import has_reset_bug
 from processes import apply, neighbour, running, start_daemon
 from restores import BACKUP_PACKETS, judge, remove_wal, snapshot
 from support import (

@@ -112,7 +112,8 @@ class _HostConnection:
         self._lock = lock
         self._tally = tally
 
-    async def query(self, step: Query) -> list[Any]:
+    async def query(self, step: Query) -> list[Any] | plan.Page:
+        """Return all rows, as plain tuples or a page, whatever the host's row factory."""
         if step.is_page:
             return await self._alone(read_page(self._fetch, step))
         return await self._alone(self._fetch(step.sql, step.parameters))

@@ -38,12 +38,10 @@ from mbcap_watch.errors import (
     printable,
 )
 from mbcap_watch.settings import DATABASE_VARIABLE
-from mbcap_watch.store import schema
 from mbcap_watch.store.errors import SIDES
-from mbcap_watch.store.library import HAS_RESET_BUG
-from mbcap_watch.store.native import open_to_read
+from mbcap_watch.store.native import HAS_RESET_BUG, open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.steps import preview_steps
+from mbcap_watch.store.steps import TABLES, preview_steps
 from mbcap_watch.store.wal import Wal, is_wal_database, release
 from mbcap_watch.watcher.mounts import mount_of, mount_table
 
@@ -209,7 +207,7 @@ def _read(
                 yield ok("journal mode", "WAL")
             else:
                 yield here.finding("not_wal", mode=fetch("PRAGMA journal_mode")[0])
-            for table in sorted(set(schema.TABLES).intersection(names)):
+            for table in sorted(set(TABLES).intersection(names)):
                 [counts[table]] = fetch(f"SELECT count(*) FROM {table}")
                 if (verdict := fetch(f"PRAGMA quick_check({table})")[0]) != "ok":
                     text = f"{table} is damaged: {printable(verdict, QUOTED)}"
@@ -259,7 +257,7 @@ def _judge_triggers(here: Installation, connection: sqlite3.Connection) -> Itera
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
     query = shlex.quote("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
     for name, table, text in connection.execute(sql).fetchall():
-        if table.lower() in schema.TABLES and _ON_UPDATE.search(text):
+        if table.lower() in TABLES and _ON_UPDATE.search(text):
             about = {"trigger": printable(name, QUOTED), "table": table, "query": query}
             yield here.finding("trigger", **about)
 

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import random
 import sqlite3
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -16,21 +15,20 @@ import anyio
 
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
-from mbcap_watch.store.library import HAS_RESET_BUG
-from mbcap_watch.store.native import CHECKPOINT, Connection
+from mbcap_watch.store.native import CHECKPOINT, HAS_RESET_BUG, Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from pathlib import Path
 
+    from mbcap_watch.store.plan import Page
     from mbcap_watch.store.reconcile import Tally
     from mbcap_watch.store.steps import Query, Write
 
 T = TypeVar("T")
 
-# The pauses between attempts while another connection has the lock, less a random part, and how
-# long they go on. More patience is the caller's.
+# The pauses between attempts while another connection has the lock, and how long they go on.
 BUSY_PAUSES: Final = (0.001, 0.002, 0.005, 0.010, 0.015, 0.025)
 BUSY_SECONDS: Final = 0.1
 
@@ -38,42 +36,34 @@ BUSY_SECONDS: Final = 0.1
 CHECKPOINT_ROWS: Final = 10_000
 
 # For this share of a batch's hold the lock is left alone after it, and for no longer than a
-# millisecond. Other writers try again at growing intervals, and miss a gap that is too short: the
-# 99th percentile of a neighbour's wait doubles without (`benchmarks neighbour`).
-PAUSE_SHARE: Final = 0.4
+# millisecond. Other writers try again at growing intervals, and miss a gap that is too short: with
+# 0.4, the 95th percentile of a neighbour's wait is three times as long (`benchmarks neighbour`).
+PAUSE_SHARE: Final = 0.7
 _LONGEST_PAUSE: Final = 0.001
-_LARGE_BATCH: Final = 100  # rows; what is smaller is in nobody's way
 
 # The database, its -wal and its -shm.
 _DESCRIPTORS: Final = 3
 
 
 class Database:
-    """An open database: runs the steps of `reconcile`, each to its end whatever is cancelled.
-
-    Args:
-        files: what tells whether its files are still those that were opened.
-        connection: to it.
-        tally: is told how long the lock was waited for, and held.
-
-    """
+    """An open database: runs the steps of `reconcile`, each to its end whatever is cancelled."""
 
     def __init__(self, files: Connection, connection: aiosqlite.Connection, tally: Tally) -> None:
         self._files = files
         self._connection = connection
         self._tally = tally
-        self._reads_text = True
         self._unchecked = 0
+        self._free_until = 0.0
 
-    async def query(self, step: Query) -> list[Any]:
+    async def query(self, step: Query) -> list[Any] | Page:
         """Return all rows at once: a cursor that is not read to its end pins the WAL."""
-        if step.is_page:
-            return await when_free(lambda: read_page(self._fetch, step))
-        return await when_free(lambda: self._fetch(step.sql, step.parameters))
+        return await when_free(lambda: read_page(self._fetch, step))
 
     async def write(self, step: Write) -> Written:
         """Write a batch; what refuses single rows is returned, other errors are raised."""
         sql, parameters = step.statement()
+        if (pause := self._free_until - time.perf_counter()) > 0:
+            time.sleep(pause)  # noqa: ASYNC251 - asyncio would make a millisecond of it
         asked = started = time.perf_counter()
 
         async def attempt() -> Written:
@@ -86,7 +76,8 @@ class Database:
             written = await when_free(attempt)
         finally:
             self._tally.waits.append(started - asked)
-        hold = time.perf_counter() - started
+        ended = time.perf_counter()
+        hold = ended - started
         self._tally.holds.append(hold)
         self._tally.committed_at = time.time()
         self._unchecked += written.rows
@@ -95,8 +86,7 @@ class Database:
             self._unchecked = 0
             with contextlib.suppress(sqlite3.Error), anyio.CancelScope(shield=True):
                 await self._connection.execute_fetchall(CHECKPOINT)
-        if written.rows >= _LARGE_BATCH:
-            await anyio.sleep(min(PAUSE_SHARE * hold, _LONGEST_PAUSE))
+        self._free_until = ended + min(PAUSE_SHARE * hold, _LONGEST_PAUSE)
         return written
 
     async def _fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
@@ -132,25 +122,20 @@ async def when_free(call: Callable[[], Awaitable[T]]) -> T:
 
     """
     give_up = time.monotonic() + BUSY_SECONDS
-    for pause in itertools.chain(BUSY_PAUSES, itertools.repeat(BUSY_PAUSES[-1])):
+    pauses = itertools.chain(BUSY_PAUSES, itertools.repeat(BUSY_PAUSES[-1]))
+    while True:
         try:
             with anyio.CancelScope(shield=True):
                 return await call()
         except sqlite3.OperationalError as exc:
             if not is_busy(exc) or time.monotonic() >= give_up:
                 raise
-        await anyio.sleep(pause * random.uniform(0.5, 1.0))
-    raise AssertionError  # the pauses never end
+        await anyio.sleep(next(pauses) * random.uniform(0.5, 1.0))
 
 
 @contextlib.asynccontextmanager
 async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator[Database]:
-    """Open read-write, without ever creating the file.
-
-    Args:
-        path: of the database.
-        tally: is told of waits and holds, and whether a checkpoint is owed at the end.
-        grace: as `wal.require_own_wal`.
+    """Open read-write, without ever creating the file; `grace` as in `wal.require_own_wal`.
 
     Raises:
         DatabaseMissing, ForeignWal, DatabaseBusy, DatabaseFailed: on the way in, or out of the
@@ -171,22 +156,11 @@ async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator
 async def _connect(
     path: Path, grace: float, tally: Tally
 ) -> tuple[Connection, aiosqlite.Connection]:
-    opened: list[Connection] = []
-    threads: list[threading.Thread] = []
-
-    def factory(*_: Any, **__: Any) -> Connection:
-        threads.append(threading.current_thread())
-        opened.append(Connection(path, grace, owes_checkpoint=tally.owes_checkpoint))
-        return opened[0]
-
-    connection = aiosqlite.connect(path, factory=factory)
+    # Opened here, and handed over: aiosqlite would leave the thread of one that fails behind.
+    opened = Connection(path, grace, owes_checkpoint=tally.owes_checkpoint)
+    connection = aiosqlite.connect(path, factory=lambda *_, **__: opened)
     try:
-        await connection
+        return opened, await connection
     except RuntimeError as exc:
+        opened.close()
         raise no_thread() from exc
-    except BaseException:
-        # aiosqlite does not wait for the thread of a connection that failed.
-        for thread in threads:
-            thread.join()
-        raise
-    return opened[0], connection

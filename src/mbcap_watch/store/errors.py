@@ -54,7 +54,7 @@ def cause_of(error: OSError) -> Cause | None:
     return "limit" if error.errno in LIMIT_ERRORS else "disk_error"
 
 
-def primary_code(error: sqlite3.Error) -> int:
+def primary_code(error: BaseException) -> int:
     """Return SQLite's primary code; SQLITE_ERROR where it was Python that raised."""
     return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)) & 0xFF
 
@@ -81,59 +81,32 @@ def message(error: sqlite3.Error | UnicodeDecodeError) -> str:
     return str(error)
 
 
-_ABOUT_ROWS: Final = frozenset(
-    {
-        sqlite3.SQLITE_CONSTRAINT,
-        sqlite3.SQLITE_ERROR,
-        sqlite3.SQLITE_MISMATCH,
-        sqlite3.SQLITE_TOOBIG,
-    }
+_ABOUT_ROWS: Final = (
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_TOOBIG,
 )
+_ABOUT_ROOM: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+_ABOUT_RIGHTS: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
+_PROBLEMS: Final[dict[int, tuple[str, Cause | None]]] = {
+    sqlite3.SQLITE_CANTOPEN: ("cannot be opened", None),
+    sqlite3.SQLITE_CORRUPT: ("is corrupt", "corrupt"),
+    sqlite3.SQLITE_FULL: ("cannot grow", "disk_full"),
+    sqlite3.SQLITE_IOERR: ("cannot be read or written", "disk_error"),
+    sqlite3.SQLITE_NOTADB: ("is not an SQLite database", "not_a_database"),
+    sqlite3.SQLITE_PERM: ("may not be accessed", "not_permitted"),
+    sqlite3.SQLITE_READONLY: ("may not be written", None),
+}
 
 
 def explain(database: Path, code: int) -> tuple[str, Cause | None]:
-    """Return what is wrong, for people and for programs. Blocks.
-
-    Args:
-        database: its path.
-        code: SQLite's primary error code.
-
-    """
-    problem, guess, cause = _PROBLEMS.get(code, ("SQLite failed", "", None))
-    try:
-        found = _obstacle(os.path.realpath(database), code)
-    except OSError:
-        found = None  # what is there is out of reach
-    if found is None:
-        return problem + guess, cause
-    return f"{problem}: {found[0]}", found[1]
-
-
-# By SQLite's primary code: the problem, what may be behind it, and what certainly is.
-_PROBLEMS: Final[dict[int, tuple[str, str, Cause | None]]] = {
-    sqlite3.SQLITE_CANTOPEN: (
-        "cannot be opened",
-        "; is it, or a -wal or -shm file, out of reach?",
-        None,
-    ),
-    sqlite3.SQLITE_CORRUPT: ("is corrupt", "", "corrupt"),
-    sqlite3.SQLITE_FULL: ("cannot grow", ", the disk is full", "disk_full"),
-    sqlite3.SQLITE_IOERR: (
-        "cannot be read or written",
-        ", the disk reports an error",
-        "disk_error",
-    ),
-    sqlite3.SQLITE_NOTADB: ("is not an SQLite database", "", "not_a_database"),
-    sqlite3.SQLITE_PERM: ("may not be accessed", "", "not_permitted"),
-    sqlite3.SQLITE_READONLY: (
-        "may not be written",
-        "; is it, its directory, or its -wal read-only?",
-        None,
-    ),
-}
-
-_ABOUT_ROOM: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-_ABOUT_RIGHTS: Final = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY)
+    """Return what is behind SQLite's primary error code, for people and programs. Blocks."""
+    problem, cause = _PROBLEMS.get(code, ("SQLite failed", None))
+    with contextlib.suppress(OSError):  # what is there is out of reach
+        if found := _obstacle(os.path.realpath(database), code):
+            return f"{problem}: {found[0]}", found[1]
+    return problem, cause
 
 
 def _obstacle(real: str, code: int) -> tuple[str, Cause] | None:
@@ -144,26 +117,17 @@ def _obstacle(real: str, code: int) -> tuple[str, Cause] | None:
     space = os.statvfs(directory)
     if space.f_flag & os.ST_RDONLY:
         return f"{directory} is on a filesystem that is mounted read-only", "read_only"
-    if code in _ABOUT_RIGHTS and (refused := _refused(real, directory)):
-        return f"user {os.geteuid()} {refused}", "not_permitted"
+    if code in _ABOUT_RIGHTS:
+        for path in (real, *(real + side for side in SIDES), directory):
+            mode = os.W_OK | (os.X_OK if path == directory else os.R_OK)
+            if os.path.exists(path) and not os.access(path, mode, effective_ids=True):
+                what = "create -wal and -shm in" if path == directory else "write"
+                owner, bits = os.stat(path).st_uid, stat.S_IMODE(os.stat(path).st_mode)
+                text = f"user {os.geteuid()} may not {what} {path} (user {owner}, mode {bits:04o})"
+                return text, "not_permitted"
     # Some filesystems do not say how much room they have.
-    room = space.f_bavail * space.f_frsize
-    if code in _ABOUT_ROOM and space.f_blocks and room < _LEAST_ROOM:
+    if code in _ABOUT_ROOM and space.f_blocks and space.f_bavail * space.f_frsize < _LEAST_ROOM:
         return f"the disk is full, there is no room left in {directory}", "disk_full"
     if code in _ABOUT_ROOM and space.f_files and not space.f_favail:
         return f"the disk is full, there is no inode left in {directory} (df -i)", "disk_full"
     return None
-
-
-def _refused(real: str, directory: str) -> str | None:
-    for path in (real, *(real + side for side in SIDES)):
-        if os.path.exists(path) and not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
-            return f"may not write {_shown(path)}"
-    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
-        return f"may not create -wal and -shm in {_shown(directory)}"
-    return None
-
-
-def _shown(path: str) -> str:
-    status = os.stat(path)
-    return f"{path} (user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o})"

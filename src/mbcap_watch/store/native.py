@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import stat
+import sys
 import time
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
-from mbcap_watch.store import library, wal
+from mbcap_watch.store import wal
 from mbcap_watch.store.errors import as_database_errors, cause_of
 from mbcap_watch.store.wal import Wal
 
@@ -20,12 +22,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+logger = logging.getLogger("mbcap_watch")
+
+_OTHER_LIBRARIES: Final = ("apsw", "pysqlite3", "sqlcipher3", "pysqlcipher3")
+
+_MENDED: Final = {(3, 44): 6, (3, 50): 7}  # the first patch without the WAL-reset bug
+
+
+def has_reset_bug(version: tuple[int, int, int]) -> bool:
+    """Whether two checkpoints at the same time may lose what is in the WAL.
+
+    SQLite 3.7.0 to 3.51.2 have the bug; it was mended in 3.44.6 and 3.50.7 as well
+    (https://www.sqlite.org/wal.html, "The WAL-Reset Bug").
+    """
+    patch = _MENDED.get(version[:2])
+    return (3, 7, 0) <= version < (3, 51, 3) and (patch is None or version[2] < patch)
+
+
+HAS_RESET_BUG: Final = has_reset_bug(sqlite3.sqlite_version_info)
+
 # UPDATE … FROM (https://www.sqlite.org/lang_update.html).
 LEAST_SQLITE: Final = (3, 33)
 
-# Moves what was written into the database, with the lock free. A passive one holds up neither
-# readers nor writers (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint). If it fails, on a
-# full disk, say, what was committed is safe in the WAL all the same, and a later one does it.
+# Moves what was written into the database, and holds up neither readers nor writers
+# (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint). If it fails, on a full disk, say, what
+# was committed is safe in the WAL all the same.
 CHECKPOINT: Final = "PRAGMA wal_checkpoint(PASSIVE)"
 
 # A WAL that has grown to this size is due for one: perhaps nobody else does it. It keeps its size
@@ -42,49 +63,43 @@ _READ_SECONDS: Final = 0.1
 class Connection(sqlite3.Connection):
     """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
 
-    Args:
-        path: of the database.
-        grace: as `wal.require_own_wal`.
-        owes_checkpoint: whether the connection before could not empty the WAL that it filled.
-
-    Attributes:
-        owes_checkpoint: the same of this one, once it is closed.
-
+    `grace` as in `wal.require_own_wal`. `owes_checkpoint` says whether the connection before could
+    not empty the WAL that it filled; once it is closed, it says so of this one.
     """
 
     def __init__(self, path: Path, grace: float, *, owes_checkpoint: bool) -> None:
         if sqlite3.sqlite_version_info < LEAST_SQLITE:
             text = f"needs SQLite {'.'.join(map(str, LEAST_SQLITE))} or newer"
             raise DatabaseFailed(path, f"{text}, and Python has {sqlite3.sqlite_version}")
-        self._path = path
-        self._wal = f"{os.path.realpath(path)}-wal"
+        self._path, self._wal = path, f"{os.path.realpath(path)}-wal"
         self.owes_checkpoint = owes_checkpoint
-        library.warn_of_second_sqlite()
+        for name in sys.modules.keys() & _OTHER_LIBRARIES:
+            _warn_of_second_sqlite(name)
         with wal.opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
             self._wal_size = wal.size(self._wal)
-            super().__init__(f"{_uri(path)}?mode=rw", timeout=0, isolation_level=None, uri=True)
+            super().__init__(
+                f"{_uri(path)}?mode=rw",
+                timeout=0,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=True,
+            )
             try:
-                self._set_up()
+                _attach(self)
+                if self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+                    # Do not flush to disk or checkpoint while holding the lock. In WAL mode, NORMAL
+                    # cannot corrupt a database; a power cut may lose the last commits, which the
+                    # sync at the next start repeats
+                    # (https://www.sqlite.org/pragma.html#pragma_synchronous).
+                    self.execute("PRAGMA synchronous = NORMAL")
+                    self.execute("PRAGMA wal_autocheckpoint = 0")
                 self._wal_identity = wal.identity_of(self._wal)
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
                 self._close_not_as_last()
                 raise
-
-    def _set_up(self) -> None:
-        """Do not flush to disk or checkpoint while holding the lock, where that is safe.
-
-        In WAL mode `synchronous=NORMAL` cannot corrupt a database; a power cut may lose the last
-        commits (https://www.sqlite.org/pragma.html#pragma_synchronous), and the sync at the next
-        start repeats them. SQLite's automatic checkpoint would come inside a COMMIT, and make the
-        longest batches ten times as long. These are properties of this connection alone.
-        """
-        _attach(self)
-        if self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
-            self.execute("PRAGMA synchronous = NORMAL")
-            self.execute("PRAGMA wal_autocheckpoint = 0")
 
     def require_same_files(self) -> None:
         """Never write into files that an operator has just replaced or removed.
@@ -116,37 +131,28 @@ class Connection(sqlite3.Connection):
         """Empty the WAL if it was empty; else leave it no larger than need be."""
         size, wrote = wal.size(self._wal), self.total_changes > 0
         if self.owes_checkpoint or (wrote and self._found in (Wal.ABSENT, Wal.EMPTY)):
-            self.owes_checkpoint = size > 0 and not self._empty_wal()
+            # What stays in it would be replayed into a backup that is put in place now. Where a
+            # reader stays attached, closing alone does not empty it.
+            pauses = iter(_EMPTY_PAUSES)
+            while wal.size(self._wal) and (pause := next(pauses, None)) is not None:
+                time.sleep(pause)
+                self._checkpoint(CHECKPOINT)  # the slow part, without the write lock
+                self._checkpoint("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.owes_checkpoint = wal.size(self._wal) > 0
         elif wrote and size >= CHECKPOINT_BYTES and size > self._wal_size:
-            self._checkpoint("PASSIVE")
+            self._checkpoint(CHECKPOINT)
 
-    def _empty_wal(self) -> bool:
-        """Move what was written into the database, and cut the WAL to nothing.
-
-        What stays in it would be replayed into a backup that is put in place now. Where a reader
-        stays attached, closing alone does not do it.
-        """
-        for pause in _EMPTY_PAUSES:
-            time.sleep(pause)
-            # The first does the slow part, without the write lock; the second cuts.
-            self._checkpoint("PASSIVE")
-            self._checkpoint("TRUNCATE")
-            if not wal.size(self._wal):
-                return True
-        return False
-
-    def _checkpoint(self, how: str) -> None:
+    def _checkpoint(self, sql: str) -> None:
         with contextlib.suppress(sqlite3.Error):
-            self.execute(f"PRAGMA wal_checkpoint({how})").close()
+            self.execute(sql).close()
 
     def _leaves_files(self) -> bool:
         """Whether -wal and -shm stay, even if this is the last connection.
 
-        SQLite's last connection moves the WAL into the database and removes it. That is right
-        for what this connection made, and for what an ingestor left that closed meanwhile. It is
-        wrong for an empty -wal that was there before: a read-only server that opens the database
-        at this moment would find it locked. And whoever only reads leaves alone what a process
-        that was killed left behind, and what was put in place of a -wal that was removed.
+        SQLite's last connection moves the WAL into the database and removes it. That is wrong for
+        an empty -wal that was there before: a read-only server that opens the database at this
+        moment would find it locked. And whoever only reads leaves alone what a process that was
+        killed left behind, and what was put in place of a -wal that was removed.
         """
         if self._has_lost_wal():
             return True
@@ -159,13 +165,26 @@ class Connection(sqlite3.Connection):
 
         `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on.
         """
-        uri = f"{_uri(self._path)}?mode=ro"
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(sqlite3.Error):
-                anchor = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+                anchor = sqlite3.connect(f"{_uri(self._path)}?mode=ro", uri=True, timeout=0)
                 stack.callback(anchor.close)
                 _attach(anchor)
             super().close()
+
+
+@cache
+def _warn_of_second_sqlite(name: str) -> None:
+    """Warn, once a process, of another SQLite library in it.
+
+    POSIX locks belong to the process: two libraries do not keep each other out, and the database
+    is damaged (sqlite.org/howtocorrupt.html, 2.2.1).
+    """
+    logger.warning(
+        "%s is loaded beside Python's sqlite3: if both open this database in one process, it is"
+        " damaged, because their locks do not keep each other out; open it with one of them only",
+        name,
+    )
 
 
 class ReadOnly(NamedTuple):
@@ -181,13 +200,6 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
 
     Whoever opens a WAL database creates -wal and -shm where they are missing, `mode=ro` or not.
     Where one is missing, nobody has it open, and `immutable` does without (sqlite.org/uri.html).
-    Any other database is locked for reading as usual.
-    The last one to close a database moves the WAL into it, but not with `mode=ro` (measured).
-
-    Args:
-        path: of the database.
-        grace: as `wal.require_own_wal`.
-        timeout: seconds to wait for a lock that keeps readers out.
 
     Raises:
         DatabaseMissing, ForeignWal, DatabaseFailed: as `open_database`.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+import contextlib
+import itertools
+import operator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from mbcap_watch.snapshot.codec import MAX_EVIDENCE, MAX_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.snapshot.codec import Entry
@@ -23,21 +26,16 @@ Value: TypeAlias = tuple[int, str | None]
 """`(multibyte_sup, multibyte_evidence)`"""
 
 
-class Row(NamedTuple):
-    """A row of `nodes` or `inactive_nodes` as it is now; SQLite lets a column hold any type.
+class Page(NamedTuple):
+    """Rows of a table as they are now, by column; any column may hold any type.
 
-    Attributes:
-        row: what tells it apart in its table: its rowid, or its key.
-        public_key: as stored.
-        sup: as stored.
-        evidence: as stored.
-
+    `ids` tell the rows apart: rowids, or keys where there are none.
     """
 
-    row: int | str
-    public_key: str
-    sup: int
-    evidence: str | None
+    ids: Sequence[Any] = ()
+    keys: Sequence[Any] = ()
+    sups: Sequence[Any] = ()
+    evidences: Sequence[Any] = ()
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
@@ -100,9 +98,16 @@ def _lowers(before: object, after: int) -> bool:
     return isinstance(before, (int, float)) and before > after
 
 
-def _is_held(stored: object, wanted: object) -> bool:
-    """Whether a column holds the value in the way of its type: a TEXT column holds 2 as '2'."""
-    return isinstance(stored, (int, float, str)) and str(stored) == str(wanted)
+def _is_held(stored: object, wanted: float | str | None) -> bool:
+    """Whether a column holds the value in the way of its type: 2 as '2', or '05' as 5."""
+    if type(stored) is type(wanted):
+        return stored == wanted
+    text = str(wanted)
+    if str(stored) == text:
+        return isinstance(stored, (int, float, str))
+    with contextlib.suppress(ValueError):
+        return isinstance(stored, (int, float)) and "_" not in text and stored == float(text)
+    return False
 
 
 class Comparison(NamedTuple):
@@ -112,27 +117,19 @@ class Comparison(NamedTuple):
     changes: list[Change]
 
 
-def compare(values: Mapping[str, Value], rows: Iterable[Row], downgrade: Downgrade) -> Comparison:
+def compare(values: Mapping[str, Value], page: Page, downgrade: Downgrade) -> Comparison:
     """Return which rows the snapshot knows, and which of them differ from it.
 
-    Args:
-        values: as in `DesiredState`.
-        rows: plain tuples will do; they are read by position.
-        downgrade: with `never`, a stored value is not lowered.
-
+    Whole columns are compared at once, and only rows that differ one by one.
     """
-    matched: list[str] = []
+    wanted = list(map(values.get, page.keys))
+    differ = map(operator.ne, zip(page.sups, page.evidences, strict=True), wanted)
     changes: list[Change] = []
-    for row, public_key, sup, evidence in rows:
-        after = values.get(public_key)
-        if after is None:
+    for row, key, sup, evidence, after in itertools.compress(
+        zip(*page, wanted, strict=True), differ
+    ):
+        if after is None or (_is_held(sup, after[0]) and _is_held(evidence, after[1])):
             continue
-        matched.append(public_key)
-        before = (sup, evidence)
-        if (
-            before != after
-            and not (_is_held(sup, after[0]) and _is_held(evidence, after[1]))
-            and not (downgrade == "never" and _lowers(sup, after[0]))
-        ):
-            changes.append(Change(row, public_key, before, after))
-    return Comparison(matched, changes)
+        if downgrade == "allow" or not _lowers(sup, after[0]):
+            changes.append(Change(row, key, (sup, evidence), after))
+    return Comparison(list(itertools.compress(page.keys, wanted)), changes)

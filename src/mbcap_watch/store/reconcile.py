@@ -11,21 +11,21 @@ import dataclasses
 import itertools
 import math
 from collections import Counter, deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from mbcap_watch.errors import SchemaMissing
 from mbcap_watch.settings import MAX_BATCH_ROWS
-from mbcap_watch.store import plan, schema
+from mbcap_watch.store import plan
 from mbcap_watch.store.errors import message
-from mbcap_watch.store.steps import LOOKUP, SCAN, SIZE, Query, Write
+from mbcap_watch.store.steps import LOOKUP, PROBE, SCAN, SIZE, Query, Write, served
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Downgrade
-    from mbcap_watch.store.schema import Table
-    from mbcap_watch.store.steps import Steps
+    from mbcap_watch.store.steps import Steps, Table
 
 # A row can move or change between reading and writing it. It is compared again, but not for
 # ever: a trigger may be what keeps it as it is.
@@ -35,24 +35,18 @@ MAX_PASSES: Final = 3
 # 0.3 s.
 BATCH_CHARACTERS: Final = 256 * 1024
 
-# Waits and holds that are remembered of one snapshot: a million rows take 2,000, but a database may
-# be busy for days.
+# Waits and holds that are remembered: a million rows take 2,000; a database may be busy for days.
 MAX_TIMES: Final = 10_000
 
 # Rows that are looked for one by one when they are refused.
 MAX_HALVED: Final = 1_000
 
 
-def _times() -> deque[float]:
-    return deque(maxlen=MAX_TIMES)
-
-
 class Pages(NamedTuple):
     """How the tables are read.
 
     Attributes:
-        rows: rows per SELECT; bounds the memory. Larger pages are not faster (500 to 10,000 rows:
-            52 to 55 ms per 100,000), but a small mesh should need one.
+        rows: rowids per SELECT; bounds the memory.
         keys: keys per SELECT. Bound one by one: json_each() would cut a key short at a NUL.
         rows_per_key: a larger table is not read as a whole. That costs about 0.5 µs a row, looking
             up keys 2.3 µs a key.
@@ -65,6 +59,7 @@ class Pages(NamedTuple):
 
 
 PAGES: Final = Pages()
+_times = partial(deque[float], maxlen=MAX_TIMES)
 
 
 @dataclasses.dataclass
@@ -75,7 +70,8 @@ class Tally:
         wanted: keys that the snapshot has a value for.
         matched: rows that the snapshot has a value for, by table.
         changed: rows written, by table.
-        revalued: rows written that had a value before: another one than 0 with no evidence.
+        revalued: of the rows written, at least so many held another value, and not none; where a
+            batch was written in part, it is not known which of its rows were.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
         served: the tables that can be served.
@@ -101,6 +97,10 @@ class Tally:
     committed_at: float | None = None
     owes_checkpoint: bool = False
 
+    def refuse(self, table: Table, changes: Sequence[plan.Change], why: str) -> None:
+        """Note rows that could not be written."""
+        self.failed.update({(table.name, change.public_key): why for change in changes})
+
 
 def reconcile(
     database: Path,
@@ -112,50 +112,33 @@ def reconcile(
     downgrade: Downgrade,
     pages: Pages = PAGES,
 ) -> Steps:
-    """Make the rows what `values` says; count in `tally` what was done.
+    """Make the rows what `values` says, by public key; count in `tally` what was done.
 
     Compares first, without the write lock; then writes only the rows that differ, in batches that
-    each hold the lock for as long as one statement takes.
-
-    Args:
-        database: what an error calls it.
-        values: by public key.
-        tally: is written.
-        delta: those of `values` that are likely to differ. Their rows are written before all the
-            others are compared, which they then are as well.
-        batch_rows: rows per transaction; `MAX_BATCH_ROWS` at most.
-        downgrade: whether a stored value may be lowered.
-        pages: how the tables are read.
+    each hold the lock for as long as one statement takes. The rows of `delta`, those of `values`
+    that are likely to differ, are written before all the others are compared.
 
     Raises:
         SchemaMissing: no table can be served.
 
     """
     tally.wanted = len(values)
-    rules = _Rules(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade, pages)
-    served = yield from _served_tables(database, tally)
-    if delta:
-        yield from _Pass(delta, rules).look_up_in(served)
-    for _ in range(MAX_PASSES):
-        comparison = _Pass(values, rules)
-        yield from comparison.read((yield from _sizes(served)))
-        if not comparison.missed:
-            return
-    comparison = _Pass(values, rules, writes=False)
-    yield from comparison.read((yield from _sizes(served)))
-    for table, changes in comparison.pending.items():
-        why = "an UPDATE leaves it as it is"
-        tally.failed.update({(table.name, change.public_key): why for change in changes})
-
-
-def _served_tables(database: Path, tally: Tally) -> Generator[Query, Any, list[Table]]:
-    """Return the tables that can be served. Never cached: tables may come and go."""
-    tables, obstacles = schema.served((yield Query(schema.PROBE)))
+    tables, obstacles = served((yield Query(PROBE)))  # never cached: tables may come and go
     tally.served = frozenset(table.name for table in tables)
     tally.waiting = obstacles or None
     if not tables:
         raise SchemaMissing(database, obstacles)
-    return tables
+    work = _Work(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade, pages)
+    if delta:
+        yield from work.compare(delta, dict.fromkeys(tables, math.inf))
+    for _ in range(MAX_PASSES):
+        yield from work.compare(values, (yield from _sizes(tables)))
+        if not work.missed:
+            return
+    work.writes = False
+    yield from work.compare(values, (yield from _sizes(tables)))
+    for table, changes in work.pending.items():
+        tally.refuse(table, changes, "an UPDATE leaves it as it is")
 
 
 def _sizes(tables: Sequence[Table]) -> Generator[Query, Any, dict[Table, float]]:
@@ -172,95 +155,74 @@ def _sizes(tables: Sequence[Table]) -> Generator[Query, Any, dict[Table, float]]
     return {t: size if t.has_rowid else math.inf for t, size in found if size is not None}
 
 
-class _Rules(NamedTuple):
-    """What is the same for all passes."""
+class _Work:
+    """Compares rows with their values, and writes those that differ on its way.
 
-    tally: Tally
-    batch_rows: int
-    downgrade: Downgrade
-    pages: Pages
-
-
-class _Pass:
-    """One comparison of rows with `values`, which writes those that differ on its way.
-
-    Attributes:
-        pending: rows that differ and are not written yet, by table.
-        missed: rows that had changed between reading and writing them.
-
+    `pending` are the rows that differ and are not written yet; `missed` counts those that had
+    changed between reading and writing them.
     """
 
-    def __init__(
-        self, values: Mapping[str, plan.Value], rules: _Rules, *, writes: bool = True
-    ) -> None:
-        self._values = values
-        self._tally, self._batch_rows, self._downgrade, self._pages = rules
-        self._writes = writes
+    def __init__(self, tally: Tally, batch_rows: int, downgrade: Downgrade, pages: Pages) -> None:
+        self._tally = tally
+        self._batch_rows = batch_rows
+        self._downgrade = downgrade
+        self._pages = pages
         self._seen: set[str] = set()
+        self.writes = True
         self.pending: dict[Table, list[plan.Change]] = {}
         self.missed = 0
-        self._tally.matched.clear()
-        self._tally.failed.clear()
 
-    def read(self, sizes: Mapping[Table, float]) -> Steps:
-        """Read the tables in the way that is cheaper for their size.
+    def compare(self, values: Mapping[str, plan.Value], sizes: Mapping[Table, float]) -> Steps:
+        """Compare all rows once; read each table in the way that is cheaper for its size.
 
         The whole table where the snapshot covers a good part of it, the snapshot's keys where the
         table is far larger, or has no rowid to read it by.
         """
+        self._seen.clear()
+        self._tally.matched.clear()
+        self._tally.failed.clear()
+        self.pending, self.missed = {table: [] for table in sizes}, 0
         for table, size in sizes.items():
-            if size <= self._pages.rows_per_key * len(self._values):
-                yield from self._scan(table)
+            if size <= self._pages.rows_per_key * len(values):
+                yield from self._scan(table, int(size), values)
             else:
-                yield from self._look_up(table)
-        yield from self._end()
+                yield from self._look_up(table, values)
+        self._tally.unmatched = len(values) - len(self._seen)
+        for table in sizes:
+            yield from self._write_pending(table, 1)
 
-    def look_up_in(self, tables: Iterable[Table]) -> Steps:
-        """Read the rows of the keys, whatever the size of the tables."""
-        for table in tables:
-            yield from self._look_up(table)
-        yield from self._end()
+    def _scan(self, table: Table, size: int, values: Mapping[str, plan.Value]) -> Steps:
+        sql, rows = SCAN.format(table=table.name, row=table.row), self._pages.rows
+        bounds = (-math.inf, *range(rows, size, rows), math.inf)  # every integer may be a rowid
+        for after, last in itertools.pairwise(bounds):
+            page = yield Query(sql, (after, last), is_page=True)
+            yield from self._compare(table, values, page)
 
-    def _scan(self, table: Table) -> Steps:
-        sql = SCAN.format(table=table.name, row=table.row)
-        after, full = -math.inf, True  # every integer may be a rowid
-        while full:
-            rows = yield Query(sql, (after, self._pages.rows), is_page=True)
-            yield from self._compare(table, self._values, rows)
-            full = len(rows) == self._pages.rows
-            after = rows[-1][0] if full else after
-
-    def _look_up(self, table: Table) -> Steps:
-        items = iter(self._values.items())
+    def _look_up(self, table: Table, values: Mapping[str, plan.Value]) -> Steps:
+        items = iter(values.items())
         # A column that ignores case gives rows of other keys as well, also of another page's.
-        while page := dict(itertools.islice(items, self._pages.keys)):
-            keys = ", ".join("?" * len(page))
+        while some := dict(itertools.islice(items, self._pages.keys)):
+            keys = ", ".join("?" * len(some))
             sql = LOOKUP.format(table=table.name, row=table.row, keys=keys)
-            rows = yield Query(sql, tuple(page), is_page=True)
-            yield from self._compare(table, page, rows)
+            page = yield Query(sql, tuple(some), is_page=True)
+            yield from self._compare(table, some, page)
 
-    def _compare(
-        self, table: Table, values: Mapping[str, plan.Value], rows: Sequence[Any]
-    ) -> Steps:
-        matched, changes = plan.compare(values, rows, self._downgrade)
+    def _compare(self, table: Table, values: Mapping[str, plan.Value], page: plan.Page) -> Steps:
+        matched, changes = plan.compare(values, page, self._downgrade)
         self._tally.matched[table.name] += len(matched)
         self._seen.update(matched)
-        pending = self.pending.setdefault(table, [])
-        pending += changes
-        while self._writes and len(pending) >= self._batch_rows:
-            yield from self._write_some(table)
+        self.pending[table] += changes
+        yield from self._write_pending(table, self._batch_rows)
 
-    def _end(self) -> Steps:
-        self._tally.unmatched = len(self._values) - len(self._seen)
-        for table, changes in self.pending.items():
-            while self._writes and changes:
-                yield from self._write_some(table)
-
-    def _write_some(self, table: Table) -> Steps:
+    def _write_pending(self, table: Table, least: int) -> Steps:
+        """Write what is pending, in batches, until less than `least` rows are left."""
         pending = self.pending[table]
-        batch = pending[: _fitting(pending, self._batch_rows)]
-        yield from self._write(table, batch)
-        del pending[: len(batch)]
+        while self.writes and len(pending) >= least:
+            batch = pending[: self._batch_rows]
+            lengths = itertools.accumulate(len(change.after[1] or "") for change in batch)
+            del batch[1 + sum(length < BATCH_CHARACTERS for length in lengths) :]
+            yield from self._write(table, batch)
+            del pending[: len(batch)]
 
     def _write(self, table: Table, changes: Sequence[plan.Change]) -> Steps:
         """Write a batch; where a row is refused, write the others.
@@ -272,27 +234,16 @@ class _Pass:
         tally = self._tally
         written = yield Write(table, changes, self._downgrade)
         tally.changed[table.name] += written.rows
-        valued = sum(change.before not in ((0, None), (0, "")) for change in changes)
-        tally.revalued += min(valued, written.rows)
+        blank = sum(change.before in ((0, None), (0, "")) for change in changes)
+        tally.revalued += max(0, written.rows - blank)
         if written.error is None:
             self.missed += len(changes) - written.rows
             return
-        if table not in schema.served((yield Query(schema.PROBE)))[0]:
+        if table not in served((yield Query(PROBE)))[0]:
             raise written.error  # its columns were dropped between reading and writing
         if len(changes) == 1 or len(tally.failed) >= MAX_HALVED:
-            why = message(written.error)
-            tally.failed.update({(table.name, change.public_key): why for change in changes})
+            tally.refuse(table, changes, message(written.error))
             return
         half = len(changes) // 2
         yield from self._write(table, changes[:half])
         yield from self._write(table, changes[half:])
-
-
-def _fitting(changes: Sequence[plan.Change], size: int) -> int:
-    """Return how many of the changes, at most `size`, make a batch that is written quickly."""
-    length = 0
-    for count, change in enumerate(changes[:size], 1):
-        length += len(change.after[1] or "")
-        if length >= BATCH_CHARACTERS:
-            return count
-    return min(len(changes), size)

@@ -1,4 +1,4 @@
-"""The steps that `reconcile` takes, as data with the SQL for rows, and what runs them."""
+"""The steps that `reconcile` takes, as data with all SQL for rows, and what runs them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,87 @@ import msgspec
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from mbcap_watch.settings import MAX_BATCH_ROWS
+from mbcap_watch.store.plan import Page
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Sequence
+    from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.store.plan import Change
-    from mbcap_watch.store.schema import Table
+
+# ------------------------------------------------------------------------------ tables
+
+TABLES: Final = ("nodes", "inactive_nodes")
+COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
+
+# SQLite's names for the rowid. A column of the same name hides one of them
+# (https://www.sqlite.org/rowidtable.html).
+_ROWIDS: Final = ("rowid", "_rowid_", "oid")
+
+# Of each table that is there: what it is, whether it is WITHOUT ROWID (pragma_index_info knows it
+# as an index then), its columns, and one that is generated and to be written. pragma_table_xinfo
+# knows generated columns, which pragma_table_info omits. It is not asked about views and virtual
+# tables (those have no root page): it would fail if what they refer to is gone.
+PROBE: Final = (
+    "SELECT lower(m.name), iif(m.type = 'table' AND NOT m.rootpage, 'virtual table', m.type),"
+    " (SELECT count(*) FROM pragma_index_info(m.name)), group_concat(lower(x.name)),"
+    " min(iif(x.hidden IN (2, 3) AND x.name LIKE 'multibyte%', lower(x.name), NULL))"
+    " FROM sqlite_master AS m LEFT JOIN"
+    " pragma_table_xinfo(CASE WHEN m.type = 'table' AND m.rootpage THEN m.name END) AS x"
+    f" ON x.name COLLATE NOCASE IN {(*COLUMNS, *_ROWIDS)}"
+    f" WHERE m.type IN ('table', 'view') AND m.name COLLATE NOCASE IN {TABLES} GROUP BY m.name"
+)
+
+
+class Table(NamedTuple):
+    """A table that can be served, and the column that tells its rows apart.
+
+    That is the rowid, by a name that is free, or the key if the table has no rowid.
+    """
+
+    name: str
+    row: str
+
+    @property
+    def has_rowid(self) -> bool:
+        """Whether the rows can be read in the order of their rowids."""
+        return self.row in _ROWIDS
+
+
+def served(
+    answer: Iterable[tuple[str, str, int, str | None, str | None]],
+) -> tuple[list[Table], str]:
+    """Return the tables that can be served, by the answer to `PROBE`, and what the others lack."""
+    found = {table: about for table, *about in answer}
+    tables, obstacles = [], []
+    for table in TABLES:
+        kind, clustered, names, generated = found.get(table, ("", 0, "", ""))
+        columns = str(names).split(",")
+        missing = [column for column in COLUMNS if column not in columns]
+        if not kind:
+            obstacles.append(f"no table {table}")
+        elif kind != "table":
+            proper = "a table" if kind == "view" else "an ordinary one"
+            obstacles.append(f"{table} is a {kind}, not {proper}")
+        elif missing:
+            obstacles.append(f"{table} lacks {', '.join(missing)}")
+        elif generated:
+            obstacles.append(f"{generated} of {table} is a generated column and cannot be written")
+        else:
+            free = [name for name in _ROWIDS if name not in columns and not clustered]
+            tables.append(Table(table, free[0] if free else "public_key"))
+    return tables, "; ".join(obstacles)
+
+
+# ------------------------------------------------------------------------------ steps
 
 SIZE: Final = "(SELECT max({row}) FROM {table})"
 _ROWS: Final = (
     "SELECT {row} AS id, public_key AS key, multibyte_sup AS sup, multibyte_evidence AS evidence"
     " FROM {table}"
 )
-SCAN: Final = _ROWS + " WHERE {row} > ? ORDER BY {row} LIMIT ?"
+# Not LIMIT: as a subquery with a limit, a page takes half as long again.
+SCAN: Final = _ROWS + " WHERE {row} > ? AND {row} <= ?"
 LOOKUP: Final = _ROWS + " WHERE public_key IN ({keys})"
 
 # One statement is one transaction, which nothing can tear: neither a cancellation nor a thread
@@ -47,14 +114,7 @@ CHANGES: Final = "SELECT changes()"
 
 
 class Query(NamedTuple):
-    """A step that reads; it is sent the rows, as a list of tuples.
-
-    Attributes:
-        sql: the statement.
-        parameters: its parameters.
-        is_page: whether it reads a page of nodes, for `read_page`.
-
-    """
+    """A step that reads; it is sent the rows, as a list of tuples, or as a `Page` of nodes."""
 
     sql: str
     parameters: Sequence[Any] = ()
@@ -100,8 +160,8 @@ Steps: TypeAlias = "Generator[Query | Write, Any, None]"
 class Access(Protocol):
     """What runs single steps over a connection."""
 
-    async def query(self, step: Query) -> list[Any]:
-        """Return all rows, as plain tuples."""
+    async def query(self, step: Query) -> list[Any] | Page:
+        """Return all rows, as plain tuples or as a page."""
 
     async def write(self, step: Write) -> Written:
         """Write the batch; an error that is not about single rows is raised."""
@@ -110,15 +170,9 @@ class Access(Protocol):
 async def run_steps(
     steps: Steps, access: Access, on_step: Callable[[], None] = lambda: None
 ) -> None:
-    """Run all steps over `access`. What was committed when an error is raised stays.
+    """Run all steps over `access`, and call `on_step` after each.
 
-    A cancellation takes effect between two steps.
-
-    Args:
-        steps: from `reconcile`.
-        access: to the rows.
-        on_step: called after each step.
-
+    A cancellation takes effect between two steps. What was committed by then stays.
     """
     answer: Any = None
     with contextlib.suppress(StopIteration):
@@ -141,6 +195,7 @@ def preview_steps(steps: Steps, connection: sqlite3.Connection) -> list[tuple[st
             step = steps.send(answer)
             if isinstance(step, Query):
                 answer = connection.execute(step.sql, step.parameters).fetchall()
+                answer = Page(*zip(*answer, strict=True)) if step.is_page else answer
             else:
                 changes += [(step.table.name, change) for change in step.changes]
                 answer = Written(len(step.changes))
@@ -150,24 +205,26 @@ def preview_steps(steps: Steps, connection: sqlite3.Connection) -> list[tuple[st
 # ------------------------------------------------------------------------------ pages
 
 _COLUMNS: Final = ("id", "key", "sup", "evidence")
-_AS_TEXT: Final = f"SELECT json_group_array(json_array({', '.join(_COLUMNS)})) FROM ({{sql}})"
+_AS_TEXT: Final = f"SELECT {', '.join(f'json_group_array({c})' for c in _COLUMNS)} FROM ({{sql}})"
 _typed = [f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), typeof({c})" for c in _COLUMNS]
 _AS_BYTES: Final = f"SELECT {', '.join(_typed)} FROM ({{sql}})"
-_decoder = msgspec.json.Decoder(list[tuple[Any, Any, Any, Any]])
+_decode = msgspec.json.Decoder(list[Any]).decode
 
 
 async def read_page(
     fetch: Callable[[str, Sequence[Any]], Awaitable[list[Any]]], step: Query
-) -> list[Any]:
-    """Return the rows of a page, read as a single JSON text.
+) -> list[Any] | Page:
+    """Return what a step asks for; each column of a page is read as a single JSON text.
 
     Python takes the GIL once for it, and not once a row: beside a host thread that is busy in
     Python, 2,000 rows take 15 ms instead of 688. A page with text that is not UTF-8, or with a
     BLOB, is read once more, the text as bytes.
     """
+    if not step.is_page:
+        return await fetch(step.sql, step.parameters)
     try:
-        [[text]] = await fetch(_AS_TEXT.format(sql=step.sql), step.parameters)
-        return _decoder.decode(text)
+        [columns] = await fetch(_AS_TEXT.format(sql=step.sql), step.parameters)
+        return Page(*map(_decode, columns))
     except (sqlite3.OperationalError, msgspec.DecodeError) as exc:
         code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         if code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG):
@@ -175,7 +232,7 @@ async def read_page(
         # Its frames hold a cursor in the middle of its rows, which would pin the WAL.
         traceback.clear_frames(exc.__traceback__)
     rows = await fetch(_AS_BYTES.format(sql=step.sql), step.parameters)
-    return [tuple(map(_text, row[::2], row[1::2])) for row in rows]
+    return Page(*zip(*(map(_text, row[::2], row[1::2]) for row in rows), strict=True))
 
 
 def _text(value: Any, kind: str) -> Any:

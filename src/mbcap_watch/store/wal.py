@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
-import functools
+import glob
 import os
 import struct
 import threading
@@ -40,17 +40,15 @@ class Wal(enum.Enum):
     LEFT_BEHIND = enum.auto()
 
 
+_opening: Final[dict[str, threading.Lock]] = {}
+
+
 def opening_lock(database: Path) -> threading.Lock:
     """Return the lock that is held from `require_own_wal` until the connection's first read.
 
     Each database has its own: one on a disk that does not answer holds up no other.
     """
-    return _opening_lock(os.path.realpath(database))
-
-
-@functools.cache
-def _opening_lock(_: str) -> threading.Lock:
-    return threading.Lock()
+    return _opening.setdefault(os.path.realpath(database), threading.Lock())
 
 
 def require_own_wal(database: Path, grace: float) -> Wal:
@@ -71,7 +69,7 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     real = os.path.realpath(database)
     try:
         if _CAN_ASK:
-            _release_replaced(real)
+            _release(real, replaced=True)
             _require_own_shm(database, real)
         if not os.stat(f"{real}-wal").st_size:
             return Wal.EMPTY
@@ -121,13 +119,17 @@ def size(path: str) -> int:
         return 0
 
 
+def identity_of(file: str | int) -> tuple[int, int] | None:
+    """Return which file is at a path or descriptor, as device and inode; None if there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _held_lock(path: str, span: tuple[int, int]) -> int:
-    """Return what kind of lock anybody, this process included, holds in `span` of the file.
-
-    Returns:
-        `F_RDLCK`, `F_WRLCK` or `F_UNLCK`.
-
-    """
+    """Return what kind of lock anybody holds in `span` of the file; `F_UNLCK` if none."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
     descriptor = _descriptor(path)
     if descriptor is None:
@@ -139,7 +141,7 @@ def _held_lock(path: str, span: tuple[int, int]) -> int:
 
 
 # Descriptors to ask with, and the path of each, by file.
-_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
+_kept: Final[dict[tuple[int, int] | None, tuple[int, str]]] = {}
 
 
 def _descriptor(path: str) -> int | None:
@@ -150,36 +152,36 @@ def _descriptor(path: str) -> int | None:
     opened it may close at any moment. So the descriptor is one of our own, and is kept until
     `release`.
     """
-    try:
-        identity = _identity(os.stat(path))
-        if identity not in _kept:
+    if (identity := identity_of(path)) not in _kept:
+        try:
             # O_NONBLOCK: a FIFO may stand there.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
             opened = os.open(path, flags)
-            identity = _identity(os.fstat(opened))
-            _kept[identity] = opened, path
-    except FileNotFoundError:
-        return None
+        except FileNotFoundError:
+            return None
+        identity = identity_of(opened)
+        _kept[identity] = opened, path
     return _kept[identity][0]
 
 
-def _release_replaced(real: str) -> None:
-    """Close the descriptors of the database's files that were replaced or removed.
+def release(database: Path) -> None:
+    """Close the descriptors that were kept to ask with; for the end of a bridge."""
+    with opening_lock(database):
+        _release(os.path.realpath(database))
 
-    Nobody can open such a file at its path any more. While a connection has it open, its descriptor
-    stays.
+
+def _release(real: str, *, replaced: bool = False) -> None:
+    """Close the descriptors of the database's files, or only of those that were replaced.
+
+    Where a connection of this process has the file open, its descriptor stays.
     """
     for identity, (descriptor, path) in list(_kept.items()):
         if path not in (real, f"{real}-shm"):
             continue
-        found = None
-        with contextlib.suppress(OSError):  # a host may have closed all that it does not know
-            found = _identity(os.fstat(descriptor))
-        with contextlib.suppress(OSError):
-            if found == identity == _identity(os.stat(path)):
+        if identity_of(descriptor) == identity:  # a host may have closed all that it does not know
+            if replaced and identity_of(path) == identity:
                 continue
-        if found == identity:
-            if _open_here(identity) != [descriptor]:
+            if _is_open_here(f"/proc/self/fd/{descriptor}"):
                 continue
             os.close(descriptor)
         del _kept[identity]
@@ -191,57 +193,55 @@ def _require_own_shm(database: Path, real: str) -> None:
     SQLite shares one `-shm` among the connections of a process. Ours would lock the removed one,
     and everybody else the new one: what either of them writes could be lost.
     """
-    kept = {descriptor for descriptor, _ in _kept.values()}
-
-    def is_open_here(path: str) -> bool:
-        with contextlib.suppress(FileNotFoundError):
-            return not kept.issuperset(_open_here(_identity(os.stat(path))))
-        return False
-
-    if is_open_here(real) and not is_open_here(f"{real}-shm"):
-        links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
-        if any(_target(link) == f"{real}-shm (deleted)" for link in links):
-            problem = "this process has it open with a -shm that was removed; restart this process"
-            raise ForeignWal(database, problem, "wal_replaced")
-
-
-def _target(link: str) -> str:
-    try:
-        return os.readlink(link)
-    except OSError:
-        return ""  # closed meanwhile
-
-
-def release(database: Path) -> None:
-    """Close the descriptors that were kept to ask with; for the end of a bridge.
-
-    Where a connection of this process has the file open, they stay.
-    """
-    real = os.path.realpath(database)
-    with opening_lock(database):
-        for identity, (descriptor, path) in list(_kept.items()):
-            if path in (real, f"{real}-shm") and _open_here(identity) == [descriptor]:
-                os.close(descriptor)
-                del _kept[identity]
-
-
-def _open_here(identity: tuple[int, int]) -> list[int]:
-    """Return this process's descriptors of a file."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
+    for link in glob.iglob("/proc/self/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile
-            if _identity(os.fstat(int(name))) == identity:
-                found.append(int(name))
-    return found
+            removed = os.readlink(link) == f"{real}-shm (deleted)"
+            if removed and _is_open_here(real) and not _is_open_here(f"{real}-shm"):
+                problem = "it is open here with a -shm that was removed; restart this process"
+                raise ForeignWal(database, problem, "wal_replaced")
 
 
-def identity_of(path: str) -> tuple[int, int] | None:
-    """Return which file is at `path`, as device and inode; None if there is none."""
+def _is_open_here(path: str) -> bool:
+    """Whether this process has the file open, apart from `_kept`; True if /proc does not say.
+
+    One of its descriptors may be on a mount whose server does not answer: to `stat` that would
+    wait for ever. So it is asked only about what can be the same file by what the kernel knows
+    itself: the filesystem, by whatever mount, and the inode (proc(5), `fdinfo` and `mountinfo`).
+    """
     try:
-        return _identity(os.stat(path))
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # to close it drops no lock
+    except FileNotFoundError:
+        return not os.path.exists("/proc/self/fd")
+    own = {place, *(descriptor for descriptor, _ in _kept.values())}
+    try:
+        (mount, inode), identity = _fdinfo(place), identity_of(place)
+        for descriptor in {*map(int, os.listdir("/proc/self/fd"))} - own:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                its_mount, its_inode = _fdinfo(descriptor)
+                may_be = its_inode == inode and _may_be_one_filesystem(its_mount, mount)
+                if may_be and identity_of(descriptor) == identity:
+                    return True
     except OSError:
-        return None
+        return True
+    finally:
+        os.close(place)
+    return False
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _fdinfo(descriptor: int) -> tuple[bytes, bytes | None]:
+    """Return the mount and the inode of a descriptor; before Linux 5.14 no inode."""
+    file = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        words = os.read(file, 200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
+    finally:
+        os.close(file)
+    return words[5], words[7] if words[6:7] == [b"ino:"] else None
+
+
+def _may_be_one_filesystem(mount: bytes, other: bytes) -> bool:
+    if mount == other:
+        return True
+    with open("/proc/self/mountinfo", "rb") as lines:
+        devices = {words[0]: words[2] for words in map(bytes.split, lines)}
+    known = devices.get(mount), devices.get(other)
+    return None in known or known[0] == known[1]
