@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -122,3 +123,43 @@ def test_a_snapshot_that_vanishes(database: Path) -> None:
         wait_until(lambda: not by_status(database)[1])
         snapshot_path(database).unlink()
         wait_until(lambda: by_status(database)[0] == {"snapshot_vanished"})
+
+
+def told(database: Path, code: str) -> str:
+    """Wait until `status` warns of something, and return what it says; the rest is well."""
+    wait_until(lambda: code in by_status(database)[1])
+    answer = ask(database, "status")
+    assert answer["healthy"]
+    return " ".join(each["text"] for each in answer["warnings"] if each["code"] == code)
+
+
+def test_a_port_that_is_taken(database: Path) -> None:
+    published(("aa11", "confirmed"))(database)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        daemon(database, "--http", f"127.0.0.1:{taken.getsockname()[1]}"),
+    ):
+        assert told(database, "http_down").endswith("; it has never worked")
+        taken.close()
+        wait_until(lambda: "http_down" not in by_status(database)[1])
+
+
+def test_an_answer_that_cannot_be_written(database: Path) -> None:
+    published(("aa11", "confirmed"))(database)
+    (snapshot_path(database).parent / "result.json").mkdir()
+    with daemon(database, "--ack"):
+        assert "cannot be written" in told(database, "ack_failed")
+
+
+def test_rows_that_somebody_sets_back(database: Path) -> None:
+    published(("aa11", "confirmed", "advert"))(database)
+    with daemon(database, "--resync", "1s"):
+        sql("UPDATE nodes SET multibyte_sup = 1 WHERE public_key = 'aa11'")(database)
+        assert told(database, "set_back").startswith("1 row was set back between two syncs")
+
+
+def test_a_change_without_an_event(database: Path) -> None:
+    published(("aa11", "confirmed"))(database)
+    with daemon(database, "--mode", "inotify"):
+        snapshot_path(database).write_bytes(document(("aa11", "suspected")))  # without a rename
+        assert told(database, "sweep_hits").startswith("1 change was found by the sweep")
