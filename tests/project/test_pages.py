@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = TESTS.parent
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+DESIGN, EMBEDDING, REFERENCE = (DOCS / f"{it}.md" for it in ("design", "embedding", "reference"))
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
-PAGES = [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]
-README, EMBEDDING = ROOT / "README.md", ROOT / "docs" / "embedding.md"
+PAGES = [*(ROOT / name for name in NAMES), *sorted(DOCS.glob("*.md"))]
 
 
 class Block(NamedTuple):
@@ -241,10 +242,23 @@ def test_the_programs_for_embedding_write_the_rows(tmp_path: Path, name: str) ->
 
 
 def test_the_reference_has_every_outcome_and_every_field() -> None:
-    named = set(inline(ROOT / "docs" / "reference.md"))
+    named = set(inline(REFERENCE))
     assert set(get_args(Outcome)) <= named
     fields = json.loads(PersistResult(outcome="applied", reason="once").to_json())
     assert set(fields) <= named
+
+
+def test_the_map_has_every_module() -> None:
+    table = re.findall(r"^\| `(\w+)/` \| .* \| (.*) \|$", prose(DESIGN), re.MULTILINE)
+    named = {
+        f"{room}/{item.split('`')[1].removesuffix('.toml')}"
+        for room, items in table
+        for item in items.split(" · ")
+    }
+    package = ROOT / "src" / "mbcap_watch"
+    modules = [path for path in package.glob("*/*.*") if path.suffix in (".py", ".toml")]
+    there = {f"{path.parent.name}/{path.stem}" for path in modules if path.stem != "__init__"}
+    assert named == there
 
 
 def test_the_readme_is_for_five_minutes() -> None:
