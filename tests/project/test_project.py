@@ -15,7 +15,6 @@ import pytest
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
 
 import mbcap_watch
-from mbcap_watch import Settings
 from mbcap_watch.cli import config
 from mbcap_watch.settings import SETTING_NAMES
 from support import TESTS
@@ -129,20 +128,6 @@ def test_the_configuration_file_shows_every_setting_with_its_default(tmp_path: P
 def test_the_configuration_file_as_it_stands_changes_nothing() -> None:
     loaded = config.load({}, {}, ROOT / "config" / "mbcap-watch.toml")
     assert loaded.settings == config.load({}, {}).settings
-
-
-def test_the_readme_knows_every_setting_and_its_default() -> None:
-    table = dict(
-        re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    )
-    assert set(SETTING_NAMES) <= set(table)
-    defaults = Settings(database="x")
-    for name in SETTING_NAMES:
-        if name in ("database", "snapshot_dir"):
-            continue
-        shown = table[name].strip().strip("`")
-        made = Settings(database="x", **{name: shown})
-        assert getattr(made, name) == getattr(defaults, name), name
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")

@@ -2,7 +2,7 @@
 
 `NFS_SERVER_DIR` is the directory on the server's disk, `NFS_CLIENT_DIR` the same through the
 client. For faults, a command `nfsctl` (stop, start, hang, unhang) is used where there is one.
-The times that are printed (`pytest -s`) are those in the README.
+The times that are printed (`pytest -s`) are those in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def fault(start: str, end: str) -> Iterator[None]:
 
 def report(what: str, times: list[float]) -> None:
     version = [o for o in mount_of(Path(os.environ["NFS_CLIENT_DIR"])).options if "vers=" in o]
-    print(  # noqa: T201 - for the README
+    print(  # noqa: T201 - for benchmarks/README.md
         f"\nNFS {','.join(version)}, poll {POLL} s, {what}: n={len(times)}"
         f" median {statistics.median(times):.2f} s, max {max(times):.2f} s"
     )
