@@ -392,12 +392,12 @@ def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:
 
         def told() -> bool:
             os.utime(wal_of(meshcore))  # the grace begins anew
-            return "foreign_wal" in process.said
+            return "wal_left_behind" in process.said
 
         wait_until(told, "the first look")
         wait_until(lambda: "applied" in process.said, "the end of the grace")
         assert process.end(signal.SIGTERM) == 0
-    [line] = [line for line in process.said.splitlines() if "foreign_wal" in line]
+    [line] = [line for line in process.said.splitlines() if "wal_left_behind" in line]
     assert names_the_wal(line, meshcore)
 
 
