@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mbcap_watch import snapshot_path
+from mbcap_watch.watcher.mounts import mount_table
 from support import DEADLINE, TESTS, document, make_database, put, read_rows, wait_until
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def test_a_python_that_will_not_do_is_named(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------ with systemd
 
-# A copy of this machine that forgets what is written, with a systemd of its own.
+# A copy of this machine that forgets what is written, with a systemd of its own. Without the right
+# to write to /proc/sys: systemd would set what holds for the machine (net.unix.max_dgram_qlen).
 BOOT = """
     set -eu; mount -t tmpfs tmpfs "$1"; cd "$1"; mkdir upper work root
     mount -t overlay overlay -o lowerdir=/,upperdir=upper,workdir=work root; cd root
@@ -171,6 +173,8 @@ BOOT = """
     mount --bind "$2" srv
     mount --bind "$3" checkout
     mount -t proc proc proc
+    mount --bind proc/sys proc/sys
+    mount -o remount,bind,ro proc/sys
     mount -t sysfs -o ro sysfs sys
     mount -t cgroup2 cgroup2 sys/fs/cgroup
     mount -t tmpfs tmpfs run
@@ -212,6 +216,13 @@ class Machine:
         self.shell(f"printf %s '{text}' >{directory}/override.conf; systemctl daemon-reload")
 
 
+def cgroups() -> set[Path]:
+    """Return the control groups below that of this process."""
+    (own,) = re.findall(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE) or [""]
+    mounts = [Path(each.mount_point) for each in mount_table() if each.type == "cgroup2"]
+    return {path for mount in mounts for path in (mount / own).rglob("*") if path.is_dir()}
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     tools = ("unshare", "nsenter", "pivot_root", "useradd")
@@ -223,6 +234,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     top, data = tmp_path / "top", tmp_path / "data"
     top.mkdir()
     data.mkdir()
+    before = cgroups()
     spaces = ["--fork", "--pid", "--mount", "--uts", "--ipc", "--cgroup"]
     places = [str(top), str(data), str(ROOT), SYSTEMD]
     command = ["unshare", *spaces, "sh", "-c", BOOT, "boot", *places]
@@ -246,6 +258,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         with contextlib.suppress(FileNotFoundError, ValueError):
             os.kill(int(children.read_text()), 9)
         unshare.wait(DEADLINE)
+        for group in sorted(cgroups() - before, reverse=True):  # the innermost first
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 def test_with_a_real_systemd(machine: Machine) -> None:
