@@ -224,6 +224,25 @@ def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path)
     assert found == {Wal.IN_USE}
 
 
+def test_a_connection_of_the_host_that_is_being_closed(database: Path) -> None:
+    """SQLite removes the -shm before it closes it: that is not somebody else's doing."""
+    ended = threading.Event()
+
+    def come_and_go() -> None:
+        while not ended.is_set():
+            with connect(database) as connection:
+                connection.execute("SELECT count(*) FROM nodes").fetchall()
+
+    host = threading.Thread(target=come_and_go)
+    host.start()
+    try:
+        for _ in range(3000):
+            require_own_wal(database, 60.0)
+    finally:
+        ended.set()
+        host.join()
+
+
 def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
     left_behind(database)
     os.unlink(f"{database}-shm")

@@ -193,12 +193,21 @@ def _require_own_shm(database: Path, real: str) -> None:
     SQLite shares one `-shm` among the connections of a process. Ours would lock the removed one,
     and everybody else the new one: what either of them writes could be lost.
     """
+    # A connection that is being closed removes it as well, a moment before it is gone.
+    for pause in (0, 0.01, 0.05, 0.1):
+        time.sleep(pause)
+        if not _has_removed_shm(real):
+            return
+    problem = "it is open here with a -shm that was removed; restart this process"
+    raise ForeignWal(database, problem, "wal_replaced")
+
+
+def _has_removed_shm(real: str) -> bool:
     for link in glob.iglob("/proc/self/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile
-            removed = os.readlink(link) == f"{real}-shm (deleted)"
-            if removed and _is_open_here(real) and not _is_open_here(f"{real}-shm"):
-                problem = "it is open here with a -shm that was removed; restart this process"
-                raise ForeignWal(database, problem, "wal_replaced")
+            if os.readlink(link) == f"{real}-shm (deleted)":
+                return _is_open_here(real) and not _is_open_here(f"{real}-shm")
+    return False
 
 
 def _is_open_here(path: str) -> bool:
