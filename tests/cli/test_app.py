@@ -217,6 +217,18 @@ def test_publish_refuses_what_nobody_could_read(database: Path, data: bytes) -> 
     assert snapshot_path(database).read_bytes() == before
 
 
+def test_publish_reads_no_more_than_may_be_published(database: Path) -> None:
+    """An input without an end ends the reading, not the memory."""
+    with open("/dev/zero", "rb") as endless:
+        command = [sys.executable, "-m", "mbcap_watch", "publish", "-", "--database", database]
+        done = subprocess.run(
+            command, stdin=endless, capture_output=True, text=True, timeout=DEADLINE, check=False
+        )
+    assert done.returncode == 3
+    assert "standard input: larger than max_bytes" in done.stderr
+    assert not snapshot_path(database).exists()
+
+
 def test_publish_never_opens_the_database(tmp_path: Path) -> None:
     done = call("publish", "-", "--database", tmp_path / "none.db", stdin=b"[]")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -112,9 +112,13 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
     settings = load(given).settings
     source = "standard input" if file == "-" else file
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
+            data = stream.read(settings.max_bytes + 1)
     except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
         output.fail(f"{source}: cannot be read: {exc}", output.EXIT_USAGE)
+    if len(data) > settings.max_bytes:
+        problem = f"larger than max_bytes ({settings.max_bytes} bytes); nothing was published"
+        output.fail(f"{source}: {problem}", output.EXIT_BAD_SNAPSHOT)
     try:
         snapshot = write_snapshot(
             settings.database,
