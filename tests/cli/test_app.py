@@ -220,7 +220,7 @@ def test_publish_refuses_what_nobody_could_read(database: Path, data: bytes) -> 
 def test_publish_reads_no_more_than_may_be_published(database: Path) -> None:
     """An input without an end ends the reading, not the memory."""
     with open("/dev/zero", "rb") as endless:
-        command = [sys.executable, "-m", "mbcap_watch", "publish", "-", "--database", database]
+        command = [sys.executable, "-m", "mbcap_watch", "publish", "-", "--database", str(database)]
         done = subprocess.run(
             command, stdin=endless, capture_output=True, text=True, timeout=DEADLINE, check=False
         )
