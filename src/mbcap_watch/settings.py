@@ -231,10 +231,10 @@ class Settings:
         "5s", "10ms", "Between checks for a dead watch or a missed change, and between retries."
     )
     resync: Duration = Duration(
-        "5m", "100ms", "Between comparisons although the file is the same: nodes may be new."
+        "5m", "100ms", "Between comparisons while the file stays the same: nodes may be new."
     )
     debounce: Duration = Duration(
-        "100ms", "0s", "Quiet that a burst of changes is given; its first is served at once."
+        "100ms", "0s", "A burst's first change is served at once, the rest after so much quiet."
     )
     max_wait: Duration = Duration(
         "1s", "0s", "How long a burst can postpone a sync; debounce, if that is longer."

@@ -138,7 +138,7 @@ class Bridge:
             self._watch.update(sweep_hits=hits, last_sweep_hit=at)
 
     def _retry_in(self, reason: Reason, report: SyncReport) -> float | None:
-        """Return the seconds until the next retry; None leaves a retry that is planned alone."""
+        """Return the seconds until the next retry; None keeps a retry that is planned."""
         if report.result is None and reason != "retry":
             return None
         if reason != "retry":

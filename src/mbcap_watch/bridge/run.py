@@ -45,8 +45,8 @@ async def persist_once(
 
     Args:
         settings: what to sync, and how.
-        on_progress: called from another thread after every few thousand rows, with how many of
-            the snapshot's keys were found and seen to, and how many there are.
+        on_progress: called from another thread after every few thousand rows, with two numbers:
+            the snapshot's keys that are done, and all that are to be written or compared.
 
     Raises:
         EventLoopError: no asyncio or trio runs here.

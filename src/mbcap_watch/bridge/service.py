@@ -41,7 +41,7 @@ class Border:
         self._call_host = call_host
         self._reports: deque[SyncReport] = deque(maxlen=buffer)
         self._dropped = 0
-        self._lock = threading.Lock()  # of those two; nothing is awaited under it
+        self._lock = threading.Lock()  # of reports and dropped; nothing is awaited under it
         self._state = WatchState()
         self._waking = False  # whether the host is being woken already
         self._wake = anyio.Event()
@@ -56,7 +56,7 @@ class Border:
         now = time.monotonic()
         self._alive_at, self._alive_since = now, time.time()
         if self._began is None:
-            self._began = now  # last: who sees it has to see the sign of life as well
+            self._began = now  # last: whoever sees it must see the sign of life, too
         elif now - self._began >= STUCK_SECONDS:
             self._last_progress = self._alive_since
 
@@ -130,10 +130,10 @@ class Service(BridgeThread[NoReturn]):
         self.sync_now = self._bridge.sync_now
 
     async def news(self) -> bool:
-        """Wait for news from the bridge, as `Border.wait`; start it first.
+        """Start the bridge if need be, and wait for news from it, as `Border.wait`.
 
-        While there is no thread or no descriptor for it, that is the news, and the next call tries
-        again. What has ended the bridge is raised.
+        If there is no thread or descriptor for it, that is the news; the next call tries again.
+        What has ended the bridge is raised.
         """
         if self.ended.is_set() and not self.stopped:
             await self.outcome()

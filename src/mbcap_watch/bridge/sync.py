@@ -45,7 +45,7 @@ class SyncReport:
     Attributes:
         result: for the host; None if the files are those of the sync before, and nothing was done.
         timings: None if the database was not compared.
-        is_new: whether the snapshot is another than that of the sync before.
+        is_new: whether the snapshot differs from that of the sync before.
         error: why the snapshot or the database could not be used; None if both could.
         owes_checkpoint: whether another sync must empty the `-wal` that this one filled.
 
@@ -86,8 +86,8 @@ class Syncer:
         self._owes_checkpoint = False
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._whole: Fingerprint | None = None  # of the files when every row was last as wanted
-        # By time.monotonic(): when the file was last looked at, and when it was last seen to be
-        # another one than now. Before the start there was no bridge to see it.
+        # By time.monotonic(): when the file was last looked at, and when the file before it was
+        # last seen. At the start, both are now.
         self._looked_at = self._replaced_after = time.monotonic()
         self._applied: Values | None = None
         self._sample: Values = {}  # of what the last comparison left

@@ -51,7 +51,7 @@ def show_config(*, as_json: bool, **given: Any) -> None:
 def status(*, as_json: bool, max_age: str | None, **given: Any) -> int:
     """Tell how the running bridge is, and what to do if it is not well.
 
-    Finds it by its settings, however it was started; where none are given, the only one that runs.
+    Finds it by its settings, however it was started. Without any, finds the only one that runs.
 
     Examples:
       mbcap-watch status --json --max-age 15m

@@ -80,14 +80,14 @@ class Installation(NamedTuple):
     def finding(
         self, code: str, text: str = "", *, remedy: str = "", subject: str = "", **details: Any
     ) -> Finding:
-        """Return a finding of the catalogue; what is given here stands instead of what is there.
+        """Return a finding of the catalogue. A text, remedy or subject given here replaces its own.
 
         Args:
             code: its name there.
             text: the sentence.
             remedy: what to do.
             subject: what was examined.
-            details: what the sentence and the remedy leave open.
+            details: what stands for the names in braces.
 
         """
         kind = catalogue()[code]

@@ -37,7 +37,7 @@ _FOUND: Final[tuple[Outcome, ...]] = ("applied", "unchanged", "malformed", "refu
 # For how long something that is over is still told.
 _LATELY_SECONDS: Final = 3600.0
 
-# Where there may be no directory to watch, that it is not watched is no news.
+# With these there may be no directory to watch. Then `no_inotify` would say nothing new.
 _NO_DIRECTORY: Final = {"snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable"}
 
 # The findings about the daemon's outputs.
@@ -82,8 +82,8 @@ def judge(stats: Stats, max_age: float | None = None, here: Installation | None 
 
     Args:
         stats: made just now.
-        max_age: seconds since the database was last compared that are too many; None: see
-            `_RESYNCS`.
+        max_age: with more seconds since the database was last compared, it is unhealthy. None:
+            see `_RESYNCS`.
         here: what the findings are about, if more is known than the stats say.
 
     """

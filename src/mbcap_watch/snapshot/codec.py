@@ -28,13 +28,14 @@ _PIECE: Final = 1 << 20
 # From 1 MiB (8,000 entries) on, a stall could be felt, and ten times the size is a lot of memory.
 _LARGE: Final = 1 << 20
 
-# What entries of a large document take at least, on average: 32 bytes each, 4 to be counted. In
-# memory an entry takes 65, each of its texts up to 76 more than its letters, one that is only
-# counted up to 28. The shortest entry that is written has 40 bytes.
+# A large document has at least 32 bytes for each entry, on average; one with fewer than 4 is
+# refused without counting its entries. In memory an entry takes 65 bytes, and each of its texts up
+# to 76 more than its letters. One that is only counted takes up to 28. The shortest that is written
+# has 40.
 LEAST_ENTRY: Final = 32
 _LEAST_COUNTED: Final = 4
 
-_BATCH: Final = 1000  # entries between two times that memory is given back
+_BATCH: Final = 1000  # entries; after each batch, memory is given back
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):

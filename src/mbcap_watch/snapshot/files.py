@@ -104,7 +104,7 @@ class SnapshotFile(NamedTuple):
 
 
 def read_file(path: Path, max_bytes: int) -> SnapshotFile:
-    """Read the file at `path` to its end, without ever blocking on what is no file.
+    """Read the file at `path` to its end. Never blocks on a FIFO or a device.
 
     The directory is listed first: on NFS that alone makes the client ask the server which file
     the name stands for (stat and open may be late by a minute). Symbolic links are followed as

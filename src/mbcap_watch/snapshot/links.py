@@ -1,10 +1,10 @@
 """Open what a path leads to, following no link that another user may have put there as a trap.
 
 Whoever may write into the snapshot's directory, or into the one above, can put a symbolic link in
-place of the file or the directory. A daemon of root would follow it to files that the owner of the
-link may not read, and its errors would tell what is there. So one rule holds for every link on the
-way: it is followed if it is root's or our own user's, or if what it leads to belongs to the owner
-of the link. (Kubernetes' links into `..data` are root's.)
+place of the file or the directory. A daemon that runs as root would follow it to files that the
+owner of the link may not read. Its errors would tell what is there. So one rule holds for every
+link on the way: it is followed if it is root's or our own user's, or if what it leads to belongs
+to the owner of the link. (Kubernetes' links into `..data` are root's.)
 
 The kernel has no such rule, so the path is walked here, name by name. Each name is opened relative
 to the directory that was opened before it, without following it (O_PATH: devices and files of the

@@ -70,8 +70,8 @@ class Tally:
         wanted: keys that the snapshot has a value for.
         matched: rows that the snapshot has a value for, by table.
         changed: rows written, by table.
-        revalued: of the rows written, at least so many held another value, and not none; where a
-            batch was written in part, it is not known which of its rows were.
+        revalued: rows written that held another value before, not none. It is a lower bound: of a
+            batch that was written in part, it is not known which rows were.
         unmatched: keys in neither table.
         failed: what refused a row, by table and key.
         served: the tables that can be served.
@@ -79,8 +79,8 @@ class Tally:
         waits: for the write lock, in seconds, one per transaction; the latest `MAX_TIMES`.
         holds: of the write lock, in seconds, likewise.
         committed_at: when rows were last committed, in seconds since the epoch; None before.
-        owes_checkpoint: whether a `-wal` that was empty before a write is not yet so again, because
-            somebody read from it meanwhile.
+        owes_checkpoint: whether a `-wal` that was empty before a write has still to be emptied:
+            somebody was reading from it.
 
     """
 

@@ -28,10 +28,10 @@ COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
 # (https://www.sqlite.org/rowidtable.html).
 _ROWIDS: Final = ("rowid", "_rowid_", "oid")
 
-# Of each table that is there: what it is, whether it is WITHOUT ROWID (pragma_index_info knows it
-# as an index then), its columns, and one that is generated and to be written. pragma_table_xinfo
-# knows generated columns, which pragma_table_info omits. It is not asked about views and virtual
-# tables (those have no root page): it would fail if what they refer to is gone.
+# Of each table: what it is; whether it is WITHOUT ROWID (then pragma_index_info knows it as an
+# index); its columns; and one to be written that is generated. pragma_table_xinfo knows generated
+# columns, which pragma_table_info omits. It is not asked about views and virtual tables (they have
+# no root page): it would fail if what they refer to is gone.
 PROBE: Final = (
     "SELECT lower(m.name), iif(m.type = 'table' AND NOT m.rootpage, 'virtual table', m.type),"
     " (SELECT count(*) FROM pragma_index_info(m.name)), group_concat(lower(x.name)),"

@@ -1,7 +1,7 @@
 """Whose `-wal` is it: asked before a database is opened, for SQLite replays whatever lies there.
 
-A backup that is put in place beside the `-wal` of the file before it is ruined by whoever opens it
-next. Locks tell whose it is: a connection that lives holds a byte of the `-shm`, and a range of the
+A backup may be put in place beside the `-wal` of the old file. Whoever opens it next ruins it. But
+locks tell whose the `-wal` is: a living connection holds a byte of the `-shm`, and a range of the
 database file (SQLite's `os_unix.c`: `UNIX_SHM_DMS`, `SHARED_FIRST`, `SHARED_SIZE`). The kernel
 answers for every process on the machine, those in other containers included.
 """

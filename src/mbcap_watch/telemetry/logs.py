@@ -137,8 +137,8 @@ class Throttle:
     What counts is the difference between the state and what was logged last. So a change that was
     suppressed is logged once that is allowed again, unless the state has changed back by then.
 
-    `calm` is the state that need not be said as long as nothing else was; any other is said again
-    after `remind_after` seconds.
+    `calm` is the state at the start. It is not said until another state was; any other is said
+    again after `remind_after` seconds.
     """
 
     def __init__(self, calm: Hashable, *, remind_after: float = math.inf) -> None:
@@ -186,8 +186,8 @@ class Explained(Protocol):
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
-    Lines on applied snapshots are the record, and are never suppressed; all others are when they
-    repeat. `explain` finds words for a result that is not well; None if it is.
+    Lines on applied snapshots are the record, and are never suppressed. All others are suppressed
+    when they repeat. `explain` finds words for a result that is not well; None if it is.
     """
 
     def __init__(
@@ -264,6 +264,6 @@ class StateLog:
                 logger.info("the filesystem answers again", extra=data)
 
     def end(self) -> None:
-        """As that of the other log."""
+        """Say what is left to say of lines that were not logged."""
         for throttle in (self._watching, self._sweeps, self._stuck):
             throttle.count_suppressed()

@@ -28,7 +28,7 @@ _PROBLEM_LENGTH: Final = 500
 
 
 class OutputState:
-    """Whether an output works. What is new about that is logged, if there are words for it.
+    """Whether an output works. A change of that is logged, if there are words for it.
 
     `fails` makes the line for a problem; `works` is the line once it works again.
     """
@@ -61,8 +61,8 @@ class LineWriter:
     """Writes lines to a descriptor, in order, from a thread of its own; no caller waits.
 
     A pipe that nobody reads blocks that thread alone. Once `MOST_LINES` wait there, more are
-    dropped and counted until the reader has caught up; so there is one gap, and one place to tell
-    of it. Its methods may be called from any thread, and from a Python signal handler.
+    dropped and counted until the reader has caught up: there is one gap, and one line tells of
+    it. Its methods may be called from any thread, and from a Python signal handler.
 
     Once there is a reader again, `on_lost` is called with the number of lines that were lost, and
     may return a line to write in their place. `on_error` is called from the thread with every error

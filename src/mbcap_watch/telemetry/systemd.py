@@ -111,7 +111,7 @@ class Notifier:
         self._send({"STOPPING": 1, "STATUS": "stopping"})
 
     def _send(self, news: dict[str, object]) -> None:
-        """Send all that is unsent; what cannot be sent now goes with the next, but the latest."""
+        """Send all that is unsent. What cannot be sent now is kept, the latest of each name."""
         if not self._address:
             return
         todo, self._unsent, problem = self._unsent | news, {}, None

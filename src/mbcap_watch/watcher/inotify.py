@@ -68,8 +68,8 @@ class InotifyWatch:
         """
         self._directory = directory
         self._was = os.stat(directory)
-        # For an inotify instance and a pipe, and for threads that read from it, from its one watch,
-        # and for handlers that there are none of. The constructor leaks what it opened if it fails.
+        # Descriptors: an inotify instance and a pipe. Threads: one reads the instance, one is for
+        # the watch, one for handlers, though there are none. A constructor that fails would leak.
         require_descriptors(3)
         require_threads(3)
         try:

@@ -17,7 +17,7 @@ class Scheduler:
       it, merge into one more sync, which waits for `debounce` seconds of quiet but never longer
       than `max_wait`.
     - `poll` or `sweep`: at a steady pace that a slow sync does not shift.
-    - `resync`: so long after the last full comparison with the database.
+    - `resync`: `resync` seconds after the last full comparison with the database.
     - `retry`: once, when asked for.
     - `request`: at once, but not within `debounce` of a sync; requests until then merge.
     """
@@ -78,8 +78,8 @@ class Scheduler:
             idle: whether there was nothing to do. Such a sync is no part of a burst: a rename
                 just after it is served at once.
             compared: whether the database was compared as a whole; `resync` counts from there.
-            retry_in: seconds after which to sync again by itself; None leaves a retry that is
-                put down alone, unless the comparison has made it needless.
+            retry_in: seconds until the next retry. None keeps a retry that is planned, unless the
+                database was compared: then it is no longer needed.
 
         """
         if not idle:

@@ -37,8 +37,8 @@ class Watch:
     Attributes:
         state: how changes are noticed now.
         sees_every_change: whether inotify watches a filesystem that delivers every change.
-        awaits_directory: whether all that keeps inotify away is that there is no directory yet;
-            it is then worth asking again at every poll.
+        awaits_directory: whether inotify only waits for the directory to appear. Then every poll
+            tries again.
 
     """
 
@@ -74,19 +74,19 @@ class Watch:
             why, degraded = self._arm(directory), False
         except OSError as exc:
             missing = not os.path.exists(directory)
-            # It may have been made just now, between the two calls.
+            # The directory may have appeared just now, between the two calls.
             self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
             degraded = not missing or isinstance(exc, PermissionError)
             why = f"{directory} does not exist yet"
             if degraded:
                 why = f"no inotify watch on {directory} for now: {exc.strerror}"
-        # It names a directory.
+        # `why` may hold the name of a directory.
         self.update(
             mode="poll" if self.polling else "inotify", why=printable(why), degraded=degraded
         )
 
     def _arm(self, directory: Path) -> str:
-        """Return why it polls, or watches."""
+        """Arm the watch if it is of use; return why it polls, or watches."""
         mode = self._settings.mode
         if mode == "poll":
             return _ASKED_FOR
