@@ -86,10 +86,15 @@ class PersistResult:
         return self.changed_active + self.changed_inactive
 
     @property
+    def compared(self) -> bool:
+        """Whether the database was compared with the snapshot as a whole."""
+        return self.outcome in ("applied", "unchanged")
+
+    @property
     def matches_nothing(self) -> bool:
         """Whether there are keys to be written, and not one of them is in the database."""
-        compared = self.outcome in ("applied", "unchanged")
-        return compared and self.unmatched > 0 and not self.matched_active + self.matched_inactive
+        matched = self.matched_active + self.matched_inactive
+        return self.compared and self.unmatched > 0 and not matched
 
     def to_dict(self) -> dict[str, Any]:
         """Return exactly the fields of the JSON, in the order above."""

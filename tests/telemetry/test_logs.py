@@ -67,7 +67,7 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
         [APPLIED, APPLIED, APPLIED],
         [("INFO", "applied")] * 3,
     ),
-    "nothing where nothing changes": ([UNCHANGED] * 5, []),
+    "one line, the first, where nothing changes": ([UNCHANGED] * 5, [("INFO", "unchanged")]),
     "waiting is said once, and is no warning": (
         [WAITING] * 3,
         [("INFO", "waiting for a snapshot")],
@@ -172,7 +172,7 @@ def test_every_look_is_logged_for_debugging(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.DEBUG, logger="mbcap_watch"):
         log(UNCHANGED)
         log(UNCHANGED)
-    assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "DEBUG"]
 
 
 def test_two_logs_know_nothing_of_each_other(caplog: pytest.LogCaptureFixture) -> None:

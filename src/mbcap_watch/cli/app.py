@@ -81,7 +81,7 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
             result = anyio.run(partial(persist_once, loaded.settings, on_progress=on_progress))
         if as_json:
             output.print_line(result.to_json())
-        elif result.outcome in ("applied", "unchanged"):
+        elif result.compared:
             output.print_line(logs.summary(result))
         elif result.outcome == "no_snapshot":
             output.print_line(output.NOTHING_TO_DO)

@@ -115,7 +115,7 @@ def print_preview(
     for table, change in changes:
         before, after = ("/".join(map(quoted, value)) for value in (change.before, change.after))
         print_line(f"{table} {printable(change.public_key, QUOTED)} {before} -> {after}")
-    if result.outcome in ("applied", "unchanged"):
+    if result.compared:
         print_line(f"would change {len(changes)} rows; nothing was touched")
     elif result.outcome == "no_snapshot":
         print_line(NOTHING_TO_DO)

@@ -39,7 +39,7 @@ Load: TypeAlias = "Callable[[], tuple[Stats | None, Health]]"
 _EVERY: Final = 1.0
 
 # The figures that are left in a window too small for all, and the results that it is to show.
-_ESSENTIAL: Final = ("mode", "last sync", "last apply", "rows changed", "lag", "last error")
+_ESSENTIAL: Final = ("mode", "last sync", "last compared", "rows changed", "lag", "last error")
 _LEAST_RESULTS: Final = 4
 
 _PLAIN_WIDTH, _PLAIN_HEIGHT = 100, 40

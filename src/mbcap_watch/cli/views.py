@@ -93,13 +93,13 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     yield "mode", f"{watch.mode}: {watch.why}"
     yield "last sync", since(watch.last_sync)
     outcome = f" ({stats.last_apply_outcome})" if stats.last_apply_outcome else ""
-    yield "last apply", since(stats.last_apply) + outcome
+    yield "last compared", since(stats.last_apply) + outcome
     yield "results", _counts(stats.outcomes)
     yield "because of", _counts(stats.reasons)
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
     yield "rows changed", f"{changed}, {stats.failed_rows} refused, {stats.set_back} set back"
     yield "lag", _summary(stats.lag_ms)
-    yield "mbcap_persist", f"count {lock.count}, contention_total {lock.contention_total}"
+    yield "write lock", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _summary(lock.waits)
     yield "lock holds", f"{_summary(lock.holds)}; slow {lock.slow_hold_total}"
     lost = f"; last lost: {watch.last_problem}" if watch.last_problem else ""

@@ -142,9 +142,9 @@ def explain(result: PersistResult, here: Installation) -> Finding | None:
 
 def _explained(result: PersistResult, here: Installation, since: str = "") -> Iterator[Finding]:
     """Make findings of a result; `since` says for how long its error has been there."""
-    outcome, compared = result.outcome, result.outcome in ("applied", "unchanged")
-    code: str | None = None if compared else outcome
-    if result.failed_rows and (compared or outcome == "failed"):
+    outcome = result.outcome
+    code: str | None = None if result.compared else outcome
+    if result.failed_rows and (result.compared or outcome == "failed"):
         code = "rows_refused"
     elif result.cause is not None:
         code = result.cause
@@ -153,12 +153,12 @@ def _explained(result: PersistResult, here: Installation, since: str = "") -> It
         code = "snapshot_dir_is_file" if itself else "snapshot_misplaced"
     if code is not None and code != "no_snapshot":
         yield here.finding(code, f"{since}{result.error}" if result.error else "")
-    elif compared and result.error is not None:
+    elif result.compared and result.error is not None:
         yield here.finding("table_waits", waiting=result.error)
     if outcome == "no_snapshot" and result.error is None:
         path = f"{here.snapshot_dir}/{SNAPSHOT_NAME}"
         yield here.finding("no_snapshot", path=path)
-    elif compared:
+    elif result.compared:
         yield from judge_entries(
             here, result.entries, result.skipped_unknown, result.skipped_unrecognized
         )

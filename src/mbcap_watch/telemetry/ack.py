@@ -114,7 +114,7 @@ class Ack:
 
 def _news(result: PersistResult) -> object:
     """Return what makes one result differ from another for a publisher."""
-    in_database = result.outcome in ("applied", "unchanged")
+    in_database = result.compared
     return in_database or result.outcome, result.written_at, result.error
 
 
@@ -124,7 +124,7 @@ def encode(result: PersistResult) -> bytes:
     answer = {
         "writtenAt": fields.pop("written_at"),
         "resultAt": timestamp.now(),
-        "persisted": result.outcome in ("applied", "unchanged") and result.error is None,
+        "persisted": result.compared and result.error is None,
         "outcome": fields.pop("outcome"),
         "error": fields.pop("error"),
         **fields,

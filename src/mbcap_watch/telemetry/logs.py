@@ -186,8 +186,9 @@ class Explained(Protocol):
 class ResultLog:
     """A hook for results: one line per applied snapshot, one per change of state.
 
-    Lines on applied snapshots are the record, and are never suppressed. All others are suppressed
-    when they repeat. `explain` finds words for a result that is not well; None if it is.
+    Lines on applied snapshots are the record, and are never suppressed. The first comparison has
+    one even if nothing differed. All others are suppressed when they repeat. `explain` finds words
+    for a result that is not well; None if it is.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class ResultLog:
     ) -> None:
         self._clock, self._explain = clock, explain
         self._trouble = Throttle(calm=None, remind_after=REMINDER)
+        self._has_compared = False
 
     def __call__(self, result: PersistResult) -> None:
         """Log it if it is news."""
@@ -207,17 +209,18 @@ class ResultLog:
             # Rows are named once: which and how many they are may change each time.
             state = trouble.code, "rows" if result.failed_rows else result.error or result.cause
         news = self._trouble.is_news(state, trouble.code if trouble else "recovered", self._clock())
-        if result.outcome == "applied":
+        is_first, self._has_compared = not self._has_compared, self._has_compared or result.compared
+        if result.outcome == "applied" or (result.compared and is_first and not news):
             logger.info("%s", summary(result), extra=data)
-        if not news:
+        elif not news:
             logger.debug("%s: %s", result.reason, result.outcome, extra=data)
-        elif trouble is not None:
+        if news and trouble is not None:
             waits = result.outcome == "no_snapshot"
             start = "waiting for a snapshot" if waits else trouble.code
             text = "; ".join(filter(None, (trouble.text, trouble.remedy)))
             level = logging.INFO if waits else logging.WARNING
             logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
-        elif result.outcome != "applied":  # that line says it already
+        elif news and result.outcome != "applied":  # that line says it already
             logger.info("recovered: the database is as the snapshot says", extra=data)
 
     def end(self) -> None:

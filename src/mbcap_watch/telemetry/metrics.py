@@ -101,10 +101,9 @@ class Metrics:
                 news[name] = getattr(stats, name) + getattr(result, name)
             if result.set_back:
                 news |= {"last_set_back": result.set_back, "last_set_back_at": now}
-        compared = result.outcome in ("applied", "unchanged")
-        if compared:
+        if result.compared:
             news |= {"last_apply": now, "last_apply_outcome": result.outcome}
-        if compared or result.written_at is not None or result.outcome == "no_snapshot":
+        if result.compared or result.written_at is not None or result.outcome == "no_snapshot":
             news["snapshot_written_at"] = result.written_at
             news["snapshot_time"] = seconds_of(result.written_at)
         self._stats = replace(stats, **news)

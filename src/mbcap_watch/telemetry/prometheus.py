@@ -51,7 +51,7 @@ def _metrics(stats: Stats, healthy: bool, codes: list[str]) -> Iterator[Metric]:
     text = "When the database was last compared with a snapshot."
     yield _gauge("last_apply_timestamp_seconds", text, stats.last_apply)
     yield _gauge("snapshot_timestamp_seconds", "writtenAt of the snapshot.", stats.snapshot_time)
-    if result is not None and result.outcome in ("applied", "unchanged"):
+    if result is not None and result.compared:
         yield _gauge("snapshot_entries", "Entries of the snapshot.", result.entries)
         yield _gauge("snapshot_unmatched", "Keys that are in neither table.", result.unmatched)
         text = "Entries without a known status or a usable key."
