@@ -196,8 +196,9 @@ async def test_a_page_is_small_wherever_the_rowids_are(tmp_path: Path, moved: in
             return await self.access.write(step)
 
     tally, pages = Tally(), reconcile.Pages(rows=100, keys=100)
+    wanted: dict[str, Value] = dict.fromkeys(KEYS, (2, ""))
     work = reconcile.reconcile(
-        database, dict.fromkeys(KEYS, (2, "")), tally, batch_rows=500, downgrade="allow", pages=pages
+        database, wanted, tally, batch_rows=500, downgrade="allow", pages=pages
     )
     async with open_database(database, tally, 0.0) as access:
         await steps.run_steps(work, Measured(access))
