@@ -86,6 +86,26 @@ async def test_a_backup_moved_into_place_gets_its_values_at_the_next_sweep(datab
         assert results.state.sweep_hits == 0, "the watch missed nothing"
 
 
+async def test_a_database_that_is_replaced_is_compared_at_the_next_sweep(database: Path) -> None:
+    """Also when `stat` alone tells that the snapshot is the known one."""
+    backup = database.with_name("backup.db")
+    shutil.copy(database, backup)
+    put(SNAPSHOT, snapshot_path(database))
+    async with bridge(database, **SWEEP) as results:
+        await landed(database)
+        trusted = snapshot_path(database).stat().st_ctime + 1
+        await until(lambda: (results.state.last_sync or 0) > trusted)
+        known = len(results.states)
+        await until(lambda: len(results.states) > known + 2, "sweeps that do not read the snapshot")
+        gone = database.with_name("gone.db")
+        os.replace(database, gone)
+        await results.next("database_missing")
+        os.replace(backup, database)
+        await results.count("applied", 2)
+    assert set(results.outcomes) == {"applied", "database_missing"}
+    assert {result.entries for result in results.all} == {1}
+
+
 async def test_a_backup_copied_over_the_file_gets_its_values_at_the_resync(database: Path) -> None:
     backup = database.with_name("backup.db")
     shutil.copy(database, backup)

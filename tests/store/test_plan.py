@@ -137,7 +137,11 @@ def test_keys_compare_exactly(key: str) -> None:
         ("05", "5", True),
         (5, "6", True),
         (5, "five", True),
-        (1000, "1_000", True),  # a number to Python alone
+        (float("inf"), "1e999", False),
+        # Numbers to Python alone.
+        (1000, "1_000", True),
+        (5, "\u0665", True),
+        (float("inf"), "infinity", True),
         (b"5", "5", True),
     ],
 )

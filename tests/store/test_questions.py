@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -23,6 +24,7 @@ from support import (
     connect,
     document,
     make_database,
+    open_descriptors,
     other_process,
     put,
     read_line,
@@ -302,6 +304,29 @@ def test_a_descriptor_of_the_host_on_a_mount_that_does_not_answer(
         rescue.join()
         process.send_signal(signal.SIGCONT)  # to close a file, its server is asked as well
     wal.release(database)
+
+
+async def test_a_bridge_ends_where_no_descriptor_is_left(database: Path) -> None:
+    """It cannot ask then whether its process has the file open, and so closes no descriptor of it.
+
+    An error at that point would leave the observer and its threads behind.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    with held(database):
+        before, threads = open_descriptors(), threading.active_count()
+        with contextlib.ExitStack() as others:
+            async with watch(Settings(database)) as results:
+                assert (await anext(results)).outcome == "applied"
+                others.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+                most = max(map(int, os.listdir("/proc/self/fd")))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+                with contextlib.suppress(OSError):
+                    while True:
+                        others.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        wait_until(lambda: threading.active_count() == threads, "the end of the observer's threads")
+        wait_until(lambda: open_descriptors() == before, "closing of what the bridge had open")
+        wal.release(database)
 
 
 @pytest.mark.system

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import msgspec
@@ -15,7 +15,7 @@ from mbcap_watch import DatabaseFailed, PersistResult, Settings, persist_once, s
 from mbcap_watch.bridge.run import preview_once
 from mbcap_watch.store import reconcile, steps
 from mbcap_watch.store.connection import Database, open_database
-from mbcap_watch.store.plan import Change
+from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally
 from mbcap_watch.store.steps import Table
 from support import (
@@ -174,6 +174,36 @@ async def test_both_ways_to_compare_find_the_same(tmp_path: Path, ratio: int, pa
     assert after == {key: wanted.get(key, (n % 3, None)) for n, key in enumerate(KEYS)}
     assert tally.changed.total() == tally.matched.total() == len(wanted)
     assert tally.unmatched == 1
+
+
+@pytest.mark.parametrize("moved", [0, -ROWS // 2, -ROWS, -(2**60), 2**60])
+async def test_a_page_is_small_wherever_the_rowids_are(tmp_path: Path, moved: int) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in KEYS])
+    with connect(database) as connection:
+        for step in (2**61, moved - 2**61):  # not by way of each other's
+            connection.execute("UPDATE nodes SET rowid = rowid + ?", (step,))
+    sizes = []
+
+    class Measured(NamedTuple):
+        access: Database
+
+        async def query(self, step: steps.Query) -> Any:
+            answer = await self.access.query(step)
+            sizes.append(len(answer.ids) if isinstance(answer, Page) else 0)
+            return answer
+
+        async def write(self, step: steps.Write) -> steps.Written:
+            return await self.access.write(step)
+
+    tally, pages = Tally(), reconcile.Pages(rows=100, keys=100)
+    wanted: dict[str, Value] = dict.fromkeys(KEYS, (2, ""))
+    work = reconcile.reconcile(
+        database, wanted, tally, batch_rows=500, downgrade="allow", pages=pages
+    )
+    async with open_database(database, tally, 0.0) as access:
+        await steps.run_steps(work, Measured(access))
+    assert max(sizes) <= 100
+    assert tally.changed["nodes"] == len(KEYS)
 
 
 async def test_the_delta_is_written_first_and_the_rest_all_the_same(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def load(
     database, now = wal.identity_of(str(settings.database)), _stamp_of(path)
     if now and time.time() - now[-1] / 1e9 < _STAMP_SECONDS:
         now = None
-    if known is not None and stamp is not None and now == stamp:
-        return LoadedSnapshot(known._replace(database=database), stamp=now)
+    if known and known.database == database and stamp is not None and now == stamp:
+        return LoadedSnapshot(known, stamp=now)
     try:
         data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SUP: Final = {"confirmed": 2, "suspected": 1}
 UNKNOWN: Final = "unknown"
 
+# Of what SQLite takes for a number; Python knows more of them, "1_000" and "infinity" among others.
+_NUMBER: Final = frozenset("0123456789.eE+- \t\n\v\f\r")
+
 Value: TypeAlias = tuple[int, str | None]
 """`(multibyte_sup, multibyte_evidence)`"""
 
@@ -106,7 +109,7 @@ def _is_held(stored: object, wanted: float | str | None) -> bool:
     if str(stored) == text:
         return isinstance(stored, (int, float, str))
     with contextlib.suppress(ValueError):
-        return isinstance(stored, (int, float)) and "_" not in text and stored == float(text)
+        return isinstance(stored, (int, float)) and {*text} <= _NUMBER and stored == float(text)
     return False
 
 

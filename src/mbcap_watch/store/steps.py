@@ -85,7 +85,10 @@ def served(
 
 # ------------------------------------------------------------------------------ steps
 
-SIZE: Final = "(SELECT max({row}) FROM {table})"
+# How many rows a scan by rowid may come to. Below 0 there may be any number, all in one page.
+SIZE: Final = (
+    "(SELECT iif((SELECT min({row}) FROM {table}) < 0, 9e999, (SELECT max({row}) FROM {table})))"
+)
 _ROWS: Final = (
     "SELECT {row} AS id, public_key AS key, multibyte_sup AS sup, multibyte_evidence AS evidence"
     " FROM {table}"

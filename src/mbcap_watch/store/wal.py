@@ -211,7 +211,7 @@ def _has_removed_shm(real: str) -> bool:
 
 
 def _is_open_here(path: str) -> bool:
-    """Whether this process has the file open, apart from `_kept`; True if /proc does not say.
+    """Whether this process has the file open, apart from `_kept`; True if that cannot be told.
 
     One of its descriptors may be on a mount whose server does not answer: to `stat` that would
     wait for ever. So it is asked only about what can be the same file by what the kernel knows
@@ -221,6 +221,8 @@ def _is_open_here(path: str) -> bool:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)  # to close it drops no lock
     except FileNotFoundError:
         return not os.path.exists("/proc/self/fd")
+    except OSError:  # no descriptor is left to ask with, say
+        return True
     own = {place, *(descriptor for descriptor, _ in _kept.values())}
     try:
         (mount, inode), identity = _fdinfo(place), identity_of(place)
