@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -84,6 +85,20 @@ async def test_a_backup_moved_into_place_gets_its_values_at_the_next_sweep(datab
         await results.count("applied", 2)
         assert VALUE in read_rows(database)
         assert results.state.sweep_hits == 0, "the watch missed nothing"
+
+
+async def test_another_database_is_compared_though_the_snapshot_has_its_old_stamp(
+    database: Path,
+) -> None:
+    backup, snapshot = database.with_name("backup.db"), snapshot_path(database)
+    shutil.copy(database, backup)
+    put(SNAPSHOT, snapshot)
+    await until(lambda: time.time() - snapshot.stat().st_ctime > 1.5)  # its stamp is relied on
+    async with bridge(database, **SWEEP) as results:
+        await results.next("applied")
+        os.replace(backup, database)
+        await until(lambda: len(results.all) > 1)
+        assert results.outcomes[:2] == ["applied", "applied"]
 
 
 async def test_a_backup_copied_over_the_file_gets_its_values_at_the_resync(database: Path) -> None:

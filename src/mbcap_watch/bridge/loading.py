@@ -73,15 +73,16 @@ def load(
         settings: which files, and how large the snapshot may be.
         known: if the files still have this fingerprint, the snapshot is not parsed.
         alive: called after each step; a million entries take a small machine many seconds.
-        stamp: a known file that still has it is not read; None where `stat` is not to be relied on.
+        stamp: a known file that still has it is not read, unless the database is another one; None
+            where `stat` is not to be relied on.
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
     database, now = wal.identity_of(str(settings.database)), _stamp_of(path)
     if now and time.time() - now[-1] / 1e9 < _STAMP_SECONDS:
         now = None
-    if known is not None and stamp is not None and now == stamp:
-        return LoadedSnapshot(known._replace(database=database), stamp=now)
+    if known is not None and known.database == database and stamp is not None and now == stamp:
+        return LoadedSnapshot(known, stamp=now)
     try:
         data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:
