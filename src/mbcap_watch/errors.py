@@ -211,8 +211,7 @@ class ForeignWal(DatabaseError):
 
     hint = (
         "it is not opened, because SQLite would replay that -wal into it; this is over once the"
-        " ingestor has opened the file, or the -wal was left alone for wal_grace; if a backup was"
-        " restored, stop the ingestor and remove the -wal and -shm, which belong to the old file"
+        " ingestor has opened the file, or the -wal was left alone for wal_grace"
     )
 
 

@@ -222,6 +222,16 @@ async def test_the_sweep_tells_when_it_last_found_a_change(database: Path) -> No
         assert results.state.last_sweep_hit == hit
 
 
+async def test_a_snapshot_that_vanishes_is_no_change_without_an_event(database: Path) -> None:
+    put(document(("aa11", "suspected")), snapshot_path(database))
+    async with bridge(database, mode="inotify", sweep_interval="50ms") as results:
+        await results.next("applied")
+        snapshot_path(database).unlink()
+        await results.next("no_snapshot")
+        await until(lambda: len(results.states) > 5, "sweeps")
+        assert results.state.sweep_hits == 0
+
+
 async def test_a_change_whose_event_waits_is_no_hit_of_the_sweep(database: Path) -> None:
     """A long debounce keeps the event queued, and every sweep is sooner."""
     put(document(("aa11", "suspected")), snapshot_path(database))

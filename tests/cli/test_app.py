@@ -197,7 +197,7 @@ def test_publish_reads_a_file_or_standard_input(database: Path, tmp_path: Path) 
     source = tmp_path / "new.json"
     source.write_bytes(document(("aa11", "confirmed"), written_at="2026-01-01T00:00:00Z"))
     done = call("publish", source, "--database", database)
-    assert (done.returncode, "1 entries" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "published 1 entry to" in done.stdout) == (0, True), done.stderr
     assert read_snapshot(database).written_at == "2026-01-01T00:00:00Z"
 
     entries = json.dumps([{"public_key": "aa11", "status": "unknown"}] * 2).encode()

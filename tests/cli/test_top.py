@@ -238,6 +238,7 @@ def test_without_a_terminal_it_prints_once(bridge: Bridge) -> None:
     assert b"running" in done.stdout
     assert b"\x1b" not in done.stdout
     assert done.stdout.count(b"rename") == 13  # twelve results, and the figures
+    assert b"\nprocess " in done.stdout
 
 
 def test_plot_draws_to_standard_output_and_to_a_file(bridge: Bridge, tmp_path: Path) -> None:

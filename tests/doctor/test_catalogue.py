@@ -14,8 +14,15 @@ import pytest
 
 import mbcap_watch
 from mbcap_watch.doctor.findings import Installation, Severity, catalogue, quote, sections
-from mbcap_watch.errors import Cause
-from mbcap_watch.results import Outcome
+from mbcap_watch.doctor.health import explain
+from mbcap_watch.errors import (
+    Cause,
+    DatabaseError,
+    DatabaseMissing,
+    ForeignWal,
+    SnapshotMalformed,
+)
+from mbcap_watch.results import Outcome, PersistResult
 
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 DOCTOR = Path(mbcap_watch.__file__).parent / "doctor"
@@ -127,6 +134,24 @@ def test_each_kind_is_whole(code: str) -> None:
     assert kind.severity != "ok"
     assert all(text and text == text.strip() for text in kind)
     assert not kind.sentence.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "outcome, error, phrase",
+    [
+        ("malformed", SnapshotMalformed("s", "torn"), "database stays as it is"),
+        ("database_missing", DatabaseMissing("d", "does not exist"), "never create"),
+        ("foreign_wal", ForeignWal("d", "-wal", "wal_replaced"), "belong to the old file"),
+        ("foreign_wal", ForeignWal("d", "-wal", "wal_left_behind"), "belong to the old file"),
+    ],
+)
+def test_an_error_and_its_remedy_say_a_thing_once(
+    outcome: Outcome, error: DatabaseError | SnapshotMalformed, phrase: str
+) -> None:
+    result = PersistResult(outcome=outcome, reason="once", error=str(error), cause=error.cause)
+    found = explain(result, Installation("/d", "/s"))
+    assert found is not None
+    assert f"{found.text}; {found.remedy}".count(phrase) <= 1
 
 
 def test_commands_name_the_settings_that_were_given() -> None:

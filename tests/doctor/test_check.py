@@ -450,6 +450,7 @@ async def test_what_only_the_daemon_knows(installation: Path) -> None:
         assert "sqlite3 -readonly" in said
         said = (await report_on(installation))("triggers", "warning")
         assert "the trigger aa runs at each update of nodes" in said
+        assert """ "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'";""" in said
         assert "bb" not in said
         # With other settings there is none, but there is one that may be meant.
         elsewhere = installation.parent / "elsewhere"

@@ -298,6 +298,7 @@ def test_a_publisher_that_is_stale_is_no_error_of_ours(
 ) -> None:
     health = Bridge().result("applied", written_at=written_at).health()
     assert codes(health) == ([], warnings)
+    assert "put in place" not in text(health)  # only `check` knows when that was
 
 
 def test_locks_are_warnings() -> None:

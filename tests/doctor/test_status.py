@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -259,6 +260,19 @@ def test_a_directory_that_was_deleted_behind_its_mount(database: Path) -> None:
         wait_until(lambda: "deleted_mount" in codes(status(database, prefix=inside)[1]))
 
 
+def test_a_data_directory_that_was_deleted_behind_its_mount(database: Path) -> None:
+    """Of all that is gone with it, only the reason is named."""
+    directory, outside = database.parent, database.parent.with_name("outside")
+    shutil.copytree(directory, outside)
+    put(document(("aa11", "confirmed")), outside / "mbcap-snapshot" / "snapshot.json")
+    options = ("--sweep-interval=100ms",)
+    with daemon(database, *options, prefix=unshared(f"mount --bind {outside} {directory}")) as one:
+        inside = ["nsenter", "--mount", f"--target={one.pid}"]
+        wait_until(lambda: status(database, prefix=inside)[0] == 0)
+        shutil.rmtree(outside)
+        wait_until(lambda: codes(status(database, prefix=inside)[1]) == ["deleted_mount"])
+
+
 # ------------------------------------------------------------------------------ another user
 
 
@@ -488,6 +502,16 @@ def test_for_people(database: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stdout.decode().splitlines()[0] == "not running"
+
+
+def test_an_answer_that_was_not_due_yet_is_no_answer_that_works(database: Path) -> None:
+    snapshot_path(database).parent.rmdir()
+    with daemon(database, "--ack"):
+        wait_until(lambda: is_running(database))
+        done = subprocess.run(
+            [*COMMAND, "status", "--database", str(database)], capture_output=True, check=False
+        )
+    assert re.search(rb"\nack +not used yet *\n", done.stdout)
 
 
 def test_an_age_that_is_none(database: Path) -> None:

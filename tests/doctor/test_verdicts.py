@@ -123,6 +123,7 @@ def test_a_snapshot_that_vanishes(database: Path) -> None:
         wait_until(lambda: not by_status(database)[1])
         snapshot_path(database).unlink()
         wait_until(lambda: by_status(database)[0] == {"snapshot_vanished"})
+        assert by_check(database) == ({"snapshot_vanished"}, set())  # and not `no_snapshot` again
 
 
 def told(database: Path, code: str) -> str:

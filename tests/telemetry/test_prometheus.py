@@ -324,7 +324,9 @@ async def test_eight_dribbling_clients_starve_nobody(site: Site) -> None:
         await stream.aclose()
 
 
-async def test_of_too_many_clients_the_oldest_goes(site: Site) -> None:
+async def test_of_too_many_clients_the_oldest_goes(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     streams = [
         await anyio.connect_tcp(site.host, site.port)
         for _ in range(endpoint_module._MOST_CLIENTS + 1)
@@ -334,6 +336,7 @@ async def test_of_too_many_clients_the_oldest_goes(site: Site) -> None:
     assert (await site.get("/metrics"))[0] == 200
     for stream in streams:
         await stream.aclose()
+    assert not caplog.records  # nor a traceback of the one that was sent away
 
 
 async def test_a_slow_client_is_sent_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mbcap_watch import snapshot_path
-from processes import daemon
+from processes import MBCAP_WATCH, daemon
 from support import document, put, read_rows, wait_until
 
 if TYPE_CHECKING:
@@ -71,4 +71,15 @@ def test_with_neither_inotify_nor_proc(database: Path, tmp_path: Path) -> None:
 def test_without_proc(database: Path, mode: str) -> None:
     said = follows_two_snapshots(database, without_proc(), f"--mode={mode}")
     assert "watching by poll: " in said
-    assert "/proc" in said
+    assert "cannot ask this process: /proc is not mounted" in said
+
+
+@pytest.mark.system
+def test_without_proc_status_says_that_it_cannot_know(database: Path) -> None:
+    prefix = without_proc()
+    command = [*prefix, *MBCAP_WATCH, "status", "--database", str(database)]
+    with daemon(database, prefix=prefix):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("unknown\n")
+    assert "/proc is not mounted" in done.stdout

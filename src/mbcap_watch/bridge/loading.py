@@ -73,7 +73,8 @@ def load(
         settings: which files, and how large the snapshot may be.
         known: if the files still have this fingerprint, the snapshot is not parsed.
         alive: called after each step; a million entries take a small machine many seconds.
-        stamp: a known file that still has it is not read; None where `stat` is not to be relied on.
+        stamp: a known file that still has it is not read, unless the database is another one; None
+            where `stat` is not to be relied on.
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME

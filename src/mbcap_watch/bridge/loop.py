@@ -17,6 +17,7 @@ from mbcap_watch.errors import (
     ForeignWal,
     SnapshotError,
     SnapshotMalformed,
+    SnapshotNotFound,
     SnapshotUnreadable,
 )
 from mbcap_watch.watcher.scheduler import Scheduler
@@ -115,7 +116,8 @@ class Bridge:
             trust_stat=reason == "sweep" and watch.sees_every_change,
         )
         self._error = report.error
-        if unnoticed and report.is_new:
+        # That it is gone, no event tells.
+        if unnoticed and report.is_new and not isinstance(report.error, SnapshotNotFound):
             await self._count_sweep_hit(time.time())
         watch.update(
             last_sync=time.time(),

@@ -18,6 +18,8 @@ from mbcap_watch.cli import config, inspection, output
 from mbcap_watch.cli import run as daemon
 from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
 from mbcap_watch.cli.signals import Stop
+from mbcap_watch.doctor.findings import Installation, counted
+from mbcap_watch.doctor.health import explain
 from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.results import PersistResult
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse_entries, write_snapshot
@@ -85,8 +87,9 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
             output.print_line(logs.summary(result))
         elif result.outcome == "no_snapshot":
             output.print_line(output.NOTHING_TO_DO)
-    if result.error:
-        logger.warning("%s: %s", result.outcome, result.error)
+    found = explain(result, Installation.of(loaded.settings, loaded.file))
+    if result.error and found:
+        logger.warning("%s: %s; %s", found.code, found.text, found.remedy)
     return output.EXIT_CODES[result.outcome]
 
 
@@ -115,7 +118,8 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
         with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
             data = stream.read(settings.max_bytes + 1)
     except (OSError, AttributeError) as exc:  # AttributeError: it was closed before we started
-        output.fail(f"{source}: cannot be read: {exc}", output.EXIT_USAGE)
+        why = getattr(exc, "strerror", None) or "it is closed"
+        output.fail(f"{source}: cannot be read: {why}", output.EXIT_USAGE)
     if len(data) > settings.max_bytes:
         problem = f"larger than max_bytes ({settings.max_bytes} bytes); nothing was published"
         output.fail(f"{source}: {problem}", output.EXIT_BAD_SNAPSHOT)
@@ -138,8 +142,9 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
     if as_json:
         output.print_json(fields)
     else:
-        text = "published {entries} entries to {path}, written at {written_at}"
-        output.print_line(text.format_map(fields))
+        entries = counted(len(snapshot.entries), "entry", "entries")
+        where = fields["path"]
+        output.print_line(f"published {entries} to {where}, written at {snapshot.written_at}")
 
 
 @command("demo", "mode", "poll_interval", configured=False)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from mbcap_watch.cli.signals import Stop
     from mbcap_watch.results import PersistResult, WatchState
     from mbcap_watch.telemetry.stats import Stats
+
+T = TypeVar("T")
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -64,29 +66,27 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     stop.on_stop(notifier.stopping)
     control = ControlSocket(settings, os.environ, sample)
     # None of them waits for anybody.
-    hooks: list[Callable[[PersistResult], None]] = [
+    hooks: list[Callable[[PersistResult], object]] = [
         result_log,
         metrics.on_result,
         notifier.on_result,
+    ]
+    state_hooks: list[Callable[[WatchState], object]] = [
+        state_log,
+        metrics.on_state,
+        lambda _: control.ensure(),
     ]
     if (printer := _Printer(stop) if as_json else None) is not None:
         hooks.append(printer.print)
     if (answers := Ack(settings) if loaded.ack else None) is not None:
         hooks.append(answers.on_result)
+        state_hooks.append(lambda _: answers.retry())
         metrics.outputs["ack"] = answers.state.output
     if (endpoint := endpoint_of(loaded, sample)) is not None:
         metrics.outputs["http"] = endpoint.state.output
 
-    def on_result(result: PersistResult) -> None:
-        for hook in hooks:
-            hook(result)
-
-    def on_state(state: WatchState) -> None:
-        state_log(state)
-        metrics.on_state(state)
-        control.ensure()
-        notifier.on_state(state)  # last: nothing that hangs may be taken for progress
-
+    state_hooks.append(notifier.on_state)  # last: nothing that hangs may be taken for progress
+    on_result, on_state = _one_of(hooks), _one_of(state_hooks)
     snapshot = settings.snapshot_dir / SNAPSHOT_NAME
     logger.info("mbcap-watch %s: %s into %s", __version__, snapshot, settings.database)
 
@@ -104,6 +104,14 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         printer.end()
     logger.info("stopped")
     stop.ignore_more()
+
+
+def _one_of(hooks: list[Callable[[T], object]]) -> Callable[[T], None]:
+    def hook(news: T) -> None:
+        for each in hooks:
+            each(news)
+
+    return hook
 
 
 def _require_database(loaded: config.Config) -> None:

@@ -135,7 +135,8 @@ def show(load: Load) -> None:
         return
     text = io.StringIO()
     Console(file=text, width=_PLAIN_WIDTH).print(frame(*load(), _PLAIN_WIDTH, _PLAIN_HEIGHT))
-    output.print_line(text.getvalue().rstrip())
+    for line in text.getvalue().rstrip().split("\n"):
+        output.print_line(line)
 
 
 def watch(load: Load) -> None:

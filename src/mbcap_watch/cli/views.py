@@ -106,7 +106,9 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     hits = f"sweep hits {watch.sweep_hits}, read errors {watch.read_errors}"
     yield "watch", f"re-arms {watch.rearms}, {hits}{lost}"
     for name, output in stats.outputs.items():
-        yield name, f"{output.problem or 'works'} (last worked {since(output.last_good)})"
+        last = f"last worked {since(output.last_good)}" if output.last_good else "has never worked"
+        is_used = output.problem or output.last_good
+        yield name, f"{output.problem or 'works'} ({last})" if is_used else "not used yet"
     if error is not None:
         over = "persists" if error.persists else "over"
         yield "last error", f"{error.outcome} ({since(error.at)}, {over}): {error.error}"

@@ -71,9 +71,11 @@ def _hangs(findings: Iterable[Finding]) -> bool:
     return any(each.code in ("no_answer", "check_failed") for each in findings)
 
 
-def _once(findings: Iterable[Finding]) -> Iterable[Finding]:
-    """Leave out a problem that was found before: SQLite repeats what its files have shown."""
+def _once(findings: list[Finding]) -> Iterable[Finding]:
+    """Leave out what was found before: SQLite repeats what its files have shown."""
     codes: set[str] = set()
+    if any(each.code == "snapshot_vanished" for each in findings):  # the daemon knows more
+        findings = [each for each in findings if each.code != "no_snapshot"]
     for each in findings:
         if each.severity != "problem" or each.code not in codes:
             yield each

@@ -10,7 +10,6 @@ import errno
 import fcntl
 import os
 import re
-import shlex
 import sqlite3
 import stat
 from pathlib import Path
@@ -255,7 +254,7 @@ _ON_UPDATE: Final = re.compile(r"^\s*CREATE(?:(?!\bON\b).)*\bUPDATE\b", re.IGNOR
 def _judge_triggers(here: Installation, connection: sqlite3.Connection) -> Iterator[Finding]:
     """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
-    query = shlex.quote("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+    query = quote("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
     for name, table, text in connection.execute(sql).fetchall():
         if table.lower() in TABLES and _ON_UPDATE.search(text):
             about = {"trigger": printable(name, QUOTED), "table": table, "query": query}

@@ -200,7 +200,8 @@ def judge_age(here: Installation, written: float, placed: float | None = None) -
     known = written if placed is None else placed
     said = {"when": ago(written), "placed": ago(known)}
     if min(written, known) < -CLOCK_SECONDS or written < OLD_SNAPSHOT_SECONDS < known:
-        yield here.finding("clocks", **said)
+        text = "" if placed is not None else f"clocks differ: the snapshot is dated {ago(written)}"
+        yield here.finding("clocks", text, **said)
     elif known > OLD_SNAPSHOT_SECONDS:
         yield here.finding("old_snapshot", **said)
     elif written > OLD_SNAPSHOT_SECONDS:

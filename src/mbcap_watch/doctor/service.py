@@ -53,6 +53,9 @@ _UNSEEN: Final = {
 # What only a daemon knows, or only shows where one runs.
 _TOLD_BY_DAEMON: Final = {"ack_failed", "http_down", "log_unread", "other_snapshot_dir", "set_back"}
 
+# What is missing where a directory was deleted behind its mount.
+_DELETED: Final = {"database_missing", "no_database", "no_snapshot", "snapshot_vanished"}
+
 # What is not wrong with an installation.
 _HARMLESS: Final = {"not_asked", "not_running", "starting"}
 
@@ -81,6 +84,9 @@ def look(
         if not everyone:
             everyone = True
             continue
+        if not os.path.isdir("/proc/self"):
+            text = "/proc is not mounted: whether mbcap-watch runs cannot be told"
+            return None, Health("unknown", (here.finding("no_proc", text),))
         known = {peer.pid for peer in peers if peer.stats is not None}
         found = _within(lambda: daemons(settings.database), list[Daemon]())
         unasked = [each for each in found if each.same and each.pid not in known]
@@ -121,6 +127,8 @@ def examine(
 
 def examine_daemons(here: Installation) -> list[Finding]:
     """Judge how many daemons serve the database, and as whom. Blocks."""
+    if not os.path.isdir("/proc/self"):
+        return []  # `machine.examine` has reported it
     found = daemons(Path(here.database))
     ours = [each for each in found if each.same]
     who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in ours)
@@ -179,21 +187,25 @@ def _judge_answer(
         if each.stats and each.stats.database == stats.database
     ]
     found = list(health.findings)
-    if health.healthy:
-        found += _within(lambda: _unmet(here), list[Finding]())
+    if health.state == "running":
+        found = _within(lambda: _with_files(here, found), found)
     if twins:
         who = f"process {stats.pid} and {', '.join(twins)}"
         found.insert(0, here.finding("two_daemons", who=who))
     return Health(health.state, tuple(found))
 
 
-def _unmet(here: Installation) -> list[Finding]:
-    """Name what no sync has met yet, or never will."""
-    found = cut_off(here)
-    try:
-        os.stat(here.database)
-    except (FileNotFoundError, NotADirectoryError):
-        found.append(here.finding("database_missing"))
+def _with_files(here: Installation, found: list[Finding]) -> list[Finding]:
+    """Add what no sync has met yet, or never will; leave out what comes of it."""
+    cut = cut_off(here)
+    if any(each.code == "deleted_mount" for each in cut):
+        return cut + [each for each in found if each.code not in _DELETED]
+    found = found + cut
+    if all(each.severity != "problem" for each in found):
+        try:
+            os.stat(here.database)
+        except (FileNotFoundError, NotADirectoryError):
+            found.append(here.finding("database_missing"))
     return found
 
 

@@ -43,7 +43,7 @@ class Ack:
     Only news is written: another outcome, another `writtenAt`, another error, or rows that
     changed. Writing happens in a thread that lives for as long as there is something to write; one
     that hangs on a mount keeps neither the bridge nor the process, and meanwhile only the latest
-    answer is kept. What cannot be written is tried again with the next result; `state` tells.
+    answer is kept. What cannot be written is tried again by `retry`; `state` tells.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -56,6 +56,7 @@ class Ack:
         self._lock = threading.Lock()
         self._told: object = None
         self._next: tuple[PersistResult, bytes] | None = None
+        self._failed: tuple[PersistResult, bytes] | None = None
         self._thread: threading.Thread | None = None
         self._tidied = False
 
@@ -71,16 +72,25 @@ class Ack:
         with self._lock:
             if _news(result) == self._told and not result.changed:
                 return
-            self._told, self._next = _news(result), (result, encode(result))
-            if self._thread is not None:
-                return  # it takes this one next
-            thread = threading.Thread(target=self._run, name="mbcap-watch ack", daemon=True)
-            self._thread = thread
-            try:
-                thread.start()
-            except RuntimeError as exc:  # the limit on threads is reached
-                self._thread = self._told = None
-                self.state.update(exc)
+            self._put(result, encode(result))
+
+    def retry(self) -> None:
+        """Have written what could not be."""
+        with self._lock:
+            if self._failed is not None:
+                self._put(*self._failed)
+
+    def _put(self, result: PersistResult, data: bytes) -> None:
+        self._told, self._next, self._failed = _news(result), (result, data), None
+        if self._thread is not None:
+            return  # it takes this one next
+        thread = threading.Thread(target=self._run, name="mbcap-watch ack", daemon=True)
+        self._thread = thread
+        try:
+            thread.start()
+        except RuntimeError as exc:  # the limit on threads is reached
+            self._thread, self._told, self._failed = None, None, self._next
+            self.state.update(exc)
 
     # In the thread from here on.
 
@@ -95,11 +105,12 @@ class Ack:
                 self._write(data)
             except OSError as exc:
                 # Without a directory there is no snapshot, and nobody to answer.
-                if not isinstance(exc, FileNotFoundError) or result.outcome != "no_snapshot":
+                matters = not isinstance(exc, FileNotFoundError) or result.outcome != "no_snapshot"
+                if matters:
                     self.state.update(exc)
                 with self._lock:
-                    if self._told == _news(result):
-                        self._told = None
+                    if self._next is None:  # else that is newer
+                        self._told, self._failed = None, (result, data) if matters else None
             else:
                 self.state.update()
 

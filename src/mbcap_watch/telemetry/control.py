@@ -141,7 +141,8 @@ class ControlSocket:
             else:
                 self._state.update()
                 return
-        self._state.update("; ".join(problems))
+        has_proc = os.path.isdir("/proc/self/fd")  # see `_path_within`
+        self._state.update("; ".join(problems) if has_proc else "/proc is not mounted")
 
     def _open(self, home: Path) -> None:
         with contextlib.suppress(FileExistsError):

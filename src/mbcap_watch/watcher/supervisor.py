@@ -77,7 +77,7 @@ class Watch:
             # The directory may have appeared just now, between the two calls.
             self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
             degraded = not missing or isinstance(exc, PermissionError)
-            why = f"{directory} does not exist yet"
+            why = f"{directory} does not exist"
             if degraded:
                 why = f"no inotify watch on {directory} for now: {exc.strerror}"
         # `why` may hold the name of a directory.
