@@ -15,10 +15,12 @@ from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
 from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.steps import PROBE, Query, Table, Write, Written
+from mbcap_watch.store.steps import PROBE, Query, Table, Write, Written, read_page
 from support import connect, document, put, read_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mbcap_watch.store.plan import Value
     from mbcap_watch.store.steps import Steps
 
@@ -194,6 +196,23 @@ def test_a_batch_is_one_statement_of_any_size(database: Path, rows: int, downgra
         connection.execute(sql, parameters)
         assert connection.execute("SELECT changes()").fetchone() == (1,), "the keys are guarded"
         assert not connection.in_transaction
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("looks_like", ["[]", "{}", "true"])
+async def test_a_blob_that_sqlite_takes_for_json_is_read_as_it_is(looks_like: str) -> None:
+    """From 3.45 on, SQLite does so with one that looks like its binary JSON, as x'0b' does."""
+    as_text = ("[1,2]", f'["aa11",{looks_like}]', "[0,0]", "[null,null]")
+    rest = (0, "integer", None, "null")
+    as_bytes = [(1, "integer", b"aa11", "text", *rest), (2, "integer", b"\x0b", "blob", *rest)]
+    answers: Iterator[list[Any]] = iter([[as_text], as_bytes])
+
+    async def fetch(*_: object) -> list[Any]:
+        return next(answers)
+
+    page = await read_page(fetch, Query("SELECT", is_page=True))
+
+    assert page == Page((1, 2), ("aa11", b"\x0b"), (0, 0), (None, None))
 
 
 async def refuse_by_fail(database: Path) -> PersistResult:

@@ -211,7 +211,8 @@ _COLUMNS: Final = ("id", "key", "sup", "evidence")
 _AS_TEXT: Final = f"SELECT {', '.join(f'json_group_array({c})' for c in _COLUMNS)} FROM ({{sql}})"
 _typed = [f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), typeof({c})" for c in _COLUMNS]
 _AS_BYTES: Final = f"SELECT {', '.join(_typed)} FROM ({{sql}})"
-_decode = msgspec.json.Decoder(list[Any]).decode
+# Nothing else is in a column: from 3.45 on, SQLite takes a BLOB such as x'0b' for a JSON list.
+_decode = msgspec.json.Decoder(list[int | float | str | None]).decode
 
 
 async def read_page(
