@@ -14,7 +14,7 @@ import anyio
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import run
 from mbcap_watch.cli import config, output
-from mbcap_watch.doctor.findings import Installation
+from mbcap_watch.doctor.findings import Installation, catalogue
 from mbcap_watch.doctor.health import explain
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
@@ -58,6 +58,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     def sample() -> Stats:
         return metrics.snapshot(time.time())
 
+    catalogue()  # read now: later there may be no descriptor for it
     here = Installation.of(settings, loaded.file)
     result_log = logs.ResultLog(lambda result: explain(result, here))
     state_log = logs.StateLog()
