@@ -158,6 +158,6 @@ def endpoint_of(loaded: config.Config, sample: Callable[[], Stats]) -> Endpoint 
     try:
         from mbcap_watch.cli.http import Endpoint  # noqa: PLC0415 - it takes 10 MB
     except ModuleNotFoundError as exc:
-        problem = f"needs {exc.name}: pip install 'mbcap-watch[metrics]'"
+        problem = f"needs {exc.name}: {sys.prefix}/bin/pip install '.[metrics]' in the checkout"
         raise config.in_users_words(SettingsError("http", problem), loaded.origins) from exc
     return Endpoint(loaded.http, sample)
