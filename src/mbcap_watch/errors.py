@@ -211,7 +211,8 @@ class ForeignWal(DatabaseError):
 
     hint = (
         "it is not opened, because SQLite would replay that -wal into it; this is over once the"
-        " ingestor has opened the file, or the -wal was left alone for wal_grace"
+        " ingestor has opened the file, or the -wal was left alone for wal_grace; after a restore,"
+        " remove the -wal and -shm"
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+import processes
 from mbcap_watch import PersistResult, Settings, __version__, read_snapshot, snapshot_path
 from mbcap_watch.cli import demo
 from mbcap_watch.cli.config import CLI_ONLY
@@ -23,8 +25,10 @@ from support import (
     DEADLINE,
     connect,
     document,
+    has_open,
     locked,
     make_database,
+    open_descriptors,
     put,
     read_rows,
     rename_from_another_process,
@@ -188,6 +192,24 @@ def test_the_database_comes_from_wherever_it_is_named(database: Path, tmp_path: 
     ]:
         done = call("apply", "--json", *arguments, env=extra)
         assert json.loads(done.stdout)["outcome"] in ("applied", "unchanged"), (arguments, extra)
+
+
+def test_the_daemon_outlives_a_lack_of_descriptors(database: Path) -> None:
+    """It explains what is wrong without opening a file for that."""
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    with processes.daemon(database, "--sweep-interval=24h") as process:
+        pid, kind = process.popen.pid, resource.RLIMIT_NOFILE
+        limits = resource.prlimit(pid, kind)
+        wait_until(lambda: not has_open(database, pid))
+        free = next(number for number in range(1000) if str(number) not in open_descriptors(pid))
+        resource.prlimit(pid, kind, (free, limits[1]))
+        put(document(("aa11", "suspected")), snapshot_path(database))
+        wait_until(lambda: "WARNING limit: " in process.said or process.ended, "a result")
+        assert not process.ended, process.said
+        resource.prlimit(pid, kind, limits)
+        put(document(("aa11", "suspected")), snapshot_path(database))
+        wait_until(lambda: ("nodes", "aa11", 1, "") in read_rows(database), "the snapshot")
+        assert process.end(signal.SIGTERM) == 0
 
 
 # ------------------------------------------------------------------------------ publish

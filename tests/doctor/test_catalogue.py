@@ -20,6 +20,7 @@ from mbcap_watch.errors import (
     DatabaseError,
     DatabaseMissing,
     ForeignWal,
+    SchemaMissing,
     SnapshotMalformed,
 )
 from mbcap_watch.results import Outcome, PersistResult
@@ -141,6 +142,7 @@ def test_each_kind_is_whole(code: str) -> None:
     [
         ("malformed", SnapshotMalformed("s", "torn"), "database stays as it is"),
         ("database_missing", DatabaseMissing("d", "does not exist"), "never create"),
+        ("schema_missing", SchemaMissing("d", "no table nodes"), "never"),
         ("foreign_wal", ForeignWal("d", "-wal", "wal_replaced"), "belong to the old file"),
         ("foreign_wal", ForeignWal("d", "-wal", "wal_left_behind"), "belong to the old file"),
     ],

@@ -372,6 +372,22 @@ def test_another_user_is_told_to_ask_as_root(database: Path) -> None:
         assert "as root (sudo)" in told["problems"][0]["remedy"]
 
 
+@as_root
+def test_another_users_daemon_may_be_the_one(database: Path) -> None:
+    """Its environment names its database, and that is closed to others."""
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    if subprocess.run([*runs, *COMMAND, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("the interpreter is out of the other user's reach")
+    command, environ = [*COMMAND, "run"], os.environ | NOWHERE | {"DB_PATH": str(database)}
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environ) as process:
+        wait_until(lambda: is_running(database, **NOWHERE))
+        Path("/dev/shm/mbcap-watch-0").chmod(0o700)
+        code, told = status(database, prefix=runs, **NOWHERE)
+        process.kill()
+    assert (code, told["state"], codes(told)) == (1, "unknown", ["not_asked"])
+    assert "can tell which database" in told["problems"][0]["text"]
+
+
 # ------------------------------------------------------------------------------ a campaign
 
 # Questions at random moments. 1,000 take some ten minutes.

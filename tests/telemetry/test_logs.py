@@ -246,6 +246,13 @@ def test_the_way_of_watching(
 # ------------------------------------------------------------------------------ formats
 
 
+def test_what_to_do_is_told_where_a_filesystem_does_not_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    StateLog(remedy="do it")(replace(POLLING, stuck_since=5.0))
+    assert caplog.messages[-1] == "the filesystem does not answer; waiting for it; do it"
+
+
 def record_of(caplog: pytest.LogCaptureFixture, each: PersistResult) -> logging.LogRecord:
     """Return the record that a result is logged with."""
     logged(caplog, each)

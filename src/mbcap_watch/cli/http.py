@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
@@ -75,7 +76,8 @@ class Endpoint:
             try:
                 server = await asyncio.start_server(self._client, host, port, limit=_HEAD_BYTES)
             except (OSError, UnicodeError) as exc:  # no address, or no name of a host
-                self.state.update(exc)
+                number = getattr(exc, "errno", None) or 0  # below zero: of getaddrinfo
+                self.state.update(os.strerror(number) if number > 0 else exc)  # no address again
                 await asyncio.sleep(_RETRY_SECONDS)
         self.state.update()
         shown = type(self._address)(host, server.sockets[0].getsockname()[1])

@@ -61,7 +61,7 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     catalogue()  # read now: when the log needs it, there may be no descriptor left
     here = Installation.of(settings, loaded.file)
     result_log = logs.ResultLog(lambda result: explain(result, here))
-    state_log = logs.StateLog()
+    state_log = logs.StateLog(remedy=here.finding("stuck", last="").remedy)
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
     control = ControlSocket(settings, os.environ, sample)

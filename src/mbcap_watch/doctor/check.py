@@ -7,21 +7,23 @@ seconds.
 from __future__ import annotations
 
 import asyncio
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import msgspec
 
 from mbcap_watch.bridge.thread import in_daemon_thread
 from mbcap_watch.doctor import database, machine, service, snapshot
-from mbcap_watch.doctor.findings import Finding, Installation, duration, quote
+from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.limits import require_descriptors
 from mbcap_watch.watcher.mounts import UNKNOWN, mount_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.plan import Value
@@ -35,6 +37,18 @@ _DESCRIPTORS: Final = 24
 
 # Where the control sockets may be, for the line about a filesystem that does not answer.
 _RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
+
+# What an examination of the files cannot see.
+_UNSEEN: Final = {
+    *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "not_trusted"),
+    "rows_refused",
+}
+
+# What only a daemon knows, or only shows where one runs.
+_TOLD_BY_DAEMON: Final = {"ack_failed", "http_down", "log_unread", "other_snapshot_dir", "set_back"}
+
+# What is not wrong with an installation.
+_HARMLESS: Final = {"not_asked", "not_running", "starting"}
 
 
 async def examine(
@@ -59,11 +73,11 @@ async def examine(
         for found in await asyncio.gather(
             ask(DATA_SECONDS, here.database, database.examine_contents, settings, values),
             ask(FILE_SECONDS, here.database, machine.examine),
-            ask(FILE_SECONDS, here.database, service.examine_daemons),
+            ask(FILE_SECONDS, here.database, _examine_daemons),
         ):
             findings += found
     explained = exit_code(findings) == 1
-    findings += await ask(DATA_SECONDS, _RUNTIME, service.examine, settings, environ, explained)
+    findings += await ask(DATA_SECONDS, _RUNTIME, _examine_service, settings, environ, explained)
     return list(_once(findings))
 
 
@@ -109,3 +123,46 @@ async def _ask(
 def exit_code(findings: Iterable[Finding]) -> int:
     """Return 1 if there is a problem, else 0."""
     return int(any(finding.severity == "problem" for finding in findings))
+
+
+# ------------------------------------------------------------------------------ the daemon
+
+
+def _examine_service(
+    here: Installation, settings: Settings, environ: Mapping[str, str], explained: object
+) -> Iterator[Finding]:
+    """Ask the daemon with these settings how it is, for `check`. Blocks.
+
+    `explained`: a problem was found that may be why it is not well.
+    """
+    _, health = service.look(settings, environ, config=here.config)
+    if health.healthy:
+        yield ok("service", health.verdict)
+    for each in health.problems:
+        text = f"{health.state}: {each.text}"
+        if each.code in _HARMLESS:
+            yield ok("service", text)
+        # As another user, or a moment later, all may look well from here.
+        elif each.code in _UNSEEN or not explained:
+            yield msgspec.structs.replace(each, subject="service", text=text)
+    for each in health.warnings:
+        if each.code in _TOLD_BY_DAEMON:
+            yield each
+
+
+def _examine_daemons(here: Installation) -> list[Finding]:
+    """Judge how many daemons serve the database, and as whom. Blocks."""
+    if not os.path.isdir("/proc/self"):
+        return []  # `machine.examine` has reported it
+    found = service.daemons(Path(here.database))
+    ours = [each for each in found if each.same]
+    who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in ours)
+    if len(ours) > 1:
+        return [here.finding("two_daemons", who=who)]
+    for one in ours:
+        if machine.is_paused(one.pid):
+            return [here.finding("paused", pid=one.pid)]
+        if one.uid != os.geteuid():
+            return [here.finding("other_user", who=who, uid=one.uid)]
+    others = [f"pid {each.pid} for {each.database}" for each in found if not each.same]
+    return [ok("daemons", ", ".join([who or "none runs for this database", *others]))]

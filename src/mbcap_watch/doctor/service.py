@@ -1,4 +1,4 @@
-"""The running daemon: `look` asks it and judges; the rest is its part of `check`."""
+"""The running daemon: `look` asks it, or looks for it in /proc, and judges."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-import msgspec
-
 from mbcap_watch.doctor import machine
-from mbcap_watch.doctor.findings import Finding, Installation, ago, duration, ok
+from mbcap_watch.doctor.findings import Finding, Installation, ago, duration
 from mbcap_watch.doctor.health import Health, judge
 from mbcap_watch.doctor.machine import Place, cut_off, place
 from mbcap_watch.errors import QUOTED, printable
@@ -44,20 +42,8 @@ _YOUNG_SECONDS: Final = 10.0
 # For how long files are asked for what they are; a mount whose server is gone never answers.
 _FILE_SECONDS: Final = 1.0
 
-# What an examination of the files cannot see.
-_UNSEEN: Final = {
-    *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "not_trusted"),
-    "rows_refused",
-}
-
-# What only a daemon knows, or only shows where one runs.
-_TOLD_BY_DAEMON: Final = {"ack_failed", "http_down", "log_unread", "other_snapshot_dir", "set_back"}
-
 # What is missing where a directory was deleted behind its mount.
 _DELETED: Final = {"database_missing", "no_database", "no_snapshot", "snapshot_vanished"}
-
-# What is not wrong with an installation.
-_HARMLESS: Final = {"not_asked", "not_running", "starting"}
 
 
 def look(
@@ -84,9 +70,6 @@ def look(
         if not everyone:
             everyone = True
             continue
-        if not os.path.isdir("/proc/self"):
-            text = "/proc is not mounted: whether mbcap-watch runs cannot be told"
-            return None, Health("unknown", (here.finding("no_proc", text),))
         known = {peer.pid for peer in peers if peer.stats is not None}
         found = _within(lambda: daemons(settings.database), list[Daemon]())
         unasked = [each for each in found if each.same and each.pid not in known]
@@ -94,53 +77,7 @@ def look(
         if not unasked or not tries:
             break
         time.sleep(_AGAIN_SECONDS)
-    if os.geteuid():
-        trusted = {os.geteuid()}  # root's socket may be there, and closed to this user
-    if mine := [each for each in unasked if each.uid in trusted]:
-        return None, _judge_unasked(here, mine[0])
-    if unknown := tuple(_why_unknown(here, peers, unasked, trusted)):
-        return None, Health("unknown", unknown)
-    return None, Health("not running", tuple(_absent(here, peers, same)))
-
-
-def examine(
-    here: Installation, settings: Settings, environ: Mapping[str, str], explained: object
-) -> Iterator[Finding]:
-    """Ask the daemon with these settings how it is, for `check`. Blocks.
-
-    `explained`: a problem was found that may be why it is not well.
-    """
-    _, health = look(settings, environ, config=here.config)
-    if health.healthy:
-        yield ok("service", health.verdict)
-    for each in health.problems:
-        text = f"{health.state}: {each.text}"
-        if each.code in _HARMLESS:
-            yield ok("service", text)
-        # As another user, or a moment later, all may look well from here.
-        elif each.code in _UNSEEN or not explained:
-            yield msgspec.structs.replace(each, subject="service", text=text)
-    for each in health.warnings:
-        if each.code in _TOLD_BY_DAEMON:
-            yield each
-
-
-def examine_daemons(here: Installation) -> list[Finding]:
-    """Judge how many daemons serve the database, and as whom. Blocks."""
-    if not os.path.isdir("/proc/self"):
-        return []  # `machine.examine` has reported it
-    found = daemons(Path(here.database))
-    ours = [each for each in found if each.same]
-    who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in ours)
-    if len(ours) > 1:
-        return [here.finding("two_daemons", who=who)]
-    for one in ours:
-        if machine.is_paused(one.pid):
-            return [here.finding("paused", pid=one.pid)]
-        if one.uid != os.geteuid():
-            return [here.finding("other_user", who=who, uid=one.uid)]
-    others = [f"pid {each.pid} for {each.database}" for each in found if not each.same]
-    return [ok("daemons", ", ".join([who or "none runs for this database", *others]))]
+    return None, _judge_unanswered(here, peers, same, found, unasked, trusted)
 
 
 def _trusted(here: Installation, peers: Sequence[Peer]) -> set[int]:
@@ -231,6 +168,32 @@ def _judge_unasked(here: Installation, daemon: Daemon) -> Health:
     return Health("running", (here.finding("unasked", pid=pid, uid=daemon.uid),))
 
 
+def _judge_unanswered(
+    here: Installation,
+    peers: Sequence[Peer],
+    same: Sequence[Peer],
+    found: Sequence[Daemon],
+    unasked: Sequence[Daemon],
+    trusted: set[int],
+) -> Health:
+    """Judge where no daemon with these settings has answered, as `same` or `found` in /proc."""
+    me = os.geteuid()
+    if not os.path.isdir("/proc/self"):
+        text = "/proc is not mounted: whether mbcap-watch runs cannot be told"
+        return Health("unknown", (here.finding("no_proc", text),))
+    if me:
+        trusted = {me}  # root's socket may be there, and closed to this user
+    if mine := [each for each in unasked if each.uid in trusted]:
+        return _judge_unasked(here, mine[0])
+    if unknown := tuple(_why_unknown(here, peers, unasked, trusted)):
+        return Health("unknown", unknown)
+    if not same and (hidden := [each for each in found if each.same is None]):
+        pid, uid = hidden[0].pid, hidden[0].uid
+        text = f"only user {uid} or root can tell which database process {pid} is for"
+        return Health("unknown", (here.finding("not_asked", text, pid=pid, uid=uid, me=me),))
+    return Health("not running", tuple(_absent(here, peers, same)))
+
+
 def _why_unknown(
     here: Installation, peers: Sequence[Peer], unasked: Sequence[Daemon], trusted: set[int]
 ) -> Iterator[Finding]:
@@ -269,12 +232,12 @@ def _absent(here: Installation, peers: Sequence[Peer], same: Sequence[Peer]) -> 
 
 
 class Daemon(NamedTuple):
-    """A running `mbcap-watch run`, its database, and whether that is the one in question."""
+    """A running `mbcap-watch run`, its database, and whether it is the one asked for, if known."""
 
     pid: int
     uid: int
     database: str
-    same: bool
+    same: bool | None
 
 
 def daemons(database: Path) -> list[Daemon]:
@@ -301,7 +264,8 @@ def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -
             path = path or tomllib.loads(toml.read_text(encoding="utf-8")).get("database")
         path = os.path.normpath(os.path.join(here, path or DEFAULT_DATABASE))
     except (OSError, ValueError):
-        return Daemon(pid, uid, named or "a database that only root may know", named == str(ours))
+        same = None if named is None else named == str(ours)
+        return Daemon(pid, uid, named or "a database that only root may know", same)
     inside = place(Path(root + path)).status  # as that process sees it, be it in a container
     if inside and file.status:
         return Daemon(pid, uid, path, os.path.samestat(inside, file.status))

@@ -241,10 +241,13 @@ def summary(result: PersistResult) -> str:
 
 
 class StateLog:
-    """A hook for the way of watching: one line per change of state, none per sync."""
+    """A hook for the way of watching: one line per change of state, none per sync.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    `remedy` is what to do where a filesystem does not answer.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, remedy: str = "") -> None:
+        self._clock, self._remedy = clock, remedy
         start, self._said_rearms = WatchState(), 0
         self._watching = Throttle((start.mode, start.why, start.rearms))
         self._sweeps = Throttle(start.sweep_hits)
@@ -262,7 +265,8 @@ class StateLog:
             logger.info("the sweep found a change that no event told of", extra=data)
         if self._stuck.is_news(state.stuck_since is not None, "stuck", now):
             if state.stuck_since is not None:
-                logger.warning("the filesystem does not answer; waiting for it", extra=data)
+                text = "the filesystem does not answer; waiting for it"
+                logger.warning("%s", "; ".join(filter(None, (text, self._remedy))), extra=data)
             else:
                 logger.info("the filesystem answers again", extra=data)
 

@@ -46,11 +46,7 @@ class OutputState:
             if before is not None and self._works:
                 logger.info("%s", self._works)
         else:
-            said = None
-            if isinstance(problem, OSError):
-                number = problem.errno or 0  # below zero: of getaddrinfo
-                # The system's own words: asyncio adds the address.
-                said = os.strerror(number) if number > 0 else problem.strerror
+            said = problem.strerror if isinstance(problem, OSError) else None
             self._problem = printable(said or str(problem), _PROBLEM_LENGTH)
             if self._problem != before and self._fails is not None:
                 logger.warning("%s", self._fails(self._problem))
