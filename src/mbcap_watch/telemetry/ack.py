@@ -115,7 +115,7 @@ class Ack:
 def _news(result: PersistResult) -> object:
     """Return what makes one result differ from another for a publisher."""
     in_database = result.outcome in ("applied", "unchanged")
-    return in_database or result.outcome, result.written_at, result.error
+    return in_database or result.outcome, result.written_at, result.error, result.held > 0
 
 
 def encode(result: PersistResult) -> bytes:
@@ -124,7 +124,9 @@ def encode(result: PersistResult) -> bytes:
     answer = {
         "writtenAt": fields.pop("written_at"),
         "resultAt": timestamp.now(),
-        "persisted": result.outcome in ("applied", "unchanged") and result.error is None,
+        "persisted": result.outcome in ("applied", "unchanged")
+        and result.error is None
+        and not result.held,
         "outcome": fields.pop("outcome"),
         "error": fields.pop("error"),
         **fields,

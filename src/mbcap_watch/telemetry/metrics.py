@@ -103,7 +103,7 @@ class Metrics:
                 news |= {"last_set_back": result.set_back, "last_set_back_at": now}
         compared = result.outcome in ("applied", "unchanged")
         if compared:
-            news |= {"last_apply": now, "last_apply_outcome": result.outcome}
+            news |= {"last_apply": now, "last_apply_outcome": result.outcome, "held": result.held}
         if compared or result.written_at is not None or result.outcome == "no_snapshot":
             news["snapshot_written_at"] = result.written_at
             news["snapshot_time"] = seconds_of(result.written_at)
