@@ -137,6 +137,24 @@ async def test_what_is_malformed_or_gone_meanwhile_says_nothing(mesh: Path) -> N
         assert results.all[-1].changed == 330
 
 
+async def test_a_due_downgrade_that_is_refused_is_reported_and_tried_later(mesh: Path) -> None:
+    with connect(mesh) as connection:
+        connection.execute(
+            "CREATE TRIGGER no BEFORE UPDATE ON nodes BEGIN SELECT RAISE(ABORT, 'no'); END"
+        )
+        settings: dict[str, Any] = {"downgrade": "hold", "downgrade_hold": "200ms", "debounce": 0}
+        async with bridge(mesh, **settings) as results:
+            await publish(results, ALL_SUSPECTED, mesh)
+            result = await results.next("applied")
+            assert (result.failed_rows, result.changed_inactive, result.held) == (300, 30, 0)
+            result = await results.sync()
+            assert (result.failed_rows, result.outcome) == (300, "failed")
+            connection.execute("DROP TRIGGER no")
+            result = await results.sync()
+            assert (result.changed_active, result.set_back, result.held) == (300, 0, 0)
+            assert len(results.all) == 5
+
+
 async def test_a_single_call_lowers_nothing(mesh: Path) -> None:
     put(ALL_SUSPECTED, snapshot_path(mesh))
     settings = Settings(mesh, downgrade="hold", downgrade_hold="100ms")

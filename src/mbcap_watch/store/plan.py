@@ -13,7 +13,7 @@ import msgspec
 from mbcap_watch.snapshot.codec import MAX_EVIDENCE, MAX_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from mbcap_watch.settings import Downgrade
     from mbcap_watch.snapshot.codec import Entry
@@ -143,9 +143,16 @@ class Holds:
         """Note that a comparison of all rows begins."""
         self._found.clear()
 
-    def end(self) -> None:
-        """Note that it has ended: what it did not find to be lowered is forgotten."""
-        self._since = {key: self._since[key] for key in self._found}
+    def end(self, refused: Collection[str] = ()) -> None:
+        """Note that it has ended, and what was due is written, but for what was refused.
+
+        What is written, or was not found to be lowered, is forgotten.
+        """
+        self._since = {
+            key: (sup, since)
+            for key, (sup, since) in self._since.items()
+            if key in self._found and (since + self._seconds > self._now or key in refused)
+        }
 
     @property
     def waiting(self) -> list[float]:

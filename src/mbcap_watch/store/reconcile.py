@@ -143,14 +143,15 @@ def reconcile(
         tally.largest = {t: int(sizes.get(t, 0)) for t in tables if t.has_rowid}
         holds.begin()
         yield from work.compare(values, sizes)
-        holds.end()
-        tally.held = len(holds.waiting)
         if not work.missed:
-            return
-    work.writes = False
-    yield from work.compare(values, (yield from _sizes(tables)))
-    for table, changes in work.pending.items():
-        tally.refuse(table, changes, "an UPDATE leaves it as it is")
+            break
+    else:
+        work.writes = False
+        yield from work.compare(values, (yield from _sizes(tables)))
+        for table, changes in work.pending.items():
+            tally.refuse(table, changes, "an UPDATE leaves it as it is")
+    holds.end({key for _, key in tally.failed})
+    tally.held = len(holds.waiting)
 
 
 def compare_new(
