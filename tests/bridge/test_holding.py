@@ -225,6 +225,28 @@ async def test_a_look_at_new_rows_takes_no_lock_and_is_no_sync(mesh: Path) -> No
         assert results.all[0].held == 100
 
 
+async def test_what_nobody_wrote_is_not_looked_at(
+    mesh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To root, a look changes the -wal: SQLite gives it to the owner of the database anew."""
+    looks, open_to_read = [], sync.open_to_read
+
+    def count(*args: Any) -> Any:
+        looks.append(args)
+        return open_to_read(*args)
+
+    monkeypatch.setattr(sync, "open_to_read", count)
+    with connect(mesh) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('first')")
+        async with bridge(mesh, sweep_interval="20ms") as results:
+            for number in range(1, 4):
+                connection.execute("INSERT INTO inactive_nodes (public_key) VALUES (?)", (number,))
+                await until(lambda n=number: len(looks) >= n, "a look")  # type: ignore[misc]
+                states = len(results.states)
+                await until(lambda s=states: len(results.states) > s + 3, "sweeps")  # type: ignore[misc]
+                assert len(looks) == number
+
+
 @pytest.mark.usefixtures("hardly_any_spot_check")
 async def test_a_new_row_that_is_refused_is_not_tried_at_every_sweep(mesh: Path) -> None:
     with connect(mesh) as connection:
