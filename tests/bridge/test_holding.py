@@ -11,6 +11,7 @@ import pytest
 
 from mbcap_watch import Settings, apply_snapshot, persist_once, read_snapshot, snapshot_path
 from mbcap_watch.bridge import sync
+from mbcap_watch.store import native
 from support import (
     Results,
     bridge,
@@ -229,11 +230,11 @@ async def test_what_nobody_wrote_is_not_looked_at(
     mesh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To root, a look changes the -wal: SQLite gives it to the owner of the database anew."""
-    looks, open_to_read = [], sync.open_to_read
+    looks: list[Any] = []
 
     def count(*args: Any) -> Any:
         looks.append(args)
-        return open_to_read(*args)
+        return native.open_to_read(*args)
 
     monkeypatch.setattr(sync, "open_to_read", count)
     with connect(mesh) as connection:
