@@ -113,6 +113,15 @@ def database_stamp(database: Path) -> tuple[Stamp, Stamp]:
     return _stamp_of(real), beside and beside[:-1]
 
 
+def settled(stamp: tuple[Stamp, Stamp]) -> tuple[Stamp, Stamp] | None:
+    """Return the stamp unless somebody wrote a moment ago.
+
+    What is being committed changes the stamp first, and can be read only after an fsync.
+    """
+    written = (part[3] / 1e9 for part in stamp if part)
+    return None if any(abs(time.time() - at) < _STAMP_SECONDS for at in written) else stamp
+
+
 def _stamp_of(path: str | Path) -> Stamp:
     try:
         status = os.stat(path)

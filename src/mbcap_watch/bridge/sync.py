@@ -7,7 +7,14 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, Stamp, database_stamp, load
+from mbcap_watch.bridge.loading import (
+    Fingerprint,
+    LoadedSnapshot,
+    Stamp,
+    database_stamp,
+    load,
+    settled,
+)
 from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, SnapshotError, SnapshotUnreadable
 from mbcap_watch.results import PersistResult, Reason, Timings
@@ -207,6 +214,7 @@ class Syncer:
             delta = {}
         # A `-wal` that the last sync left is our own.
         stamp = database_stamp(path)
+        looked = settled(stamp)
         is_ours = self._owes_checkpoint and stamp == self._database_stamp
         grace = 0.0 if is_ours else self._settings.wal_grace
         try:
@@ -217,7 +225,7 @@ class Syncer:
         self._refused = {key for _, key in tally.failed}
         keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
         self._sample = {key: values[key] for key in keys if key not in self._refused}
-        self._looked_stamp, self._largest = stamp, tally.largest
+        self._looked_stamp, self._largest = looked, tally.largest
         self._database_stamp = database_stamp(path)
         return None
 
@@ -253,7 +261,7 @@ class Syncer:
         stamp, known = database_stamp(self._settings.database), self._largest
         if stamp == self._looked_stamp or self._error or not self._sample:
             return False
-        tally, values = Tally(), self._applied
+        looked, tally, values = settled(stamp), Tally(), self._applied
 
         def look() -> Steps:
             yield from self._steps(self._sample, tally)
@@ -271,7 +279,7 @@ class Syncer:
             grown = (last > known.get(table, last) for table, last in tally.largest.items())
             differs = differs or any(grown)
         if not differs:
-            self._looked_stamp, self._largest = stamp, tally.largest
+            self._looked_stamp, self._largest = looked, tally.largest
         return differs
 
     def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:
