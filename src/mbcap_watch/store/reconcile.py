@@ -199,12 +199,7 @@ class _Work:
     """
 
     def __init__(
-        self,
-        tally: Tally,
-        batch_rows: int,
-        downgrade: Downgrade,
-        holds: plan.Holds,
-        pages: Pages,
+        self, tally: Tally, batch_rows: int, downgrade: Downgrade, holds: plan.Holds, pages: Pages
     ) -> None:
         self._tally = tally
         self._batch_rows = batch_rows
