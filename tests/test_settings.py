@@ -29,6 +29,7 @@ def test_defaults() -> None:
         "wal_grace": 60.0,
         "max_bytes": 12_582_912,
         "downgrade": "allow",
+        "downgrade_hold": 600.0,
     }
 
 
@@ -145,7 +146,8 @@ def test_a_bad_value_names_its_setting(name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", ["databse", "Mode", "poll-interval", "log_level", ""])
 def test_an_unknown_name_is_told_with_those_that_are_known(name: str) -> None:
-    with pytest.raises(SettingsError, match=r"unknown setting; known: database, .*downgrade$") as e:
+    known = r"unknown setting; known: database, .*downgrade_hold$"
+    with pytest.raises(SettingsError, match=known) as e:
         make(**{name: 1})
     assert e.value.setting == name
 

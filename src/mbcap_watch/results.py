@@ -51,6 +51,7 @@ class PersistResult:
         set_back: rows that were written again although this bridge had applied the same snapshot
             before, and that held another value meanwhile: a trigger or another writer has set
             them back. A row without a value (0 and no evidence) is a node that returned.
+        held: keys with a lowering that waits, because of `downgrade = "hold"`.
         written_at: `writtenAt` as in the file.
         error: what went wrong, for people; None if nothing did.
         seconds: how long all of it took.
@@ -74,6 +75,7 @@ class PersistResult:
     changed_inactive: int = 0
     failed_rows: int = 0
     set_back: int = 0
+    held: int = 0
     written_at: str | None = None
     error: str | None = None
     seconds: float = 0.0

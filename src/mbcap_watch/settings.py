@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 Mode = Literal["auto", "inotify", "poll"]
-Downgrade = Literal["allow", "never"]
+Downgrade = Literal["allow", "hold", "never"]
 
 SNAPSHOT_DIR_NAME = "mbcap-snapshot"
 
@@ -252,7 +252,12 @@ class Settings:
         "Refuse larger snapshots. Reading takes ten times the size in memory.",
     )
     downgrade: Choice[Downgrade] = Choice(
-        "allow", get_args(Downgrade), "Whether suspected may replace a stored confirmed."
+        "allow",
+        get_args(Downgrade),
+        "Whether suspected may replace a stored confirmed; hold: after downgrade_hold.",
+    )
+    downgrade_hold: Duration = Duration(
+        "10m", "100ms", "How long every snapshot has to ask for a downgrade; with downgrade = hold."
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FIELDS = [
     *("outcome", "reason", "entries", "skipped_unknown", "skipped_unrecognized", "unmatched"),
     *("matched_active", "matched_inactive", "changed_active", "changed_inactive", "failed_rows"),
-    *("set_back", "written_at", "error", "seconds", "lock_seconds"),
+    *("set_back", "held", "written_at", "error", "seconds", "lock_seconds"),
 ]
 PLAIN = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 

@@ -26,6 +26,7 @@ VALUES: dict[str, list[tuple[str, object]]] = {
     "wal_grace": [("2s", 2.0), ("3s", 3.0), ("4s", 4.0)],
     "max_bytes": [("2KiB", 2048), ("3KiB", 3072), ("4KiB", 4096)],
     "downgrade": [("never", "never"), ("allow", "allow"), ("never", "never")],
+    "downgrade_hold": [("2m", 120.0), ("3m", 180.0), ("4m", 240.0)],
     "log_level": [("debug", "debug"), ("warning", "warning"), ("error", "error")],
     "log_format": [("json", "json"), ("text", "text"), ("json", "json")],
     "http": [

@@ -438,11 +438,12 @@ def test_the_table_has_the_outputs() -> None:
         "log": Output(problem="nobody reads it", last_good=NOW - 60),
         "http": Output(last_good=NOW - 5),
     }
-    stats = msgspec.structs.replace(well().stats, outputs=outputs, set_back=3)
+    stats = msgspec.structs.replace(well().stats, outputs=outputs, set_back=3, held=7)
     out = " ".join(shown(stats, judge(stats)).split())
     assert "log nobody reads it (last worked 1 min ago)" in out
     assert "http works (last worked 5 s ago)" in out
     assert "0 refused, 3 set back" in out
+    assert "7 downgrades wait" in out
 
 
 def test_a_remedy_stands_below_its_problem() -> None:

@@ -99,6 +99,7 @@ def test_what_the_publisher_reads(answers: Ack, directory: Path) -> None:
     "told,persisted",
     [
         (result("unchanged"), True),
+        (result("applied", held=1), False),
         (result("applied", failed_rows=1, error="nodes: the row 'aa' could not be written"), False),
         (result("unchanged", error="nodes has no columns yet"), False),
         (result("malformed", written_at=None, error="no JSON"), False),

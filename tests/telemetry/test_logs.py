@@ -187,6 +187,7 @@ def test_the_line_of_an_applied_snapshot_has_all_the_counts() -> None:
             skipped_unknown=11,
             skipped_unrecognized=12,
             unmatched=13,
+            held=17,
             changed_active=14,
             changed_inactive=15,
             failed_rows=16,
@@ -197,10 +198,11 @@ def test_the_line_of_an_applied_snapshot_has_all_the_counts() -> None:
     )
     assert line == (
         "applied: 29 rows changed (14 active, 15 inactive, 16 refused) of 100 entries,"
-        " 11 unknown, 12 unrecognized, 13 unmatched; 17.1 ms, lock held for at most 18.2 ms;"
-        " rename, written at 2026-07-18T08:47:37Z"
+        " 11 unknown, 12 unrecognized, 13 unmatched, 17 held; 17.1 ms, lock held for at most"
+        " 18.2 ms; rename, written at 2026-07-18T08:47:37Z"
     )
     assert "refused" not in summary(APPLIED)
+    assert "held," not in summary(APPLIED)
 
 
 POLLING = WatchState(mode="poll", why="asked for")

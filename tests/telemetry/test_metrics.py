@@ -66,6 +66,15 @@ def test_rows_that_were_set_back_are_counted_and_the_last_time_is_kept() -> None
     assert (stats.set_back, stats.last_set_back, stats.last_set_back_at) == (5, 2, NOW - 10)
 
 
+def test_what_is_held_is_told_as_of_the_last_comparison() -> None:
+    metrics = make()
+    for each in (result("applied", held=3), result("busy", "locked"), result("malformed", "torn")):
+        metrics.on_result(each)
+        assert metrics.snapshot(NOW).held == 3
+    metrics.on_result(result("unchanged"))
+    assert metrics.snapshot(NOW).held == 0
+
+
 def test_results_are_counted() -> None:
     metrics = make()
     metrics.on_result(result("applied", changed_active=3, changed_inactive=2, failed_rows=1))

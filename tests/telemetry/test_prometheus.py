@@ -60,6 +60,7 @@ def stats(*, error: str | None = None) -> Stats:
             matched_active=3,
             changed_active=3,
             set_back=4,
+            held=7,
             written_at="2026-07-18T08:47:37Z",
         )
     )
@@ -94,6 +95,7 @@ EXPECTED = {
     ("syncs_total", "rename"): 1,
     ("rows_changed_total", "nodes"): 3,
     ("rows_set_back_total",): 4,
+    ("held",): 7,
     ("rearms_total",): 2,
     ("snapshot_entries",): 5,
     ("snapshot_unmatched",): 1,

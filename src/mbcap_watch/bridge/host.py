@@ -64,7 +64,8 @@ async def apply_snapshot(
             is taken for each page of rows that is read and for each batch that is written, and
             given back in between. Do not hold it when calling.
         batch_rows: rows per transaction.
-        downgrade: whether `suspected` may replace a stored `confirmed`.
+        downgrade: whether `suspected` may replace a stored `confirmed`. `hold` lowers nothing
+            here: a single call remembers no earlier snapshot.
 
     Returns:
         The same as the bridge's; a busy database is reported at once, as `busy`.

@@ -108,7 +108,19 @@ def load(
 def database_stamp(database: Path) -> tuple[Stamp, Stamp]:
     """Return what changes whenever somebody writes to the database or its `-wal`."""
     real = os.path.realpath(database)  # that is where SQLite has the -wal
-    return _stamp_of(real), _stamp_of(f"{real}-wal")
+    beside = _stamp_of(f"{real}-wal")
+    # Root's SQLite gives a -wal that it opens to the owner of the database, and so the -wal gets
+    # another ctime from whoever only reads.
+    return _stamp_of(real), beside and beside[:-1]
+
+
+def settled(stamp: tuple[Stamp, Stamp]) -> tuple[Stamp, Stamp] | None:
+    """Return the stamp unless somebody wrote a moment ago.
+
+    What is being committed changes the stamp first, and can be read only after an fsync.
+    """
+    written = (part[3] / 1e9 for part in stamp if part)
+    return None if any(abs(time.time() - at) < _STAMP_SECONDS for at in written) else stamp
 
 
 def _stamp_of(path: str | Path) -> Stamp:

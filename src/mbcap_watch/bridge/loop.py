@@ -156,11 +156,13 @@ class Bridge:
             # A torn file is repaired without a rename. The pauses grow until the sweep, or the
             # poll, is soon enough.
             return _growing(_FIRST_PAUSE, attempt, self._settings.sweep_interval)
+        growing: float | None = None
         if error is None and report.result is not None and report.result.error:
             # A table still waits for its columns, or a row was refused: that may change soon, or
             # never. The pauses grow until the resync is soon enough.
-            return _growing(self._settings.sweep_interval, attempt, self._settings.resync)
-        return None
+            growing = _growing(self._settings.sweep_interval, attempt, self._settings.resync)
+        due_in = report.due and max(0.0, report.due - time.monotonic())
+        return min((each for each in (growing, due_in) if each is not None), default=None)
 
     def _is_worth_telling(self, report: SyncReport) -> bool:
         """A busy database is normal: it is reported only after `busy_deadline`."""

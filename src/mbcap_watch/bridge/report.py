@@ -68,6 +68,7 @@ def describe(
         changed_inactive=tally.changed["inactive_nodes"],
         failed_rows=len(tally.failed),
         set_back=set_back,
+        held=tally.held,
         written_at=written_at and printable(written_at, QUOTED),
         error=_error_text(tally, error),
         cause=_cause(tally, error),

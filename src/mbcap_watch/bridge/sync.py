@@ -7,21 +7,28 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, Stamp, database_stamp, load
+from mbcap_watch.bridge.loading import (
+    Fingerprint,
+    LoadedSnapshot,
+    Stamp,
+    database_stamp,
+    load,
+    settled,
+)
 from mbcap_watch.bridge.report import Unforeseen, describe
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, SnapshotError, SnapshotUnreadable
 from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan, wal
 from mbcap_watch.store.connection import open_database
 from mbcap_watch.store.native import open_to_read
-from mbcap_watch.store.reconcile import Tally, reconcile
+from mbcap_watch.store.reconcile import Tally, compare_new, reconcile
 from mbcap_watch.store.steps import preview_steps, run_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mbcap_watch.settings import Settings
-    from mbcap_watch.store.steps import Steps
+    from mbcap_watch.store.steps import Steps, Table
 
 OnProgress: TypeAlias = "Callable[[int, int], object]"
 Values: TypeAlias = dict[str, plan.Value]
@@ -48,6 +55,7 @@ class SyncReport:
         is_new: whether the snapshot differs from that of the sync before.
         error: why the snapshot or the database could not be used; None if both could.
         owes_checkpoint: whether another sync must empty the `-wal` that this one filled.
+        due: when the first lowering that waits may be written, by time.monotonic(); None without.
 
     """
 
@@ -56,6 +64,7 @@ class SyncReport:
     is_new: bool = False
     error: Error | None = None
     owes_checkpoint: bool = False
+    due: float | None = None
 
 
 class _Attempt(NamedTuple):  # to apply a snapshot, in one sync or more
@@ -84,6 +93,7 @@ class Syncer:
         self._error: Error | None = None
         self._unfinished: _Attempt | None = None
         self._owes_checkpoint = False
+        self._holds = plan.Holds(settings.downgrade_hold)
         self._behind = False  # whether there was a new snapshot since the last full comparison
         self._whole: Fingerprint | None = None  # of the files when every row was last as wanted
         # By time.monotonic(): when the file was last looked at, and when the file before it was
@@ -91,7 +101,11 @@ class Syncer:
         self._looked_at = self._replaced_after = time.monotonic()
         self._applied: Values | None = None
         self._sample: Values = {}  # of what the last comparison left
+        self._refused: set[str] = set()
         self._database_stamp: tuple[Stamp, Stamp] | None = None
+        # Before the database was last compared, or looked at.
+        self._looked_stamp: tuple[Stamp, Stamp] | None = None
+        self._largest: dict[Table, int] = {}  # rowids, at that time
 
     async def sync(
         self,
@@ -121,7 +135,7 @@ class Syncer:
         stamp = self._snapshot_stamp if trust_stat else None
         loaded = self._load(before_reading, before if only_if_changed else None, stamp)
         is_known = only_if_changed and loaded.fingerprint == before
-        if is_known and reason == "sweep" and self._was_overwritten():
+        if is_known and reason == "sweep" and self._is_outdated():
             loaded, is_known = self._load(), False
         now = loaded.fingerprint
         is_new = before is None or before.snapshot != now.snapshot
@@ -136,12 +150,15 @@ class Syncer:
         error: Error | None = loaded.error
         timings: Timings | None = None
         if loaded.desired is not None:
+            if reason == "once":  # without a memory of earlier snapshots, nothing is lowered
+                self._holds = plan.Holds()
+            self._holds.read(loaded.desired.values, looked_at)
             error = await self._apply(loaded.desired.values, tally)
             if error is None:
                 timings = self._timings(loaded, tally)
                 self._applied = loaded.desired.values if loaded.size <= KEPT_BYTES else None
                 self._behind = False
-                self._whole = None if tally.failed or tally.waiting else now
+                self._whole = None if tally.failed or tally.waiting or tally.held else now
         self._error = error
         self._owes_checkpoint = tally.owes_checkpoint
         self._unfinished = attempt if isinstance(error, DatabaseBusy) else None
@@ -152,6 +169,7 @@ class Syncer:
             is_new=is_new,
             error=error,
             owes_checkpoint=tally.owes_checkpoint,
+            due=None if error else min(self._holds.waiting, default=None),
         )
 
     def close(self) -> None:
@@ -165,7 +183,7 @@ class Syncer:
         changes: list[tuple[str, plan.Change]] = []
         if loaded.desired is not None:
             try:
-                changes = self._differences(loaded.desired.values, attempt.tally)
+                changes = self._differences(self._steps(loaded.desired.values, attempt.tally))
             except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
                 error = self._unforeseen.of_database(exc)
         return _result("once", loaded, attempt, error), changes
@@ -195,20 +213,29 @@ class Syncer:
         if len(delta) * DELTA_SHARE > len(values):
             delta = {}
         # A `-wal` that the last sync left is our own.
-        is_ours = self._owes_checkpoint and database_stamp(path) == self._database_stamp
+        stamp = database_stamp(path)
+        looked = settled(stamp)
+        is_ours = self._owes_checkpoint and stamp == self._database_stamp
         grace = 0.0 if is_ours else self._settings.wal_grace
         try:
             async with open_database(path, tally, grace) as database:
-                await run_steps(self._steps(values, tally, delta), database, get_on)
+                await run_steps(self._steps(values, tally, delta, self._holds), database, get_on)
         except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
             return self._unforeseen.of_database(exc)
-        refused = {key for _, key in tally.failed}
+        self._refused = {key for _, key in tally.failed}
         keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
-        self._sample = {key: values[key] for key in keys if key not in refused}
+        self._sample = {key: values[key] for key in keys if key not in self._refused}
+        self._looked_stamp, self._largest = looked, tally.largest
         self._database_stamp = database_stamp(path)
         return None
 
-    def _steps(self, values: Values, tally: Tally, delta: Values | None = None) -> Steps:
+    def _steps(
+        self,
+        values: Values,
+        tally: Tally,
+        delta: Values | None = None,
+        holds: plan.Holds | None = None,
+    ) -> Steps:
         settings = self._settings
         return reconcile(
             settings.database,
@@ -217,29 +244,42 @@ class Syncer:
             delta=delta,
             batch_rows=settings.batch_rows,
             downgrade=settings.downgrade,
+            holds=holds,
         )
 
-    def _differences(self, values: Values, tally: Tally) -> list[tuple[str, plan.Change]]:
+    def _differences(self, steps: Steps) -> list[tuple[str, plan.Change]]:
         with open_to_read(self._settings.database, self._settings.wal_grace) as (connection, _):
-            return preview_steps(self._steps(values, tally), connection)
+            return preview_steps(steps, connection)
 
-    def _was_overwritten(self) -> bool:
-        """Whether somebody has replaced the content of the database.
+    def _is_outdated(self) -> bool:
+        """Whether rows differ again from a snapshot that was applied, as far as a look can tell.
 
-        A file that was moved into place has another inode; one that was copied over has not, so a
-        few keys are looked up. Only where the files changed, as they do with every packet.
+        Somebody may have replaced the content of the database: a file that was moved into place has
+        another inode; one that was copied over has not, so a few keys are looked up. And a node may
+        have returned, as a new row. Only where the files changed, as they do with every packet.
         """
-        stamp = database_stamp(self._settings.database)
-        if stamp == self._database_stamp or not self._sample:
+        stamp, known = database_stamp(self._settings.database), self._largest
+        if stamp == self._looked_stamp or self._error or not self._sample:
             return False
+        looked, tally, values = settled(stamp), Tally(), self._applied
+
+        def look() -> Steps:
+            yield from self._steps(self._sample, tally)
+            if values is not None:
+                yield from compare_new(values, known, tally, self._settings.downgrade)
+
         try:
-            differs = bool(self._differences(self._sample, Tally()))
+            changes = self._differences(look())
         except DatabaseBusy:
             return False  # the next sweep asks again
         except Exception:  # noqa: BLE001 - a full sync says what it is
             return True
+        differs = any(change.public_key not in self._refused for _, change in changes)
+        if values is None:  # any new row may be one of the snapshot's
+            grown = (last > known.get(table, last) for table, last in tally.largest.items())
+            differs = differs or any(grown)
         if not differs:
-            self._database_stamp = stamp
+            self._looked_stamp, self._largest = looked, tally.largest
         return differs
 
     def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:

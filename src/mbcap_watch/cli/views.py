@@ -98,6 +98,8 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     yield "because of", _counts(stats.reasons)
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
     yield "rows changed", f"{changed}, {stats.failed_rows} refused, {stats.set_back} set back"
+    if stats.held:
+        yield "held", f"{stats.held} downgrades wait"
     yield "lag", _summary(stats.lag_ms)
     yield "write lock", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _summary(lock.waits)

@@ -18,10 +18,10 @@ from mbcap_watch.errors import SchemaMissing
 from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.store import plan
 from mbcap_watch.store.errors import message
-from mbcap_watch.store.steps import LOOKUP, PROBE, SCAN, SIZE, Query, Write, served
+from mbcap_watch.store.steps import LOOKUP, NEWER, PROBE, SCAN, SIZE, Query, Write, served
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mbcap_watch.settings import Downgrade
@@ -79,6 +79,8 @@ class Tally:
         waits: for the write lock, in seconds, one per transaction; the latest `MAX_TIMES`.
         holds: of the write lock, in seconds, likewise.
         committed_at: when rows were last committed, in seconds since the epoch; None before.
+        held: keys whose lowering waits.
+        largest: the largest rowid of each table that has rowids, from before it was compared.
         owes_checkpoint: whether a `-wal` that was empty before a write has still to be emptied:
             somebody was reading from it.
 
@@ -95,6 +97,8 @@ class Tally:
     waits: deque[float] = dataclasses.field(default_factory=_times)
     holds: deque[float] = dataclasses.field(default_factory=_times)
     committed_at: float | None = None
+    held: int = 0
+    largest: dict[Table, int] = dataclasses.field(default_factory=dict)
     owes_checkpoint: bool = False
 
     def refuse(self, table: Table, changes: Sequence[plan.Change], why: str) -> None:
@@ -110,13 +114,15 @@ def reconcile(
     delta: dict[str, plan.Value] | None = None,
     batch_rows: int,
     downgrade: Downgrade,
+    holds: plan.Holds | None = None,
     pages: Pages = PAGES,
 ) -> Steps:
     """Make the rows what `values` says, by public key; count in `tally` what was done.
 
     Compares first, without the write lock; then writes only the rows that differ, in batches that
     each hold the lock for as long as one statement takes. The rows of `delta`, those of `values`
-    that are likely to differ, are written before all the others are compared.
+    that are likely to differ, are written before all the others are compared. Without `holds`, a
+    `hold` lowers nothing.
 
     Raises:
         SchemaMissing: no table can be served.
@@ -128,17 +134,47 @@ def reconcile(
     tally.waiting = obstacles or None
     if not tables:
         raise SchemaMissing(database, obstacles)
-    work = _Work(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade, pages)
+    holds = holds or plan.Holds()
+    work = _Work(tally, min(batch_rows, MAX_BATCH_ROWS), downgrade, holds, pages)
     if delta:
         yield from work.compare(delta, dict.fromkeys(tables, math.inf))
     for _ in range(MAX_PASSES):
-        yield from work.compare(values, (yield from _sizes(tables)))
+        sizes = yield from _sizes(tables)
+        tally.largest = {t: int(sizes.get(t, 0)) for t in tables if t.has_rowid}
+        holds.begin()
+        yield from work.compare(values, sizes)
         if not work.missed:
-            return
-    work.writes = False
-    yield from work.compare(values, (yield from _sizes(tables)))
-    for table, changes in work.pending.items():
-        tally.refuse(table, changes, "an UPDATE leaves it as it is")
+            break
+    else:
+        work.writes = False
+        yield from work.compare(values, (yield from _sizes(tables)))
+        for table, changes in work.pending.items():
+            tally.refuse(table, changes, "an UPDATE leaves it as it is")
+    holds.end({key for _, key in tally.failed})
+    tally.held = len(holds.waiting)
+
+
+def compare_new(
+    values: Mapping[str, plan.Value],
+    known: Mapping[Table, int],
+    tally: Tally,
+    downgrade: Downgrade,
+    pages: Pages = PAGES,
+) -> Steps:
+    """Compare only the rows that are new since the largest rowids were those of `known`.
+
+    The largest ones of now are those of `tally`. The last row counts as new: its rowid may have
+    been that of a row that was deleted.
+    """
+    for table in known.keys() & tally.largest.keys():
+        last = tally.largest[table]
+        first = min(known[table], last)
+        while first <= last:
+            sql = NEWER.format(table=table.name, row=table.row)
+            page = yield Query(sql, (first, pages.rows), is_page=True)
+            first = max(page.ids, default=last) + 1
+            if changes := plan.compare(values, page, downgrade).changes:
+                yield Write(table, changes, downgrade)
 
 
 def _sizes(tables: Sequence[Table]) -> Generator[Query, Any, dict[Table, float]]:
@@ -162,10 +198,13 @@ class _Work:
     changed between reading and writing them.
     """
 
-    def __init__(self, tally: Tally, batch_rows: int, downgrade: Downgrade, pages: Pages) -> None:
+    def __init__(
+        self, tally: Tally, batch_rows: int, downgrade: Downgrade, holds: plan.Holds, pages: Pages
+    ) -> None:
         self._tally = tally
         self._batch_rows = batch_rows
         self._downgrade = downgrade
+        self._holds = holds
         self._pages = pages
         self._seen: set[str] = set()
         self.writes = True
@@ -208,7 +247,7 @@ class _Work:
             yield from self._compare(table, some, page)
 
     def _compare(self, table: Table, values: Mapping[str, plan.Value], page: plan.Page) -> Steps:
-        matched, changes = plan.compare(values, page, self._downgrade)
+        matched, changes = plan.compare(values, page, self._downgrade, self._holds)
         self._tally.matched[table.name] += len(matched)
         self._seen.update(matched)
         self.pending[table] += changes
@@ -221,10 +260,21 @@ class _Work:
             batch = pending[: self._batch_rows]
             lengths = itertools.accumulate(len(change.after[1] or "") for change in batch)
             del batch[1 + sum(length < BATCH_CHARACTERS for length in lengths) :]
-            yield from self._write(table, batch)
+            for downgrade, changes in self._by_guard(batch):
+                yield from self._write(table, changes, downgrade)
             del pending[: len(batch)]
 
-    def _write(self, table: Table, changes: Sequence[plan.Change]) -> Steps:
+    def _by_guard(self, batch: list[plan.Change]) -> Iterator[tuple[Downgrade, list[plan.Change]]]:
+        """Part those rows that may be lowered from those that must not be, raised meanwhile."""
+        if self._downgrade != "hold":
+            yield self._downgrade, batch
+            return
+        for is_lower in (False, True):
+            some = [c for c in batch if plan.lowers(c.before[0], c.after[0]) is is_lower]
+            if some:
+                yield "allow" if is_lower else "never", some
+
+    def _write(self, table: Table, changes: Sequence[plan.Change], downgrade: Downgrade) -> Steps:
         """Write a batch; where a row is refused, write the others.
 
         A row that a trigger or a constraint refuses takes its batch down. Halving finds it in a
@@ -232,7 +282,7 @@ class _Work:
         then it is the table that refuses.
         """
         tally = self._tally
-        written = yield Write(table, changes, self._downgrade)
+        written = yield Write(table, changes, downgrade)
         tally.changed[table.name] += written.rows
         blank = sum(change.before in ((0, None), (0, "")) for change in changes)
         tally.revalued += max(0, written.rows - blank)
@@ -245,5 +295,5 @@ class _Work:
             tally.refuse(table, changes, message(written.error))
             return
         half = len(changes) // 2
-        yield from self._write(table, changes[:half])
-        yield from self._write(table, changes[half:])
+        yield from self._write(table, changes[:half], downgrade)
+        yield from self._write(table, changes[half:], downgrade)

@@ -95,6 +95,7 @@ _ROWS: Final = (
 )
 # Not LIMIT: as a subquery with a limit, a page takes half as long again.
 SCAN: Final = _ROWS + " WHERE {row} > ? AND {row} <= ?"
+NEWER: Final = _ROWS + " WHERE {row} >= ? ORDER BY {row} LIMIT ?"
 LOOKUP: Final = _ROWS + " WHERE public_key IN ({keys})"
 
 # One statement is one transaction, which nothing can tear: neither a cancellation nor a thread

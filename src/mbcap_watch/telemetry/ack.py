@@ -125,8 +125,8 @@ class Ack:
 
 def _news(result: PersistResult) -> object:
     """Return what makes one result differ from another for a publisher."""
-    in_database = result.compared
-    return in_database or result.outcome, result.written_at, result.error
+    in_database = result.compared or result.outcome
+    return in_database, result.written_at, result.error, result.held > 0
 
 
 def encode(result: PersistResult) -> bytes:
@@ -135,7 +135,7 @@ def encode(result: PersistResult) -> bytes:
     answer = {
         "writtenAt": fields.pop("written_at"),
         "resultAt": timestamp.now(),
-        "persisted": result.compared and result.error is None,
+        "persisted": result.compared and result.error is None and not result.held,
         "outcome": fields.pop("outcome"),
         "error": fields.pop("error"),
         **fields,

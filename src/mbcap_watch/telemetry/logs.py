@@ -231,12 +231,14 @@ class ResultLog:
 def summary(result: PersistResult) -> str:
     """Return one line on an applied snapshot."""
     failed = f", {result.failed_rows} refused" if result.failed_rows else ""
+    held = f", {result.held} held" if result.held else ""
     return (
         f"{result.outcome}: {result.changed} rows changed ({result.changed_active} active,"
         f" {result.changed_inactive} inactive{failed}) of {result.entries} entries,"
         f" {result.skipped_unknown} unknown, {result.skipped_unrecognized} unrecognized,"
-        f" {result.unmatched} unmatched; {result.seconds * 1000:.1f} ms, lock held for at most"
-        f" {result.lock_seconds * 1000:.1f} ms; {result.reason}, written at {result.written_at}"
+        f" {result.unmatched} unmatched{held}; {result.seconds * 1000:.1f} ms, lock held for at"
+        f" most {result.lock_seconds * 1000:.1f} ms; {result.reason}, written at"
+        f" {result.written_at}"
     )
 
 

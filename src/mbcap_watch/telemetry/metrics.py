@@ -103,6 +103,7 @@ class Metrics:
                 news |= {"last_set_back": result.set_back, "last_set_back_at": now}
         if result.compared:
             news |= {"last_apply": now, "last_apply_outcome": result.outcome}
+            news["held"] = result.held
         if result.compared or result.written_at is not None or result.outcome == "no_snapshot":
             news["snapshot_written_at"] = result.written_at
             news["snapshot_time"] = seconds_of(result.written_at)

@@ -62,6 +62,7 @@ def _metrics(stats: Stats, healthy: bool, codes: list[str]) -> Iterator[Metric]:
     yield _counter("rows_changed", "Rows written, by table.", rows, "table")
     yield _counter("rows_refused", "Rows refused, at every try.", stats.failed_rows)
     yield _counter("rows_set_back", "Rows that others had set back.", stats.set_back)
+    yield _gauge("held", "Keys with a downgrade that waits.", stats.held)
     yield _counter("rearms", "Inotify watches armed anew.", watch.rearms)
     yield _counter("sweep_hits", "Changes found without an event.", watch.sweep_hits)
     yield _counter("read_errors", "Syncs that were refused the file.", watch.read_errors)
