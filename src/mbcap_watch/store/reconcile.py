@@ -80,7 +80,8 @@ class Tally:
         holds: of the write lock, in seconds, likewise.
         committed_at: when rows were last committed, in seconds since the epoch; None before.
         held: keys whose lowering waits.
-        largest: the largest rowid of each table that has rowids, from before it was compared.
+        largest: the largest rowid of each table that has rowids, and none below 0, from before it
+            was compared.
         owes_checkpoint: whether a `-wal` that was empty before a write has still to be emptied:
             somebody was reading from it.
 
@@ -140,7 +141,8 @@ def reconcile(
         yield from work.compare(delta, dict.fromkeys(tables, math.inf))
     for _ in range(MAX_PASSES):
         sizes = yield from _sizes(tables)
-        tally.largest = {t: int(sizes.get(t, 0)) for t in tables if t.has_rowid}
+        bounds = {table: sizes.get(table, 0) for table in tables if table.has_rowid}
+        tally.largest = {table: int(most) for table, most in bounds.items() if most < math.inf}
         holds.begin()
         yield from work.compare(values, sizes)
         if not work.missed:
@@ -181,7 +183,7 @@ def _sizes(tables: Sequence[Table]) -> Generator[Query, Any, dict[Table, float]]
     """Return the tables that have rows, each with its size.
 
     The size is the largest rowid, which is found at once; it counts deleted rows, too, but an
-    upper bound will do. Of a table without rowids it is not known.
+    upper bound will do. Without rowids, or with some below 0, it is not known.
     """
     sizes = ", ".join(
         SIZE.format(table=table.name, row=table.row) if table.has_rowid else "0" for table in tables
