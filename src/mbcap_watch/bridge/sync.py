@@ -7,19 +7,27 @@ import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+from mbcap_watch.bridge.host import HOST_BATCH_ROWS, HOST_PAGES
 from mbcap_watch.bridge.loading import Fingerprint, LoadedSnapshot, Stamp, database_stamp, load
 from mbcap_watch.bridge.report import Unforeseen, describe
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, SnapshotError, SnapshotUnreadable
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    EventLoopError,
+    SnapshotError,
+    SnapshotUnreadable,
+)
 from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan, wal
 from mbcap_watch.store.connection import open_database
 from mbcap_watch.store.native import open_to_read
-from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.steps import preview_steps, run_steps
+from mbcap_watch.store.reconcile import PAGES, Tally, reconcile
+from mbcap_watch.store.steps import Preview, preview_steps, run_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mbcap_watch.bridge.host import HostConnection
     from mbcap_watch.settings import Settings
     from mbcap_watch.store.steps import Steps
 
@@ -66,7 +74,8 @@ class _Attempt(NamedTuple):  # to apply a snapshot, in one sync or more
 class Syncer:
     """Syncs one database with one snapshot, and remembers what it has seen of the files.
 
-    `alive` is called whenever a sync gets on, `on_progress` as `persist_once` says.
+    `alive` is called whenever a sync gets on, `on_progress` as `persist_once` says. With `host`,
+    rows are read and written through its connection, and no file of the database is opened.
     """
 
     def __init__(
@@ -74,8 +83,10 @@ class Syncer:
         settings: Settings,
         alive: Callable[[], None] = lambda: None,
         on_progress: OnProgress = lambda *_: None,
+        host: HostConnection | None = None,
     ) -> None:
         self._settings = settings
+        self._host = host
         self._alive = alive
         self._on_progress = on_progress
         self._unforeseen = Unforeseen(settings)
@@ -121,7 +132,7 @@ class Syncer:
         stamp = self._snapshot_stamp if trust_stat else None
         loaded = self._load(before_reading, before if only_if_changed else None, stamp)
         is_known = only_if_changed and loaded.fingerprint == before
-        if is_known and reason == "sweep" and self._was_overwritten():
+        if is_known and reason == "sweep" and await self._was_overwritten():
             loaded, is_known = self._load(), False
         now = loaded.fingerprint
         is_new = before is None or before.snapshot != now.snapshot
@@ -156,7 +167,8 @@ class Syncer:
 
     def close(self) -> None:
         """Leave no descriptor behind."""
-        wal.release(self._settings.database)
+        if self._host is None:
+            wal.release(self._settings.database)
 
     def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a sync would report and the changes it would make; make none. Blocks."""
@@ -197,9 +209,12 @@ class Syncer:
         # A `-wal` that the last sync left is our own.
         is_ours = self._owes_checkpoint and database_stamp(path) == self._database_stamp
         grace = 0.0 if is_ours else self._settings.wal_grace
+        opened = self._host.open if self._host else open_database
         try:
-            async with open_database(path, tally, grace) as database:
+            async with opened(path, tally, grace) as database:
                 await run_steps(self._steps(values, tally, delta), database, get_on)
+        except EventLoopError:
+            raise  # the host's loop is closed, which ends the bridge
         except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
             return self._unforeseen.of_database(exc)
         refused = {key for _, key in tally.failed}
@@ -209,21 +224,32 @@ class Syncer:
         return None
 
     def _steps(self, values: Values, tally: Tally, delta: Values | None = None) -> Steps:
-        settings = self._settings
+        settings, rows, pages = self._settings, self._settings.batch_rows, PAGES
+        if self._host is not None:
+            rows, pages = min(rows, HOST_BATCH_ROWS), HOST_PAGES
         return reconcile(
             settings.database,
             values,
             tally,
             delta=delta,
-            batch_rows=settings.batch_rows,
+            batch_rows=rows,
             downgrade=settings.downgrade,
+            pages=pages,
         )
 
     def _differences(self, values: Values, tally: Tally) -> list[tuple[str, plan.Change]]:
         with open_to_read(self._settings.database, self._settings.wal_grace) as (connection, _):
             return preview_steps(self._steps(values, tally), connection)
 
-    def _was_overwritten(self) -> bool:
+    async def _sample_differs(self) -> bool:
+        if self._host is None:
+            return bool(self._differences(self._sample, Tally()))
+        async with self._host.open(self._settings.database, Tally()) as lent:
+            preview = Preview(lent)
+            await run_steps(self._steps(self._sample, Tally()), preview)
+            return lent.connection is not lent.last or bool(preview.changes)
+
+    async def _was_overwritten(self) -> bool:
         """Whether somebody has replaced the content of the database.
 
         A file that was moved into place has another inode; one that was copied over has not, so a
@@ -233,7 +259,7 @@ class Syncer:
         if stamp == self._database_stamp or not self._sample:
             return False
         try:
-            differs = bool(self._differences(self._sample, Tally()))
+            differs = await self._sample_differs()
         except DatabaseBusy:
             return False  # the next sweep asks again
         except Exception:  # noqa: BLE001 - a full sync says what it is
