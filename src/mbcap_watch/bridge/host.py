@@ -96,7 +96,14 @@ async def apply_snapshot(
         desired = plan.desired_state(snapshot.entries)
     error: DatabaseError | None = None
     database = Path("the host's database")
-    steps = reconcile(database, desired.values, tally, batch_rows=batch_rows, downgrade=downgrade)
+    steps = reconcile(
+        database,
+        desired.values,
+        tally,
+        batch_rows=batch_rows,
+        downgrade=downgrade,
+        pages=HOST_PAGES,
+    )
     try:
         with as_database_errors(database):
             await run_steps(steps, _HostAccess(lambda: connection, lock, tally))
