@@ -154,8 +154,10 @@ class BridgeThread(DaemonThread[T]):
 
     async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         self.stopped = True
+        if self._thread is None or not self._thread.is_alive():
+            return  # also in a child that was forked: the thread is the parent's, and so its loop
         self.call(self._cancel)
-        if exc_type is GeneratorExit or not self.started:
+        if exc_type is GeneratorExit:
             return  # a coroutine that is being closed may not wait
         await wait_shielded(self.ended, self._patience)
         self._join()
