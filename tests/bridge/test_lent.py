@@ -257,6 +257,7 @@ async def test_a_short_transaction_is_not_worth_telling(database: Path) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in 3.12")
 async def test_a_connection_that_is_always_in_a_transaction(database: Path) -> None:
     async with host(database, busy_deadline=0.01, options={"autocommit": False}) as made:
+        publish(database, "x")
         result = await made.results.next("busy")
         assert "autocommit=False" in str(result.error)
 
