@@ -23,6 +23,7 @@ NAMES: Final = (
     "idle",
     "startup",
     "stalls",
+    "single_writer",
 )
 
 

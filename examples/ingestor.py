@@ -3,8 +3,8 @@
     python examples/ingestor.py --publish --seconds 5
 
 It receives adverts, from a synthetic mesh or with `--mqtt` from a broker, keeps `nodes` and
-`inactive_nodes` as CoreScope does, and has the server's snapshots written into both: by `run`,
-beside it, or with `--single-writer` through the ingestor's only connection.
+`inactive_nodes` as CoreScope does, and has `run` write the server's snapshots into both: through a
+connection of the bridge's own or, with `--single-writer`, through the ingestor's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from mbcap_watch import (
     Trigger,
     apply_snapshot,
     ensure_snapshot_dir,
-    persist_once,
     read_snapshot,
     run,
     write_snapshot,
@@ -125,7 +124,6 @@ class Ingestor:
 
     connection: aiosqlite.Connection
     settings: Settings
-    single_writer: bool
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     trigger: Trigger = dataclasses.field(default_factory=Trigger)
     newcomers: bool = False
@@ -147,9 +145,7 @@ class Ingestor:
         while True:
             await anyio.sleep(0.25)
             await self.retire(timestamp(ago=stale))
-            if self.single_writer:
-                await self.look()
-            elif self.newcomers:  # the resync would come minutes later
+            if self.newcomers:  # the resync would come minutes later
                 self.newcomers = False
                 self.trigger.sync_now()
 
@@ -166,17 +162,10 @@ class Ingestor:
                 finally:
                     await self.connection.rollback()  # of no effect after the commit
 
-    async def look(self) -> None:
-        """Have the snapshot applied. A single writer does so at every tick.
-
-        That is cheap, because what does not differ is not written, and newcomers are seen to.
-        """
-        if self.single_writer:
-            snapshot = await self.snapshot()
-            result = await apply_snapshot(self.connection, snapshot, lock=self.lock)
-        else:
-            result = await persist_once(self.settings)
-        self.report(result)
+    async def catch_up(self) -> None:
+        """Have the snapshot applied to what came, or came back, since the bridge's last sync."""
+        snapshot = await self.snapshot()
+        self.report(await apply_snapshot(self.connection, snapshot, lock=self.lock))
 
     async def snapshot(self) -> Snapshot:
         """Read the snapshot; one that is not there or not whole changes no row: it is empty."""
@@ -247,11 +236,12 @@ async def serve(options: argparse.Namespace, database: Path) -> bool:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with aiosqlite.connect(database, isolation_level=None) as connection:
             await connection.executescript(SCHEMA)
-            ingestor = Ingestor(connection, settings, options.single_writer)
+            ingestor = Ingestor(connection, settings)
+            bridge = partial(run, on_result=ingestor.report, trigger=ingestor.trigger)
+            if options.single_writer:
+                bridge = partial(bridge, connection=connection, lock=ingestor.lock)
             async with anyio.create_task_group() as group:
-                if not options.single_writer:
-                    bridge = partial(run, on_result=ingestor.report, trigger=ingestor.trigger)
-                    await group.start(bridge, settings)  # until it watches
+                await group.start(bridge, settings)  # until it watches
                 group.start_soon(ingestor.keep_house, stale)
                 group.start_soon(ingestor.ingest, adverts)
                 if options.publish:
@@ -260,7 +250,7 @@ async def serve(options: argparse.Namespace, database: Path) -> bool:
                 with anyio.move_on_after(options.seconds):
                     await anext(signals)
                 group.cancel_scope.cancel()
-            await ingestor.look()  # at what came, or came back, since the last look
+            await ingestor.catch_up()
             return await ingestor.summarize()
 
 

@@ -88,12 +88,20 @@ async def test_a_host_that_cancels_leaves_nothing_behind(database: Path) -> None
             other.execute("BEGIN IMMEDIATE")
 
 
-async def test_only_the_hosts_own_connection_needs_asyncio(anyio_backend: str) -> None:
+async def test_only_the_hosts_own_connection_needs_asyncio(
+    database: Path, anyio_backend: str
+) -> None:
     if anyio_backend == "asyncio":
         pytest.skip("it is asyncio")
     connection: Any = None  # aiosqlite could not even make one
     with pytest.raises(EventLoopError, match="aiosqlite"):
         await apply_snapshot(connection, Snapshot(), lock=anyio.Lock())
+    lent: dict[str, Any] = {"connection": connection or (lambda: None), "lock": anyio.Lock()}
+    with pytest.raises(EventLoopError, match="aiosqlite"):
+        await run(quiet(database), **lent)
+    with pytest.raises(EventLoopError, match="aiosqlite"):
+        async with watch(quiet(database), **lent):
+            pass
 
 
 # ------------------------------------------------------------------------------ slow hosts

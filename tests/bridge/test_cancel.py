@@ -15,12 +15,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import aiosqlite
 import anyio
 import pytest
 
-from mbcap_watch import PersistResult, Settings, persist_once, run, snapshot_path
+from mbcap_watch import PersistResult, Settings, persist_once, run, snapshot_path, watch
 from support import (
     DEADLINE,
     at_rest,
@@ -34,6 +37,7 @@ from support import (
     put,
     read_line,
     read_rows,
+    thread_names,
     threads_beside,
     wait_until,
 )
@@ -273,6 +277,50 @@ def test_run_is_cancelled_at_every_turn(
 
         strike(work, kind, at)
         check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bridge_on_the_hosts_connection_is_cancelled_at_every_turn(
+    database: Path, kind: Kind
+) -> None:
+    """Its lock is free then, no task uses it, no cursor pins the WAL, and it can go on."""
+    connection = asyncio.run(opened(database))
+    settings = Settings(database, batch_rows=20)
+    versions = [document(*((key, status, text) for key in KEYS)) for status, text in VALUES]
+    threads = Counter(thread_names())
+    left, ended = list[asyncio.Task[Any]](), list[int]()
+
+    async def work(lock: asyncio.Lock) -> None:
+        try:
+            # Not a task group of anyio: that hangs if the host cancels all tasks while one starts.
+            async with watch(settings, connection=connection, lock=lock):
+                pass
+            ended.append(at)
+        finally:
+            left.extend(task for task in asyncio.all_tasks() if "_HostAccess" in repr(task))
+
+    moments = range(1, 120, 3)
+    for at in (*moments, -1):
+        put(versions[at % 2], snapshot_path(database))
+        lock = asyncio.Lock()
+        strike(partial(work, lock), kind, at)
+        assert not left
+        assert not lock.locked()
+        wait_until(lambda: Counter(thread_names()) <= threads, "an end of the bridge's threads")
+        assert not connection.in_transaction
+        with connect(database, timeout=0) as other:
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+            busy, *_ = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            assert not busy, "a cursor is open"
+    assert ended[-1] == -1
+    assert len(ended) < len(moments) - 5
+    asyncio.run(connection.close())
+    assert {row[2:] for row in read_rows(database)} == {(1, "b")}
+
+
+async def opened(database: Path) -> aiosqlite.Connection:
+    return await aiosqlite.connect(database, isolation_level=None)
 
 
 @pytest.mark.parametrize("seed", range(3))

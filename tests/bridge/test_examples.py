@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import re
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.system
 
-INGESTOR = TESTS.parent / "examples" / "ingestor.py"
+EXAMPLES = TESTS.parent / "examples"
+INGESTOR = EXAMPLES / "ingestor.py"
 STRICT = (sys.executable, "-u", "-X", "dev", "-W", "error")
 MODES = pytest.mark.parametrize("mode", [(), ("--single-writer",)], ids=["run", "single-writer"])
 SUP = {"confirmed": 2, "suspected": 1}
@@ -149,6 +151,51 @@ def test_a_wrong_row_is_told_by_the_exit_code(tmp_path: Path, mode: tuple[str, .
         # In one table or in both: it may have gone stale and come back.
         assert counts(process.out.read_text().splitlines()[-1])[3] in (1, 2)
     assert {key for _, key, sup, _ in read_rows(database) if sup == 2} == set(others)
+
+
+# ------------------------------------------------------------------------------ other hosts
+
+
+def test_a_task_group(database: Path) -> None:
+    command = [*STRICT, str(EXAMPLES / "task_group.py"), str(database)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as host:
+        try:
+            assert host.stdout is not None
+            assert host.stdout.readline().split() == [b"start", b"no_snapshot", b"0"]
+            write_snapshot(database, Snapshot((Entry("aa11", "confirmed"),)))
+            assert host.stdout.readline().split() == [b"rename", b"applied", b"1"]
+            host.send_signal(signal.SIGINT)
+            _, errors = host.communicate(timeout=DEADLINE)
+            assert (host.returncode, but_for_slowness(errors.decode())) == (0, "")
+        finally:
+            host.kill()
+    assert ("nodes", "aa11", 2, "") in read_rows(database)
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_lifespan(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an ASGI server does: start, a few requests, shut down."""
+    monkeypatch.setenv("DB_PATH", str(database))
+    app = runpy.run_path(str(EXAMPLES / "lifespan.py"))["app"]
+    state: dict[str, Any] = {}
+    events, sent = asyncio.Queue[dict[str, str]](), asyncio.Queue[dict[str, Any]]()
+
+    async def confirmed() -> int:
+        await app({"type": "http", "state": state}, events.get, sent.put)
+        assert (await sent.get())["status"] == 200
+        return int((await sent.get())["body"].split()[0])
+
+    served = asyncio.create_task(app({"type": "lifespan", "state": state}, events.get, sent.put))
+    await events.put({"type": "lifespan.startup"})
+    assert await sent.get() == {"type": "lifespan.startup.complete"}
+    assert await confirmed() == 1
+    write_snapshot(database, Snapshot((Entry("aa11", "confirmed"), Entry("ee55", "confirmed"))))
+    while await confirmed() < 3:
+        await asyncio.sleep(0.01)
+    await events.put({"type": "lifespan.shutdown"})
+    assert await sent.get() == {"type": "lifespan.shutdown.complete"}
+    await served
 
 
 # ------------------------------------------------------------------------------ a broker

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from mbcap_watch import Settings, apply_snapshot, persist_once, read_snapshot, snapshot_path
-from mbcap_watch.bridge import sync
+from mbcap_watch.bridge import spot, sync
 from mbcap_watch.store import native
 from support import (
     DEADLINE,
@@ -175,7 +175,7 @@ async def test_a_single_call_lowers_nothing(mesh: Path) -> None:
 @pytest.fixture
 def hardly_any_spot_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """It finds a small mesh's returning node as well, if that is among its keys."""
-    monkeypatch.setattr(sync, "SPOT_CHECKED", 1)
+    monkeypatch.setattr(spot, "KEYS", 1)
 
 
 @pytest.mark.usefixtures("hardly_any_spot_check")
@@ -284,7 +284,7 @@ async def test_without_rowids_a_node_waits_for_the_resync(
             )
         connection.execute("INSERT INTO nodes VALUES ('aa', 2, 'advert')")
         put(document(("aa", "confirmed", "advert"), ("bb", "suspected")), snapshot_path(database))
-        monkeypatch.setattr(sync, "SPOT_CHECKED", 0)
+        monkeypatch.setattr(spot, "KEYS", 0)
         async with bridge(database, sweep_interval="20ms", resync="500ms") as results:
             connection.execute("INSERT INTO nodes (public_key) VALUES ('bb')")
             result = await results.next("applied")

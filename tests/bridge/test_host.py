@@ -396,6 +396,10 @@ async def host(database: str) -> None:
         trigger.sync_now()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(run(settings, on_state=on_state))
+    async with aiosqlite.connect(database) as own:
+        await run(settings, connection=own, lock=asyncio.Lock())
+        async with watch(settings, connection=lambda: own, lock=anyio.Lock()) as results:
+            print(results.state.mode)
     async with watch(settings, buffer=8) as results:
         async for result in results:
             on_result(result)

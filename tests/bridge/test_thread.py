@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
+from mbcap_watch.bridge.report import SyncReport
 from mbcap_watch.bridge.service import Border
-from mbcap_watch.bridge.sync import SyncReport
 from mbcap_watch.bridge.thread import BridgeThread, in_daemon_thread
 from mbcap_watch.results import PersistResult, WatchState
 from support import DEADLINE, open_descriptors, until

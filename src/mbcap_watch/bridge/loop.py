@@ -26,8 +26,9 @@ from mbcap_watch.watcher.supervisor import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mbcap_watch.bridge.lent import HostConnection
+    from mbcap_watch.bridge.report import SyncReport
     from mbcap_watch.bridge.service import Border
-    from mbcap_watch.bridge.sync import SyncReport
     from mbcap_watch.results import Reason
     from mbcap_watch.settings import Settings
 
@@ -49,14 +50,18 @@ class Bridge:
     """
 
     def __init__(
-        self, settings: Settings, border: Border, call: Callable[[Callable[[], None]], None]
+        self,
+        settings: Settings,
+        border: Border,
+        call: Callable[[Callable[[], None]], None],
+        host: HostConnection | None,
     ) -> None:
         self._settings = settings
         self._border = border
         self._call = call
         self._scheduler = Scheduler(settings, time.monotonic())
         self._watch = Watch(settings, partial(self._tell_scheduler, self._scheduler.notify))
-        self._syncer = Syncer(settings, border.alive)
+        self._syncer = Syncer(settings, border.alive, host=host)
         self._wake = anyio.Event()
         self._error: Exception | None = None  # of the last sync
         self._attempt = 0

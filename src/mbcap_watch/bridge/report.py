@@ -1,10 +1,11 @@
-"""The result of a sync, put together for people and programs, and errors that nobody foresaw."""
+"""What came of a sync, put together for people and programs, and errors that nobody foresaw."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import traceback
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from mbcap_watch.errors import (
     QUOTED,
@@ -22,7 +23,7 @@ from mbcap_watch.errors import (
     printable,
     quoted,
 )
-from mbcap_watch.results import Outcome, PersistResult, Reason
+from mbcap_watch.results import Outcome, PersistResult, Reason, Timings
 from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
 from mbcap_watch.store.plan import DesiredState
 from mbcap_watch.store.reconcile import Tally
@@ -42,6 +43,31 @@ _OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
     (ForeignWal, "foreign_wal"),
     (DatabaseBusy, "busy"),
 )
+
+
+Error: TypeAlias = SnapshotError | DatabaseError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What came of a sync.
+
+    Attributes:
+        result: for the host; None if the files are those of the sync before, and nothing was done.
+        timings: None if the database was not compared.
+        is_new: whether the snapshot differs from that of the sync before.
+        error: why the snapshot or the database could not be used; None if both could.
+        owes_checkpoint: whether another sync must empty the `-wal` that this one filled.
+        due: when the first lowering that waits may be written, by time.monotonic(); None without.
+
+    """
+
+    result: PersistResult | None
+    timings: Timings | None = None
+    is_new: bool = False
+    error: Error | None = None
+    owes_checkpoint: bool = False
+    due: float | None = None
 
 
 def describe(

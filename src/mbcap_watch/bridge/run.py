@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import anyio
 
+from mbcap_watch.bridge.lent import lent
 from mbcap_watch.bridge.loop import LONGEST_PAUSE, busy_pause
 from mbcap_watch.bridge.report import out_of_resources
 from mbcap_watch.bridge.service import Service
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
 
+    from mbcap_watch.bridge.host import Lock
+    from mbcap_watch.bridge.lent import Lendable
     from mbcap_watch.bridge.sync import OnProgress
     from mbcap_watch.results import PersistResult, Timings, WatchState
     from mbcap_watch.settings import Settings
@@ -154,6 +157,8 @@ async def run(
     on_state: Hook[WatchState] = None,
     on_timings: Hook[Timings] = None,
     trigger: Trigger | None = None,
+    connection: Lendable | None = None,
+    lock: Lock | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Bridge snapshots into the database until cancelled.
@@ -174,14 +179,21 @@ async def run(
             answering, and every few seconds during a long sync.
         on_timings: called with the `Timings` of every sync that compared the database.
         trigger: lets the host say "sync now".
+        connection: of a host that stays the only writer: rows are read and written through it, in
+            the host's loop, and nothing of it is changed. No file of the database is opened then.
+            Or a function that returns the current one, or None while there is none, called in the
+            host's loop under `lock`.
+        lock: what the host holds whenever it uses `connection`, such as an `asyncio.Lock`. It is
+            taken for each page that is read and each batch that is written, and free in between.
         task_status: for `TaskGroup.start`.
 
     Raises:
-        EventLoopError: no asyncio or trio runs here.
+        EventLoopError: no asyncio or trio runs here, or, with `connection`, no asyncio.
+        TypeError: `connection` was given without `lock`, or the reverse.
 
     """
     is_up = False
-    async with Service(settings) as service:
+    async with Service(settings, host=lent(connection, lock)) as service:
         border = service.border
         with (trigger or Trigger()).connected(service.sync_now):
             while True:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 import anyio
 
+from mbcap_watch.bridge.lent import lent, require_both
 from mbcap_watch.bridge.loop import Bridge
-from mbcap_watch.bridge.report import out_of_resources
-from mbcap_watch.bridge.sync import SyncReport
+from mbcap_watch.bridge.report import SyncReport, out_of_resources
 from mbcap_watch.bridge.thread import BridgeThread
 from mbcap_watch.limits import STUCK_SECONDS
 from mbcap_watch.results import PersistResult, WatchState
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from typing import Self
 
+    from mbcap_watch.bridge.host import Lock
+    from mbcap_watch.bridge.lent import HostConnection, Lendable
     from mbcap_watch.bridge.thread import CallHost
     from mbcap_watch.settings import Settings
 
@@ -121,12 +123,17 @@ class Border:
 class Service(BridgeThread[NoReturn]):
     """A bridge in a thread of its own, which `run` and `watch` have in common."""
 
-    def __init__(self, settings: Settings, buffer: int = DEFAULT_BUFFER) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        buffer: int = DEFAULT_BUFFER,
+        host: HostConnection | None = None,
+    ) -> None:
         super().__init__(self._serve)
         self._settings = settings
         self._was_refused = False
         self.border = Border(self.call_host, buffer)
-        self._bridge = Bridge(settings, self.border, self.call)
+        self._bridge = Bridge(settings, self.border, self.call, host)
         self.sync_now = self._bridge.sync_now
 
     async def news(self) -> bool:
@@ -197,7 +204,11 @@ class Results:
 
 
 def watch(
-    settings: Settings, *, buffer: int = DEFAULT_BUFFER
+    settings: Settings,
+    *,
+    buffer: int = DEFAULT_BUFFER,
+    connection: Lendable | None = None,
+    lock: Lock | None = None,
 ) -> AbstractAsyncContextManager[Results]:
     """Run a bridge for as long as the context lasts, and iterate over its results.
 
@@ -212,16 +223,21 @@ def watch(
         buffer: results kept for a slow host. The bridge never waits for the host: when there are
             more, the oldest are dropped. What is dropped is only the report; the rows are written
             all the same.
+        connection: as for `run`.
+        lock: as for `run`.
 
     """
     if buffer < 1:
         raise ValueError(f"buffer must be at least 1, got {buffer}")
-    return _watching(settings, buffer)
+    require_both(connection, lock)
+    return _watching(settings, buffer, connection, lock)
 
 
 @contextlib.asynccontextmanager
-async def _watching(settings: Settings, buffer: int) -> AsyncIterator[Results]:
-    async with Service(settings, buffer) as service:
+async def _watching(
+    settings: Settings, buffer: int, connection: Lendable | None, lock: Lock | None
+) -> AsyncIterator[Results]:
+    async with Service(settings, buffer, lent(connection, lock)) as service:
         results = Results(service)
         await service.news()
         # The first sync is done, or may never be.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+from mbcap_watch.bridge.host import HOST_BATCH_ROWS, HOST_PAGES
 from mbcap_watch.bridge.loading import (
     Fingerprint,
     LoadedSnapshot,
@@ -15,56 +15,35 @@ from mbcap_watch.bridge.loading import (
     load,
     settled,
 )
-from mbcap_watch.bridge.report import Unforeseen, describe
-from mbcap_watch.errors import DatabaseBusy, DatabaseError, SnapshotError, SnapshotUnreadable
+from mbcap_watch.bridge.report import Error, SyncReport, Unforeseen, describe
+from mbcap_watch.bridge.spot import SpotCheck, Values
+from mbcap_watch.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    EventLoopError,
+    SnapshotUnreadable,
+)
 from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan, wal
 from mbcap_watch.store.connection import open_database
 from mbcap_watch.store.native import open_to_read
-from mbcap_watch.store.reconcile import Tally, compare_new, reconcile
+from mbcap_watch.store.reconcile import PAGES, Tally, reconcile
 from mbcap_watch.store.steps import preview_steps, run_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mbcap_watch.bridge.lent import HostConnection
     from mbcap_watch.settings import Settings
-    from mbcap_watch.store.steps import Steps, Table
+    from mbcap_watch.store.steps import Steps
 
 OnProgress: TypeAlias = "Callable[[int, int], object]"
-Values: TypeAlias = dict[str, plan.Value]
-Error: TypeAlias = SnapshotError | DatabaseError
 
 # The desired state is kept up to this size of its file (17,000 entries, 4 MB), to write first what
 # is new in the next one: without, a rename of 2,400 entries takes half as long again to be seen.
 KEPT_BYTES: Final = 2 << 20
 
 DELTA_SHARE: Final = 4  # above one new entry in so many, writing them first saves nothing
-
-# Keys that are looked up where the database's files changed, to see whether it was overwritten by
-# a backup in place. A full comparison each time would cost what the resync does.
-SPOT_CHECKED: Final = 50
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SyncReport:
-    """What came of a sync.
-
-    Attributes:
-        result: for the host; None if the files are those of the sync before, and nothing was done.
-        timings: None if the database was not compared.
-        is_new: whether the snapshot differs from that of the sync before.
-        error: why the snapshot or the database could not be used; None if both could.
-        owes_checkpoint: whether another sync must empty the `-wal` that this one filled.
-        due: when the first lowering that waits may be written, by time.monotonic(); None without.
-
-    """
-
-    result: PersistResult | None
-    timings: Timings | None = None
-    is_new: bool = False
-    error: Error | None = None
-    owes_checkpoint: bool = False
-    due: float | None = None
 
 
 class _Attempt(NamedTuple):  # to apply a snapshot, in one sync or more
@@ -75,7 +54,8 @@ class _Attempt(NamedTuple):  # to apply a snapshot, in one sync or more
 class Syncer:
     """Syncs one database with one snapshot, and remembers what it has seen of the files.
 
-    `alive` is called whenever a sync gets on, `on_progress` as `persist_once` says.
+    `alive` is called whenever a sync gets on, `on_progress` as `persist_once` says. With `host`,
+    rows are read and written through its connection, and no file of the database is opened.
     """
 
     def __init__(
@@ -83,8 +63,10 @@ class Syncer:
         settings: Settings,
         alive: Callable[[], None] = lambda: None,
         on_progress: OnProgress = lambda *_: None,
+        host: HostConnection | None = None,
     ) -> None:
         self._settings = settings
+        self._host = host
         self._alive = alive
         self._on_progress = on_progress
         self._unforeseen = Unforeseen(settings)
@@ -100,12 +82,8 @@ class Syncer:
         # last seen. At the start, both are now.
         self._looked_at = self._replaced_after = time.monotonic()
         self._applied: Values | None = None
-        self._sample: Values = {}  # of what the last comparison left
-        self._refused: set[str] = set()
         self._database_stamp: tuple[Stamp, Stamp] | None = None
-        # Before the database was last compared, or looked at.
-        self._looked_stamp: tuple[Stamp, Stamp] | None = None
-        self._largest: dict[Table, int] = {}  # rowids, at that time
+        self._spot_check = SpotCheck()
 
     async def sync(
         self,
@@ -135,7 +113,7 @@ class Syncer:
         stamp = self._snapshot_stamp if trust_stat else None
         loaded = self._load(before_reading, before if only_if_changed else None, stamp)
         is_known = only_if_changed and loaded.fingerprint == before
-        if is_known and reason == "sweep" and self._is_outdated():
+        if is_known and reason == "sweep" and await self._is_outdated():
             loaded, is_known = self._load(), False
         now = loaded.fingerprint
         is_new = before is None or before.snapshot != now.snapshot
@@ -174,7 +152,8 @@ class Syncer:
 
     def close(self) -> None:
         """Leave no descriptor behind."""
-        wal.release(self._settings.database)
+        if self._host is None:
+            wal.release(self._settings.database)
 
     def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a sync would report and the changes it would make; make none. Blocks."""
@@ -183,7 +162,7 @@ class Syncer:
         changes: list[tuple[str, plan.Change]] = []
         if loaded.desired is not None:
             try:
-                changes = self._differences(self._steps(loaded.desired.values, attempt.tally))
+                changes = self._preview(self._steps(loaded.desired.values, attempt.tally))
             except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
                 error = self._unforeseen.of_database(exc)
         return _result("once", loaded, attempt, error), changes
@@ -214,18 +193,18 @@ class Syncer:
             delta = {}
         # A `-wal` that the last sync left is our own.
         stamp = database_stamp(path)
-        looked = settled(stamp)
+        before = settled(stamp)
         is_ours = self._owes_checkpoint and stamp == self._database_stamp
         grace = 0.0 if is_ours else self._settings.wal_grace
+        opened = self._host.open if self._host is not None else open_database
         try:
-            async with open_database(path, tally, grace) as database:
+            async with opened(path, tally, grace) as database:
                 await run_steps(self._steps(values, tally, delta, self._holds), database, get_on)
+        except EventLoopError:
+            raise  # the host's loop is closed, which ends the bridge
         except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
             return self._unforeseen.of_database(exc)
-        self._refused = {key for _, key in tally.failed}
-        keys = random.sample(list(values), min(SPOT_CHECKED, len(values)))
-        self._sample = {key: values[key] for key in keys if key not in self._refused}
-        self._looked_stamp, self._largest = looked, tally.largest
+        self._spot_check.remember(values, tally, before)
         self._database_stamp = database_stamp(path)
         return None
 
@@ -236,51 +215,42 @@ class Syncer:
         delta: Values | None = None,
         holds: plan.Holds | None = None,
     ) -> Steps:
-        settings = self._settings
+        settings, rows, pages = self._settings, self._settings.batch_rows, PAGES
+        if self._host is not None:
+            rows, pages = min(rows, HOST_BATCH_ROWS), HOST_PAGES
         return reconcile(
             settings.database,
             values,
             tally,
             delta=delta,
-            batch_rows=settings.batch_rows,
+            batch_rows=rows,
             downgrade=settings.downgrade,
             holds=holds,
+            pages=pages,
         )
 
-    def _differences(self, steps: Steps) -> list[tuple[str, plan.Change]]:
+    def _preview(self, steps: Steps) -> list[tuple[str, plan.Change]]:
         with open_to_read(self._settings.database, self._settings.wal_grace) as (connection, _):
             return preview_steps(steps, connection)
 
-    def _is_outdated(self) -> bool:
-        """Whether rows differ again from a snapshot that was applied, as far as a look can tell.
-
-        Somebody may have replaced the content of the database: a file that was moved into place has
-        another inode; one that was copied over has not, so a few keys are looked up. And a node may
-        have returned, as a new row. Only where the files changed, as they do with every packet.
-        """
-        stamp, known = database_stamp(self._settings.database), self._largest
-        if stamp == self._looked_stamp or self._error or not self._sample:
+    async def _is_outdated(self) -> bool:
+        """Whether the spot check finds that rows differ again."""
+        path, tally = self._settings.database, Tally()
+        stamp = database_stamp(path)
+        if self._error or not self._spot_check.is_due(stamp):
             return False
-        looked, tally, values = settled(stamp), Tally(), self._applied
-
-        def look() -> Steps:
-            yield from self._steps(self._sample, tally)
-            if values is not None:
-                yield from compare_new(values, known, tally, self._settings.downgrade)
-
+        downgrade = self._settings.downgrade
+        steps = self._spot_check.steps(self._steps, tally, self._applied, downgrade)
         try:
-            changes = self._differences(look())
+            if self._host is None:
+                changes = self._preview(steps)
+            else:
+                changes = await self._host.preview(path, steps)
         except DatabaseBusy:
             return False  # the next sweep asks again
         except Exception:  # noqa: BLE001 - a full sync says what it is
             return True
-        differs = any(change.public_key not in self._refused for _, change in changes)
-        if values is None:  # any new row may be one of the snapshot's
-            grown = (last > known.get(table, last) for table, last in tally.largest.items())
-            differs = differs or any(grown)
-        if not differs:
-            self._looked_stamp, self._largest = looked, tally.largest
-        return differs
+        return self._spot_check.finds_any(changes, tally, self._applied, stamp)
 
     def _timings(self, loaded: LoadedSnapshot, tally: Tally) -> Timings:
         lag = None

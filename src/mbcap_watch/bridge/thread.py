@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # hangs in the kernel.
 LEAVE_SECONDS: Final = 2.0
 
+# How often to see whether another loop was closed with our task in it.
+_CLOSED_SECONDS: Final = 0.5
+
 # A loop has an epoll instance and a pair of sockets.
 _DESCRIPTORS: Final = 3
 
@@ -151,8 +154,10 @@ class BridgeThread(DaemonThread[T]):
 
     async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         self.stopped = True
+        if self._thread is None or not self._thread.is_alive():
+            return  # also in a child that was forked: the thread is the parent's, and so its loop
         self.call(self._cancel)
-        if exc_type is GeneratorExit or not self.started:
+        if exc_type is GeneratorExit:
             return  # a coroutine that is being closed may not wait
         await wait_shielded(self.ended, self._patience)
         self._join()
@@ -208,3 +213,45 @@ async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
             task.exception()  # retrieved, so that asyncio does not log it; the caller is leaving
         raise
     return task.result()
+
+
+async def in_other_loop(
+    loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]
+) -> asyncio.Task[T]:
+    """Run `work()` as a task of a loop in another thread; return the task once it has ended.
+
+    A caller that is cancelled has the task cancelled, and goes down once that has ended. A task
+    that is cancelled over there does not cancel the caller.
+
+    Raises:
+        EventLoopError: the other loop is closed.
+
+    """
+    here, ended = asyncio.get_running_loop(), anyio.Event()
+    tasks: list[asyncio.Task[T]] = []
+
+    def tell(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits
+            here.call_soon_threadsafe(ended.set)
+
+    def start() -> None:
+        tasks.append(loop.create_task(work()))
+        tasks[0].add_done_callback(tell)
+
+    async def call_and_wait(function: Callable[[], object]) -> None:
+        while not ended.is_set():
+            try:
+                loop.call_soon_threadsafe(function)
+            except RuntimeError as exc:
+                raise EventLoopError("the event loop of the host's connection is closed") from exc
+            function = int  # of no effect
+            with anyio.move_on_after(_CLOSED_SECONDS):
+                await ended.wait()
+
+    try:
+        await call_and_wait(start)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await call_and_wait(lambda: tasks[0].cancel())  # noqa: PLW0108 - `start` comes first
+        raise
+    return tasks[0]

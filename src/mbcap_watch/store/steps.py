@@ -171,6 +171,19 @@ class Access(Protocol):
         """Write the batch; an error that is not about single rows is raised."""
 
 
+class Preview:
+    """Runs the steps that read over `access`, and keeps what the others would have written."""
+
+    def __init__(self, access: Access) -> None:
+        self.query = access.query
+        self.changes: list[tuple[str, Change]] = []
+
+    async def write(self, step: Write) -> Written:
+        """Keep the batch."""
+        self.changes += [(step.table.name, change) for change in step.changes]
+        return Written(len(step.changes))
+
+
 async def run_steps(
     steps: Steps, access: Access, on_step: Callable[[], None] = lambda: None
 ) -> None:

@@ -41,6 +41,7 @@ class Wal(enum.Enum):
 
 
 _opening: Final[dict[str, threading.Lock]] = {}
+os.register_at_fork(after_in_child=_opening.clear)  # one that was held then would be so for ever
 
 
 def opening_lock(database: Path) -> threading.Lock:

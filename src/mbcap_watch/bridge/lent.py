@@ -1,0 +1,123 @@
+"""A bridge through the host's own connection: each of its steps is a task of the host's loop."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+import anyio
+
+from mbcap_watch.bridge.host import HOSTS, HostAccess, Lock, asyncio_loop
+from mbcap_watch.bridge.thread import in_other_loop
+from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, TransactionOpen
+from mbcap_watch.store.errors import as_database_errors, is_busy
+from mbcap_watch.store.reconcile import Tally
+from mbcap_watch.store.steps import Preview, Query, Write, Written, run_steps
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+
+    import aiosqlite
+
+    from mbcap_watch.store import plan
+    from mbcap_watch.store.steps import Steps
+
+T = TypeVar("T")
+Lendable: TypeAlias = "aiosqlite.Connection | Callable[[], aiosqlite.Connection | None]"
+
+# The pause between two steps, in seconds: the host's own statements wait for a step to end.
+_PAUSE: Final = 0.001
+
+# How long a step waits for the host's lock, or for a transaction to end; then the sync is `busy`.
+_PATIENCE: Final = 2.0
+_TRANSACTION_PAUSE: Final = 0.02
+
+
+class HostConnection:
+    """The host's connection, which a bridge uses from its own thread, in the host's loop."""
+
+    def __init__(self, connection: Lendable, lock: Lock) -> None:
+        self._loop = asyncio_loop()
+        self._connection = connection
+        self._lock = lock
+        self._last: Callable[[], aiosqlite.Connection | None] = lambda: None
+
+    @contextlib.asynccontextmanager
+    async def open(self, path: Path, tally: Tally, _: float = 0.0) -> AsyncIterator[_Lent]:
+        """Lend the connection for one sync, as `store.connection.open_database` opens a file."""
+        lent = _Lent(self._current, self._lock, tally, _PATIENCE)
+        lent.loop, lent.last = self._loop, self._last()
+        with as_database_errors(path):
+            yield lent
+        self._last = weakref.ref(lent.connection)
+
+    async def preview(self, path: Path, steps: Steps) -> list[tuple[str, plan.Change]]:
+        """Run only the steps that read; return, by table, what the others would have written.
+
+        Raises:
+            DatabaseFailed: this is not the connection of the last sync.
+
+        """
+        async with self.open(path, Tally()) as lent:
+            preview = Preview(lent)
+            await run_steps(steps, preview)
+            if lent.connection is not lent.last:
+                raise DatabaseFailed(HOSTS, "was replaced by another one")
+            return preview.changes
+
+    def _current(self) -> aiosqlite.Connection | None:
+        lent = self._connection
+        return lent() if callable(lent) else lent
+
+
+def require_both(connection: Lendable | None, lock: Lock | None) -> None:
+    """Raise TypeError if one of the two is missing."""
+    if (connection is None) != (lock is None):
+        missing = "connection" if connection is None else "lock"
+        raise TypeError(f"connection and lock go together, and {missing} is missing")
+
+
+def lent(connection: Lendable | None, lock: Lock | None) -> HostConnection | None:
+    """Return the host's connection if it gives one; None if the bridge is to open its own."""
+    require_both(connection, lock)
+    return None if connection is None or lock is None else HostConnection(connection, lock)
+
+
+class _Lent(HostAccess):
+    """As its base, from the bridge's loop: each step is a task of the host's loop."""
+
+    loop: asyncio.AbstractEventLoop
+    last: aiosqlite.Connection | None  # that of the last sync
+
+    async def query(self, step: Query) -> list[Any] | plan.Page:
+        return await self._run(partial(super().query, step))
+
+    async def write(self, step: Write) -> Written:
+        written = await self._run(partial(super().write, step))
+        self._tally.committed_at = time.time()
+        return written
+
+    async def _run(self, step: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a step; try again for a while if somebody is in the midst of a transaction."""
+        give_up, pause = time.monotonic() + _PATIENCE, _PAUSE
+        while True:
+            await anyio.sleep(pause)
+            try:
+                task = await in_other_loop(self.loop, step)
+                if task.cancelled():
+                    text = "was taken away: the host has cancelled the task that used it"
+                    raise DatabaseBusy(HOSTS, text)
+                return task.result()
+            except TransactionOpen as exc:
+                if time.monotonic() >= give_up:
+                    raise DatabaseBusy(HOSTS, exc.problem) from exc
+            except sqlite3.OperationalError as exc:
+                if not is_busy(exc) or time.monotonic() >= give_up:
+                    raise
+            pause = _TRANSACTION_PAUSE

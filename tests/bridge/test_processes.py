@@ -1,0 +1,173 @@
+"""Hosts that start processes while a bridge runs: by fork, by spawn, and anew in their place."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+import pytest
+
+from mbcap_watch import Entry, Snapshot, write_snapshot
+from mbcap_watch.store import wal
+from support import DEADLINE, make_database, read_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.system
+
+# Every program is a host with a bridge; `step(text)` publishes and waits until it landed.
+PREAMBLE = """
+    import asyncio, multiprocessing, os, sys
+    import aiosqlite
+    from mbcap_watch import Entry, Settings, Snapshot, persist_once, watch, write_snapshot
+
+    database, way = sys.argv[1:3]
+    settings = Settings(database)
+
+    def publish(text):
+        write_snapshot(database, Snapshot((Entry("aa11", "confirmed", text),)))
+
+    async def step(results, text):
+        publish(text)
+        while (result := await anext(results)).outcome != "applied":
+            assert result.outcome in ("no_snapshot", "unchanged"), result
+
+    def leave(child):
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    async def bridged(work):
+        if way == "own":
+            async with watch(settings) as results:
+                await work(results)
+        else:
+            async with aiosqlite.connect(database, isolation_level=None) as connection:
+                lock = asyncio.Lock()
+                async with watch(settings, connection=connection, lock=lock) as results:
+                    await work(results)
+"""
+
+FORKED = """
+    async def work(results):
+        await step(results, "before")
+        for moment in range(20):
+            publish(str(moment))  # the bridge may be doing anything
+            await asyncio.sleep(moment / 5000)
+            child = os.fork()
+            if child == 0:
+                try:
+                    # As a child that leaves what it was given: the contexts, and the descriptors.
+                    leaving = results_context.__aexit__(None, None, None)
+                    try:
+                        leaving.send(None)  # would wait for the end of the parent's thread
+                    except StopIteration:
+                        os.closerange(3, 100)
+                        os._exit(0)
+                finally:
+                    os._exit(1)
+            leave(child)
+        await step(results, "after")
+
+    async def main():
+        global results_context
+        options = {}
+        connection = await aiosqlite.connect(database, isolation_level=None)
+        if way != "own":
+            options = {"connection": connection, "lock": asyncio.Lock()}
+        results_context = watch(settings, **options)
+        results = await results_context.__aenter__()
+        await work(results)
+        await results_context.__aexit__(None, None, None)
+        await connection.close()
+
+    asyncio.run(main())
+    print("done")
+"""
+
+FORKED_WITH_ITS_OWN = """
+    async def once():
+        async with watch(settings):
+            pass
+        return await persist_once(settings)
+
+    async def work(results):
+        await step(results, "before")
+        for moment in range(10):
+            publish(str(moment))
+            await asyncio.sleep(moment / 5000)
+            child = os.fork()
+            if child == 0:
+                try:
+                    result = asyncio.run(once())
+                    os._exit(0 if result.outcome in ("applied", "unchanged") else 2)
+                finally:
+                    os._exit(1)
+            # The parent's loop goes on: the child's connection waits for that of nobody.
+            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+                await asyncio.sleep(0.01)
+            assert ended[1] == 0, ended
+        await step(results, "after")
+
+    asyncio.run(bridged(work))
+    print("done")
+"""
+
+SPAWNED = """
+    def child(settings):
+        async def sync():
+            async with watch(settings) as results:
+                return (await anext(results)).outcome
+        assert asyncio.run(sync()) in ("applied", "unchanged")
+
+    async def work(results):
+        await step(results, "before")
+        process = multiprocessing.get_context("spawn").Process(target=child, args=(settings,))
+        process.start()
+        while process.is_alive():
+            await asyncio.sleep(0.01)
+        assert process.exitcode == 0, process.exitcode
+        await step(results, "after")
+
+    if __name__ == "__main__":
+        asyncio.run(bridged(work))
+        print("done")
+"""
+
+RESTARTED = """
+    async def work(results):
+        await step(results, "before" if len(sys.argv) == 3 else "after")
+        if len(sys.argv) == 3:  # in the midst of everything, as a server does that reloads itself
+            os.execv(sys.executable, [sys.executable, *sys.argv, "again"])
+
+    asyncio.run(bridged(work))
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("way", ["own", "host"])
+@pytest.mark.parametrize(
+    "program",
+    [FORKED, FORKED_WITH_ITS_OWN, SPAWNED, RESTARTED],
+    ids=["forked", "forked, with a bridge of its own", "spawned", "restarted"],
+)
+def test_the_bridge_goes_on(tmp_path: Path, way: str, program: str) -> None:
+    database = make_database(tmp_path / "meshcore.db", [("nodes", "aa11", 0, None)])
+    write_snapshot(database, Snapshot((Entry("bb22", "confirmed"),)))
+    script = tmp_path / "host.py"  # spawn imports it
+    with script.open("w") as file:
+        file.write(textwrap.dedent(PREAMBLE) + textwrap.dedent(program))
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script), str(database), way]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+    assert read_rows(database) == {("nodes", "aa11", 2, "after")}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside other threads
+def test_a_child_does_not_inherit_that_a_database_is_being_opened(tmp_path: Path) -> None:
+    with wal.opening_lock(tmp_path):
+        if (child := os.fork()) == 0:
+            os._exit(0 if wal.opening_lock(tmp_path).acquire(blocking=False) else 1)
+        assert os.waitpid(child, 0) == (child, 0)
