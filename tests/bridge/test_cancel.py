@@ -297,7 +297,7 @@ def test_a_bridge_on_the_hosts_connection_is_cancelled_at_every_turn(
                 pass
             ended.append(at)
         finally:
-            left.extend(task for task in asyncio.all_tasks() if "_HostAccess" in repr(task))
+            left.extend(task for task in asyncio.all_tasks() if "HostAccess" in repr(task))
 
     moments = range(1, 120, 3)
     for at in (*moments, -1):

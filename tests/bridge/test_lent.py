@@ -373,7 +373,7 @@ async def test_a_host_that_cancels_what_uses_its_connection(database: Path) -> N
 
 
 def using() -> list[asyncio.Task[Any]]:
-    return [task for task in asyncio.all_tasks() if "_HostAccess" in repr(task)]
+    return [task for task in asyncio.all_tasks() if "HostAccess" in repr(task)]
 
 
 def test_a_loop_that_has_ended_ends_the_bridge(database: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_loop_that_has_ended_ends_the_bridge(database: Path) -> None:
             await seen.wait()
             await lock.acquire()
             write_snapshot(database, Snapshot((Entry("aa11", "confirmed"),)))
-            while not any("_HostAccess" in repr(task) for task in asyncio.all_tasks()):
+            while not any("HostAccess" in repr(task) for task in asyncio.all_tasks()):
                 await asyncio.sleep(0.01)
             return connection, task
 

@@ -70,7 +70,8 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
       1  anything else, such as a database that cannot be written
       2  usage or configuration
       3  the snapshot is malformed or refused
-      4  the database, or every table with both columns, is missing; or the -wal is another file's
+      4  the database, or every table with both columns, is missing; or
+         the -wal is another file's
       5  still busy at --busy-deadline
     """
     loaded = load(given)
