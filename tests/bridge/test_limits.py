@@ -34,9 +34,11 @@ from functools import partial
 from mbcap_watch import Settings, persist_once, run, snapshot_path, watch
 from mbcap_watch.cli import app as cli
 from mbcap_watch import apply_snapshot, read_snapshot
+from mbcap_watch.doctor.findings import catalogue
 import aiosqlite, anyio._backends._asyncio
 with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     cli.app(["run", "--help"])  # loads what the command line loads late
+catalogue()
 HARD = resource.getrlimit(resource.RLIMIT_NPROC)[1]
 if os.geteuid() == 0:
     os.setgroups([])
@@ -202,7 +204,7 @@ def test_the_daemon_says_so_and_goes_on(reachable: Path) -> None:
             line = process.stdout.readline()
             if "there is no limit" in line:
                 pytest.skip("this system does not keep RLIMIT_NPROC")
-            assert '"failed"' in line
+            assert '"failed"' in line, line or process.stderr.read()
             while "no thread can be started" not in process.stderr.readline():
                 assert process.poll() is None
             process.send_signal(signal.SIGUSR1)
