@@ -263,7 +263,7 @@ async def test_a_connection_that_is_always_in_a_transaction(database: Path) -> N
 
 
 async def test_a_lock_that_is_not_free(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbcap_watch.bridge.host._PATIENCE", 0.05)
+    monkeypatch.setattr("mbcap_watch.bridge.lent._PATIENCE", 0.05)
     async with host(database, busy_deadline=0.01) as made:
         async with made.lock:
             publish(database, "x")
