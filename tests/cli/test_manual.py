@@ -66,7 +66,7 @@ WATCHING = {"mode", "poll_interval", "sweep_interval", "resync", "debounce", "ma
     [
         ("run", set()),
         ("config", set()),
-        ("apply", WATCHING | {"ack", "http"}),
+        ("apply", WATCHING | {"ack", "http", "downgrade_hold"}),
         ("publish", set(DECLARED) - {"database", "snapshot_dir", "max_bytes"}),
         ("status", set(DECLARED) - {"database", "snapshot_dir"}),
     ],
