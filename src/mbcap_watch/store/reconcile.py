@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 # ever: a trigger may be what keeps it as it is.
 MAX_PASSES: Final = 3
 
-# Evidence per batch. It is a word in practice; 500 rows of 200,000 characters held the lock for
-# 0.3 s.
+# Evidence per batch: a word in practice; 500 rows of 200,000 characters held the lock for 0.3 s.
 BATCH_CHARACTERS: Final = 256 * 1024
 
 # Waits and holds that are remembered: a million rows take 2,000; a database may be busy for days.
