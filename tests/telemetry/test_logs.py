@@ -141,6 +141,12 @@ def test_a_warning_tells_the_error(caplog: pytest.LogCaptureFixture) -> None:
     assert logged(caplog, MISPLACED) == [("INFO", "waiting for a snapshot: /x: is not a directory")]
 
 
+def test_recovery_does_not_hide_what_waits(caplog: pytest.LogCaptureFixture) -> None:
+    held = result("unchanged", matched_active=2, entries=2, held=2)
+    _, (_, line) = logged(caplog, TORN, held)
+    assert line.endswith("as the snapshot says, but for 2 downgrades that wait")
+
+
 class Explanation(NamedTuple):
     code: str
     text: str

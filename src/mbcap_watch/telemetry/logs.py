@@ -221,7 +221,8 @@ class ResultLog:
             level = logging.INFO if waits else logging.WARNING
             logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
         elif news and result.outcome != "applied":  # that line says it already
-            logger.info("recovered: the database is as the snapshot says", extra=data)
+            but = f", but for {result.held} downgrades that wait" if result.held else ""
+            logger.info("recovered: the database is as the snapshot says%s", but, extra=data)
 
     def end(self) -> None:
         """Say what is left to say of lines that were not logged."""
