@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import pytest
 
 from mbcap_watch import PersistResult, Settings, Trigger, run
 from mbcap_watch.doctor.findings import Installation
@@ -35,6 +36,22 @@ if TYPE_CHECKING:
     from mbcap_watch.telemetry.stats import Stats
 
 TESTS = Path(__file__).parent
+NOBODY = 65534
+
+# Connections of a host, by the options of aiosqlite.connect.
+each_kind_of_connection = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"isolation_level": None},
+        {"isolation_level": "IMMEDIATE"},
+        pytest.param(
+            {"autocommit": True},
+            marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="new in 3.12"),
+        ),
+    ],
+    ids=str,
+)
 DEADLINE = 60.0  # generous: the machines are slow and shared
 
 Row = tuple[str, str, int, str | None]
@@ -128,6 +145,30 @@ def other_process(script: str, *arguments: str) -> Iterator[subprocess.Popen[str
 def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def planted(path: Path, answer: bytes) -> Iterator[int]:
+    """Have another user offer a socket that says what root would like to hear."""
+    path.parent.mkdir(exist_ok=True)
+    path.parent.chmod(0o777)
+    script = f"""
+        import os, socket, sys
+        os.setgid({NOBODY}), os.setuid({NOBODY})
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(sys.argv[1])
+        os.chmod(sys.argv[1], 0o666)
+        server.listen()
+        print("planted", flush=True)
+        held = []
+        while True:
+            client = server.accept()[0]
+            client.sendall(sys.argv[2].encode())
+            client.close() if sys.argv[2] else held.append(client)
+    """
+    with other_process(script, f"{path}", answer.decode()) as process:
+        assert read_line(process) == "planted"
+        yield process.pid
 
 
 @contextlib.contextmanager

@@ -94,8 +94,8 @@ _MODULES = {
 def __getattr__(name: str) -> object:  # PEP 562
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib  # noqa: PLC0415
-    import logging  # noqa: PLC0415
+    import importlib  # noqa: PLC0415 - only a first use needs it
+    import logging  # noqa: PLC0415 - as above
 
     logger = logging.getLogger(__name__)
     if not logger.handlers:  # a library is silent until its host configures logging

@@ -15,7 +15,7 @@ def main() -> None:
         # SIGTERM last: whoever sees it caught knows that both are.
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: os._exit(0))  # nothing is begun that could be undone
-    from mbcap_watch.cli import app  # noqa: PLC0415
+    from mbcap_watch.cli import app  # noqa: PLC0415 - the handlers come first
 
     app.main()
 

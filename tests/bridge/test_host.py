@@ -33,6 +33,7 @@ from support import (
     bridge,
     connect,
     document,
+    each_kind_of_connection,
     locked,
     make_database,
     open_descriptors,
@@ -244,19 +245,7 @@ async def host_connection(database: Path, **options: Any) -> AsyncIterator[aiosq
 WANTED = Snapshot((Entry("aa11", "confirmed", "advert"), Entry("ee55", "suspected", "path")))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"isolation_level": None},
-        {"isolation_level": "IMMEDIATE"},
-        pytest.param(
-            {"autocommit": True},
-            marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="new in 3.12"),
-        ),
-    ],
-    ids=str,
-)
+@each_kind_of_connection
 async def test_through_the_hosts_connection(database: Path, options: dict[str, Any]) -> None:
     async with host_connection(database, **options) as connection:
         connection.row_factory = lambda _, row: {"a": row}  # type: ignore[assignment]

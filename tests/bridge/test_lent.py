@@ -18,6 +18,7 @@ from support import (
     Results,
     connect,
     document,
+    each_kind_of_connection,
     locked,
     make_database,
     other_process,
@@ -87,19 +88,7 @@ def landed(database: Path, evidence: str) -> bool:
 # ------------------------------------------------------------------------------ it works
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"isolation_level": None},
-        {"isolation_level": "IMMEDIATE"},
-        pytest.param(
-            {"autocommit": True},
-            marks=pytest.mark.skipif(sys.version_info < (3, 12), reason="new in 3.12"),
-        ),
-    ],
-    ids=str,
-)
+@each_kind_of_connection
 async def test_a_rename_lands_and_nothing_of_the_connection_is_changed(
     database: Path, options: dict[str, Any]
 ) -> None:

@@ -23,14 +23,14 @@ import pytest
 from mbcap_watch import Settings, snapshot_path
 from mbcap_watch.telemetry import control as control_socket
 from mbcap_watch.telemetry.metrics import Metrics
-from support import (  # fmt: skip
+from support import (
     DEADLINE,
+    NOBODY,
     document,
     make_database,
     offered,
-    other_process,
+    planted,
     put,
-    read_line,
     read_rows,
     wait_until,
 )
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 COMMAND = [sys.executable, "-m", "mbcap_watch"]
-NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 
 
@@ -274,30 +273,6 @@ def test_a_data_directory_that_was_deleted_behind_its_mount(database: Path) -> N
 
 
 # ------------------------------------------------------------------------------ another user
-
-
-@contextlib.contextmanager
-def planted(path: Path, answer: bytes) -> Iterator[int]:
-    """Have another user offer a socket that says what root would like to hear."""
-    path.parent.mkdir(exist_ok=True)
-    path.parent.chmod(0o777)
-    script = f"""
-        import os, socket, sys
-        os.setgid({NOBODY}), os.setuid({NOBODY})
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(sys.argv[1])
-        os.chmod(sys.argv[1], 0o666)
-        server.listen()
-        print("planted", flush=True)
-        held = []
-        while True:
-            client = server.accept()[0]
-            client.sendall(sys.argv[2].encode())
-            client.close() if sys.argv[2] else held.append(client)
-    """
-    with other_process(script, f"{path}", answer.decode()) as process:
-        assert read_line(process) == "planted"
-        yield process.pid
 
 
 @pytest.fixture

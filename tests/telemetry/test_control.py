@@ -26,14 +26,24 @@ from mbcap_watch.telemetry import control as control_socket
 from mbcap_watch.telemetry.control import SILENT_SECONDS, ControlSocket, Peer, ask
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY
-from support import QUIET, offered, open_descriptors, other_process, put, read_line, result, until
+from support import (
+    NOBODY,
+    QUIET,
+    offered,
+    open_descriptors,
+    other_process,
+    planted,
+    put,
+    read_line,
+    result,
+    until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mbcap_watch.telemetry.stats import Stats
 
-NOBODY = 65534
 SETTINGS = Settings(Path("/data/meshcore.db"))
 ELSEWHERE = Settings(Path("/data/meshcore.db"), Path("/nfs/mbcap-snapshot"))
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
@@ -365,29 +375,12 @@ def test_what_is_no_socket_is_not_opened(root: Path, make: Callable[[Path], obje
 @as_root
 def test_the_kernel_says_whose_socket_it_is(root: Path) -> None:
     """A socket that another user offers, in a directory that pretends to be root's."""
-    place = root / "dev/shm/mbcap-watch-0"
-    place.mkdir(mode=0o777)
-    place.chmod(0o777)
-    script = f"""
-        import os, socket, sys
-        os.setgid({NOBODY}), os.setuid({NOBODY})
-        server = socket.socket(socket.AF_UNIX)
-        server.bind(sys.argv[1])
-        os.chmod(sys.argv[1], 0o666)
-        server.listen()
-        print("planted", flush=True)
-        while True:
-            client = server.accept()[0]
-            client.sendall(sys.argv[2].encode())
-            client.close()
-    """
-    lie = msgspec.json.encode(sample()).decode()
-    with other_process(script, str(place / NAME), lie) as process:
-        assert read_line(process) == "planted"
+    lie = msgspec.json.encode(sample())
+    with planted(root / "dev/shm/mbcap-watch-0" / NAME, lie) as pid:
         [peer] = asked(root)
-    assert (peer.uid, peer.pid, peer.named) == (NOBODY, process.pid, True)
+    assert (peer.uid, peer.pid, peer.named) == (NOBODY, pid, True)
     assert peer.stats is not None
-    assert (peer.stats.uid, peer.stats.pid) == (NOBODY, process.pid)
+    assert (peer.stats.uid, peer.stats.pid) == (NOBODY, pid)
 
 
 @as_root

@@ -228,16 +228,6 @@ def test_trouble_begins_lasts_and_ends() -> None:
     assert error.since == NOW
 
 
-def test_a_snapshot_that_may_not_be_read_is_told_from_a_database_that_fails() -> None:
-    metrics = make()
-    for read_errors, unreadable in ((0, False), (1, True), (2, True), (2, False)):
-        metrics.on_result(result("failed", "no"))
-        metrics.on_state(WatchState(read_errors=read_errors))
-        error = metrics.snapshot(NOW).last_error
-        assert error is not None
-        assert error.unreadable is unreadable, read_errors
-
-
 def test_the_snapshot_that_was_read_last_is_remembered() -> None:
     metrics = make()
 

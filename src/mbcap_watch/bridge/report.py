@@ -44,7 +44,6 @@ _OUTCOMES: Final[tuple[tuple[type[Exception], Outcome], ...]] = (
     (DatabaseBusy, "busy"),
 )
 
-
 Error: TypeAlias = SnapshotError | DatabaseError
 
 
@@ -73,7 +72,7 @@ class SyncReport:
 def describe(
     reason: Reason,
     tally: Tally,
-    error: SnapshotError | DatabaseError | None,
+    error: Error | None,
     seconds: float,
     desired: DesiredState | None = None,
     written_at: str | None = None,
@@ -103,7 +102,7 @@ def describe(
     )
 
 
-def _outcome(tally: Tally, error: SnapshotError | DatabaseError | None) -> Outcome:
+def _outcome(tally: Tally, error: Error | None) -> Outcome:
     if error is not None:
         return next((name for kind, name in _OUTCOMES if isinstance(error, kind)), "failed")
     if tally.changed.total():
@@ -111,7 +110,7 @@ def _outcome(tally: Tally, error: SnapshotError | DatabaseError | None) -> Outco
     return "failed" if tally.failed else "unchanged"
 
 
-def _error_text(tally: Tally, error: SnapshotError | DatabaseError | None) -> str | None:
+def _error_text(tally: Tally, error: Error | None) -> str | None:
     if isinstance(error, SnapshotNotFound) and not error.unusual:
         return None  # a state to wait in, not an error
     if error is not None:
@@ -124,7 +123,7 @@ def _error_text(tally: Tally, error: SnapshotError | DatabaseError | None) -> st
     return tally.waiting
 
 
-def _cause(tally: Tally, error: SnapshotError | DatabaseError | None) -> Cause | None:
+def _cause(tally: Tally, error: Error | None) -> Cause | None:
     if error is None and tally.served and "nodes" not in tally.served:
         return "nodes_not_served"
     return getattr(error, "cause", None)

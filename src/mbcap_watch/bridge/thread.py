@@ -50,7 +50,7 @@ def host_caller() -> CallHost:
         return asyncio.get_running_loop().call_soon_threadsafe
     trio: Any = sys.modules.get("trio")
     with contextlib.suppress(AttributeError, RuntimeError):
-        return trio.lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]
+        return trio.lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]  # trio is optional
     raise EventLoopError("mbcap_watch must be called from async code, on asyncio or trio")
 
 

@@ -134,15 +134,10 @@ class Metrics:
             last_problem=state.last_problem and _cut(state.last_problem),
             **times,
         )
-        error = self._stats.last_error
-        # The state comes after the result of the same sync.
-        if error and error.persists and error.outcome == "failed":
-            unreadable = error.unreadable or state.read_errors > before.read_errors
-            error = replace(error, unreadable=unreadable)
-        self._stats = replace(self._stats, watch=watch, last_error=error)
+        self._stats = replace(self._stats, watch=watch)
 
     def on_timings(self, timings: Timings) -> None:
-        """Count how long a sync kept others and us waiting; its result was told before."""
+        """Count the waits, the holds and the lag of the sync whose result came last."""
         self._waits.extend(timings.waits)
         self._holds.extend(timings.holds)
         self._contended += sum(wait > CONTENDED_SECONDS for wait in timings.waits)

@@ -110,8 +110,7 @@ class LastError(msgspec.Struct, frozen=True, kw_only=True):
     """The error of the latest sync that had one, which ended `at`.
 
     `since` is when the first of those syncs ended that have had this outcome, one after the other;
-    `persists` whether no sync has gone well since; `unreadable` whether it was the snapshot that
-    the operating system refused to read.
+    `persists` whether no sync has gone well since.
     """
 
     outcome: Outcome
@@ -120,7 +119,6 @@ class LastError(msgspec.Struct, frozen=True, kw_only=True):
     at: float
     persists: bool
     cause: Cause | None = None
-    unreadable: bool = False
 
 
 class Output(msgspec.Struct, frozen=True):
