@@ -30,12 +30,11 @@ lint: $(VENV)/tox
 check: $(VENV)/tox
 	$(TOX) -e lint,types,imports,dist,alone,all,3.11,3.12,3.14
 
-# What the tests do briefly, at length: about a quarter of an hour.
-campaign: $(VENV)/tox
-	HYPOTHESIS_PROFILE=campaign MBCAP_TEST_KILLS=10000 MBCAP_TEST_CORRUPTIONS=10000 \
-		$(TOX) -e all -- -q -o faulthandler_timeout=0 \
-		tests/bridge/test_mishaps.py tests/bridge/test_cancel.py tests/snapshot/test_codec.py \
-		tests/store/test_corruption.py tests/store/test_plan.py
+# Trials in large numbers: `make campaign` lists them, `make campaign NAME=kills N=1000 JOBS=2` plays
+# one. What is begun goes on where its report ends; the reports are in .campaigns/.
+campaign: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	PYTHONPATH=tests:. $(VENV)/bin/python -m campaigns $(NAME) $(if $(N),-n $(N)) $(if $(JOBS),--jobs $(JOBS))
 
 format: $(VENV)/tox
 	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix

@@ -1,0 +1,1 @@
+"""Trials in large numbers, that anyone can repeat: `python -m campaigns` lists them."""
