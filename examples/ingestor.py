@@ -31,6 +31,7 @@ import anyio
 import msgspec
 
 from mbcap_watch import (
+    Control,
     Entry,
     PersistResult,
     Settings,
@@ -238,6 +239,7 @@ async def serve(options: argparse.Namespace, database: Path) -> bool:
             await connection.executescript(SCHEMA)
             ingestor = Ingestor(connection, settings)
             bridge = partial(run, on_result=ingestor.report, trigger=ingestor.trigger)
+            bridge = partial(bridge, control=Control(settings))  # for `mbcap-watch status`
             if options.single_writer:
                 bridge = partial(bridge, connection=connection, lock=ingestor.lock)
             async with anyio.create_task_group() as group:

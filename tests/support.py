@@ -25,7 +25,8 @@ from mbcap_watch import PersistResult, Settings, Trigger, run
 from mbcap_watch.doctor.findings import Installation
 from mbcap_watch.doctor.health import explain
 from mbcap_watch.store import wal
-from mbcap_watch.telemetry.control import ROOT, ControlSocket
+from mbcap_watch.telemetry.ask import ROOT
+from mbcap_watch.telemetry.control import ControlSocket
 from mbcap_watch.telemetry.logs import ResultLog
 
 if TYPE_CHECKING:

@@ -39,10 +39,12 @@ if TYPE_CHECKING:
         snapshot_path,
         write_snapshot,
     )
+    from mbcap_watch.telemetry.control import Control
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Control",
     "DatabaseBusy",
     "DatabaseError",
     "DatabaseFailed",
@@ -88,6 +90,7 @@ _MODULES = {
         *("snapshot_dir", "snapshot_path", "write_snapshot"),
     ],
     "bridge.service": ["Results", "watch"],
+    "telemetry.control": ["Control"],
 }  # all others are errors
 
 

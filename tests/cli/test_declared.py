@@ -204,8 +204,8 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """Ask `status` with these options alone, on a machine whose only daemons are the test's."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     code = f"""if True:
-        import pathlib, mbcap_watch.telemetry.control as a
-        a.places = lambda *_: [pathlib.Path({str(tmp_path)!r})]
+        import pathlib, mbcap_watch.telemetry.ask as a
+        a.places = lambda *_: [pathlib.Path({str(tmp_path / "mbcap-watch")!r})]
     """
 
     def ask(*arguments: object) -> tuple[int, dict[str, str | None]]:

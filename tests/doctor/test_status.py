@@ -21,7 +21,7 @@ import msgspec
 import pytest
 
 from mbcap_watch import Settings, snapshot_path
-from mbcap_watch.telemetry import control as control_socket
+from mbcap_watch.telemetry.ask import digest_of
 from mbcap_watch.telemetry.metrics import Metrics
 from support import (
     DEADLINE,
@@ -155,18 +155,6 @@ def test_the_database_goes_and_comes_back(database: Path) -> None:
         assert process.poll() is None
 
 
-def test_two_daemons(database: Path) -> None:
-    with daemon(database) as first, daemon(database) as second:
-
-        def told() -> dict[str, Any]:
-            return status(database)[1]
-
-        wait_until(lambda: "two_daemons" in codes(told()))
-        text = told()["problems"][0]["text"]
-        assert str(first.pid) in text
-        assert str(second.pid) in text
-
-
 def test_other_settings_are_named(database: Path, tmp_path: Path) -> None:
     with daemon(database, "--snapshot-dir", str(tmp_path / "other")) as process:
         wait_until(lambda: is_running(database, "--snapshot-dir", str(tmp_path / "other")))
@@ -288,7 +276,7 @@ def place() -> Iterator[Path]:
 @as_root
 def test_what_another_user_plants_is_told_and_never_believed(database: Path, place: Path) -> None:
     settings = Settings(database)
-    name = f"{control_socket.digest_of(settings)}-1.sock"
+    name = f"{digest_of(settings)}-1-00000000.sock"
     lie = Metrics(settings, version="1", pid=1)
     lie.on_state(msgspec.convert({"last_sync": time.time()}, type(lie.snapshot(0.0).watch)))
     with planted(place / name, msgspec.json.encode(lie.snapshot(time.time()))) as pid:
@@ -306,7 +294,7 @@ def test_what_another_user_plants_is_told_and_never_believed(database: Path, pla
 def test_one_that_another_user_leaves_silent_or_dead_is_not_ours(
     database: Path, place: Path
 ) -> None:
-    name = f"{control_socket.digest_of(Settings(database))}-1.sock"
+    name = f"{digest_of(Settings(database))}-1-00000000.sock"
     with planted(place / name, b""):
         assert status(database)[1]["state"] == "unknown"
     assert codes(status(database)[1]) == ["not_running"]

@@ -14,7 +14,7 @@ import pytest
 from mbcap_watch import Settings, WatchState
 from mbcap_watch.cli import output, signals
 from mbcap_watch.settings import DEFAULT_MAX_BYTES
-from mbcap_watch.telemetry.control import places
+from mbcap_watch.telemetry.ask import places
 from mbcap_watch.telemetry.systemd import Notifier
 from processes import MBCAP_WATCH
 from support import DEADLINE, TESTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,10 +21,14 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 import pytest
+import trio
 
-from mbcap_watch import Settings, run
+from mbcap_watch import Control, EventLoopError, Settings, Timings, WatchState, run, watch
+from mbcap_watch.bridge import service
+from mbcap_watch.bridge.report import SyncReport
 from mbcap_watch.telemetry import control as control_socket
-from mbcap_watch.telemetry.control import SILENT_SECONDS, ControlSocket, Peer, ask
+from mbcap_watch.telemetry.ask import SILENT_SECONDS, Peer, ask, digest_of
+from mbcap_watch.telemetry.control import ControlSocket
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY
 from support import (
@@ -33,7 +38,6 @@ from support import (
     open_descriptors,
     other_process,
     planted,
-    put,
     read_line,
     result,
     until,
@@ -119,6 +123,7 @@ def test_a_directory_that_the_environment_names_comes_first(
     [
         "run/mbcap-watch",
         "run/mbcap-watch@north",
+        "run/ingestor",
         "run/user/1000/mbcap-watch",
         "dev/shm/mbcap-watch-7",
         "tmp/mbcap-watch-7",
@@ -149,8 +154,8 @@ def test_other_settings_have_another_name(root: Path) -> None:
 
 
 def test_the_largest_answer_arrives_whole(root: Path) -> None:
-    make = partial(sample, error="\x00ß" * 5000, results=300)
-    with offered(SETTINGS, {}, make, root):
+    stats = sample(error="\x00ß" * 5000, results=300)
+    with offered(SETTINGS, {}, lambda: stats, root):
         [peer] = asked(root)
     assert peer.stats is not None
     assert peer.stats.last_error is not None
@@ -210,7 +215,7 @@ async def test_where_none_can_be_made_the_log_says_why_once(
         control.ensure()
         [record] = caplog.records
         for text in (
-            "/proc: ",
+            "/proc/mbcap-watch: ",
             f"{home(root)}: Not a directory",
             "run/mbcap-watch-",
             "tries again",
@@ -330,7 +335,7 @@ def listen(root: Path, name: str, *, backlog: int = 5) -> socket.socket:
     return server
 
 
-NAME = f"{control_socket.digest_of(SETTINGS)}-7.sock"
+NAME = f"{digest_of(SETTINGS)}-7-00000000.sock"
 
 
 def test_one_that_does_not_answer_is_silent_and_delays_no_other(root: Path) -> None:
@@ -404,20 +409,67 @@ def test_another_user_gets_no_answer(root: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_host_that_embeds_the_bridge_offers_its_stats(database: Path, root: Path) -> None:
+async def test_what_the_host_does_not_take_is_counted_and_a_hang_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "STUCK_SECONDS", 0.05)
+    control = Control(SETTINGS, {"XDG_RUNTIME_DIR": str(tmp_path)})
+    border = service.Border(asyncio.get_running_loop().call_soon, 3, control)
+    with control.connected(lambda: border.state):
+        for number in range(10):
+            timings = Timings(lag=0.1, waits=(), holds=())
+            report = SyncReport(result=result("applied"), timings=timings)
+            border.tell(WatchState(last_sync=number), report)
+            await asyncio.sleep(0)
+        stats = control.sample()
+        assert (stats.outcomes["applied"], stats.lag_ms.count) == (10, 10)
+        assert (stats.watch.reports_dropped, stats.watch.stuck_since) == (7, None)
+        border.alive()  # a sync begins, and gets no further
+        await until(lambda: control.sample().watch.stuck_since is not None)
+    border.tell(WatchState(), None)  # of a bridge that was left behind
+    await asyncio.sleep(0)
+    assert list((tmp_path / "mbcap-watch").iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_run_that_is_cancelled_at_any_moment_leaves_no_socket(
+    database: Path, tmp_path: Path
+) -> None:
     settings = Settings.from_mapping({"database": database, **QUIET})
-    metrics = Metrics(settings, version="1", pid=os.getpid())
-    put(b"{}", settings.snapshot_dir / "snapshot.json")
-    with ControlSocket(settings, {}, lambda: metrics.snapshot(time.time()), root):
-        async with anyio.create_task_group() as group:
-            group.start_soon(
-                partial(run, settings, on_result=metrics.on_result, on_state=metrics.on_state)
-            )
-            await until(lambda: metrics.snapshot(1.0).watch.last_sync is not None)
-            [peer] = await anyio.to_thread.run_sync(partial(ask, settings, {}, root))
-            group.cancel_scope.cancel()
-    assert peer.stats is not None
-    assert peer.stats.outcomes["unchanged"] == 1
+    control = Control(settings, {"XDG_RUNTIME_DIR": str(tmp_path)})
+    for moment in range(20):
+        with anyio.move_on_after(moment / 1000):
+            await run(settings, control=control)
+        assert list((tmp_path / "mbcap-watch").iterdir()) == []
+
+
+def test_a_host_on_trio_is_refused_at_once(database: Path) -> None:
+    settings = Settings(database)
+    with pytest.raises(EventLoopError, match="asyncio only"):
+        trio.run(partial(run, settings, control=Control(settings)))
+
+
+@pytest.mark.anyio
+async def test_each_bridge_needs_a_control_of_its_own_for_its_settings(
+    database: Path, tmp_path: Path
+) -> None:
+    settings = Settings(database)
+    control = Control(settings, {"XDG_RUNTIME_DIR": str(tmp_path)})
+    with pytest.raises(ValueError, match="other settings"):
+        await run(Settings(database, tmp_path), control=control)
+    async with watch(settings, control=control):
+        with pytest.raises(RuntimeError, match="each needs one of its own"):
+            await run(settings, control=control)
+        assert len(list((tmp_path / "mbcap-watch").iterdir())) == 1
+
+
+def test_the_words_of_a_command_line_are_few_and_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/\x1b[31m", "\udcff", "x" * 1000])
+    program = Control(SETTINGS).sample().embedded_in
+    assert program is not None
+    assert len(program) == 100
+    assert program.startswith(r"\x1b[31m \udcff xxx")
+    assert Control(SETTINGS, embedded=False).sample().embedded_in is None
 
 
 def test_a_question_leaves_no_descriptor(root: Path) -> None:

@@ -7,7 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from mbcap_watch import Settings
-from mbcap_watch.telemetry.control import ask
+from mbcap_watch.telemetry.ask import ask
 from mbcap_watch.telemetry.outputs import OutputState
 from processes import daemon
 from support import wait_until

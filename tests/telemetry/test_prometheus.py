@@ -118,9 +118,9 @@ def test_the_metrics() -> None:
 
 
 def test_each_problem_is_named() -> None:
-    found = values(parse(exposed(stats(), "busy", "busy", "two_daemons")))
+    found = values(parse(exposed(stats(), "busy", "busy", "two_snapshots")))
     assert (found[("healthy",)], found[("problem", "busy")]) == (0, 1)
-    assert ("problem", "two_daemons") in found
+    assert ("problem", "two_snapshots") in found
 
 
 def test_what_is_not_known_is_left_out() -> None:

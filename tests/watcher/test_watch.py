@@ -21,7 +21,7 @@ import pytest
 from mbcap_watch import Settings, snapshot_path
 from mbcap_watch.bridge import loading, service, sync
 from mbcap_watch.results import WatchState
-from mbcap_watch.telemetry.control import ask
+from mbcap_watch.telemetry.ask import ask
 from mbcap_watch.watcher import inotify
 from mbcap_watch.watcher.inotify import InotifyWatch
 from mbcap_watch.watcher.supervisor import Watch

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mbcap_watch.bridge.host import Lock
     from mbcap_watch.bridge.lent import Lendable
+    from mbcap_watch.bridge.service import Listener
     from mbcap_watch.bridge.sync import OnProgress
     from mbcap_watch.results import PersistResult, Timings, WatchState
     from mbcap_watch.settings import Settings
@@ -159,6 +160,7 @@ async def run(
     trigger: Trigger | None = None,
     connection: Lendable | None = None,
     lock: Lock | None = None,
+    control: Listener | None = None,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Bridge snapshots into the database until cancelled.
@@ -185,15 +187,18 @@ async def run(
             host's loop under `lock`.
         lock: what the host holds whenever it uses `connection`, such as an `asyncio.Lock`. It is
             taken for each page that is read and each batch that is written, and free in between.
+        control: `Control(settings)` lets `mbcap-watch status`, `check` and `top` see this bridge.
         task_status: for `TaskGroup.start`.
 
     Raises:
-        EventLoopError: no asyncio or trio runs here, or, with `connection`, no asyncio.
+        EventLoopError: no asyncio or trio runs here, or, with `connection` or `control`, no
+            asyncio.
         TypeError: `connection` was given without `lock`, or the reverse.
+        ValueError: `control` was made with other settings.
 
     """
     is_up = False
-    async with Service(settings, host=lent(connection, lock)) as service:
+    async with Service(settings, host=lent(connection, lock), listener=control) as service:
         border = service.border
         with (trigger or Trigger()).connected(service.sync_now):
             while True:

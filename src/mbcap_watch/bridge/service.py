@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, Protocol
 
 import anyio
 
@@ -16,11 +16,11 @@ from mbcap_watch.bridge.loop import Bridge
 from mbcap_watch.bridge.report import SyncReport, out_of_resources
 from mbcap_watch.bridge.thread import BridgeThread
 from mbcap_watch.limits import STUCK_SECONDS
-from mbcap_watch.results import PersistResult, WatchState
+from mbcap_watch.results import PersistResult, Timings, WatchState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from typing import Self
 
     from mbcap_watch.bridge.host import Lock
@@ -32,16 +32,40 @@ if TYPE_CHECKING:
 DEFAULT_BUFFER: Final = 64
 
 
+class Listener(Protocol):
+    """What hears all that a bridge tells, in the host's loop; `telemetry/control` has one."""
+
+    settings: Settings
+
+    def connected(self, state: Callable[[], WatchState]) -> AbstractContextManager[object]:
+        """Listen within the context, to a bridge of which `state` tells how it watches."""
+
+    def hear(
+        self,
+        state: WatchState,
+        result: PersistResult | None = None,
+        timings: Timings | None = None,
+    ) -> object:
+        """Hear how the bridge watches, and what came of a sync; may not wait."""
+
+
 class Border:
     """Carries what the bridge tells to the host's loop, and never holds up either of them.
 
     The bridge calls `alive` and `tell`, the host's loop all else. When a slow host has more than
-    `buffer` reports to take, the oldest are dropped.
+    `buffer` reports to take, the oldest are dropped. `listener` does not wait for the host to take
+    them.
     """
 
-    def __init__(self, call_host: CallHost, buffer: int = DEFAULT_BUFFER) -> None:
-        self._call_host = call_host
+    def __init__(
+        self,
+        call_host: CallHost,
+        buffer: int = DEFAULT_BUFFER,
+        listener: Listener | None = None,
+    ) -> None:
+        self._call_host, self._listener = call_host, listener
         self._reports: deque[SyncReport] = deque(maxlen=buffer)
+        self._unheard: deque[SyncReport] = deque(maxlen=buffer if listener else 0)
         self._dropped = 0
         self._lock = threading.Lock()  # of reports and dropped; nothing is awaited under it
         self._state = WatchState()
@@ -74,13 +98,20 @@ class Border:
             with self._lock:
                 self._dropped += len(self._reports) == self._reports.maxlen
                 self._reports.append(report)
+            self._unheard.append(report)
         if not self._waking:
             self._waking = True
             self._call_host(self.wake)
 
     def wake(self) -> None:
-        """Wake whoever waits."""
+        """Wake whoever waits, and let the listener hear what is new."""
+        self._waking = False  # first: what is told from now on may come too late for this call
         self._wake.set()
+        if self._listener is not None:
+            while self._unheard:
+                report = self._unheard.popleft()
+                self._listener.hear(self.state, report.result, report.timings)
+            self._listener.hear(self.state)
 
     async def wait(self) -> bool:
         """Wait for news from the bridge; return False if none came for `STUCK_SECONDS`."""
@@ -93,7 +124,6 @@ class Border:
             return False
         if wake is self._wake:  # somebody else who waits may have been first
             self._wake = anyio.Event()
-            self._waking = False
         return True
 
     def take(self) -> SyncReport | None:
@@ -128,13 +158,26 @@ class Service(BridgeThread[NoReturn]):
         settings: Settings,
         buffer: int = DEFAULT_BUFFER,
         host: HostConnection | None = None,
+        listener: Listener | None = None,
     ) -> None:
+        if listener is not None and listener.settings != settings:
+            raise ValueError("control was made with other settings than the bridge")
         super().__init__(self._serve)
-        self._settings = settings
+        self._settings, self._listener = settings, listener
+        self._listening = contextlib.ExitStack()
         self._was_refused = False
-        self.border = Border(self.call_host, buffer)
+        self.border = Border(self.call_host, buffer, listener)
         self._bridge = Bridge(settings, self.border, self.call, host)
         self.sync_now = self._bridge.sync_now
+
+    async def __aenter__(self) -> Self:
+        if self._listener is not None:
+            self._listening.enter_context(self._listener.connected(lambda: self.border.state))
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, *error: object) -> None:
+        with self._listening:
+            await super().__aexit__(exc_type, *error)
 
     async def news(self) -> bool:
         """Start the bridge if need be, and wait for news from it, as `Border.wait`.
@@ -209,6 +252,7 @@ def watch(
     buffer: int = DEFAULT_BUFFER,
     connection: Lendable | None = None,
     lock: Lock | None = None,
+    control: Listener | None = None,
 ) -> AbstractAsyncContextManager[Results]:
     """Run a bridge for as long as the context lasts, and iterate over its results.
 
@@ -225,19 +269,24 @@ def watch(
             all the same.
         connection: as for `run`.
         lock: as for `run`.
+        control: as for `run`.
 
     """
     if buffer < 1:
         raise ValueError(f"buffer must be at least 1, got {buffer}")
     require_both(connection, lock)
-    return _watching(settings, buffer, connection, lock)
+    return _watching(settings, buffer, connection, lock, control)
 
 
 @contextlib.asynccontextmanager
 async def _watching(
-    settings: Settings, buffer: int, connection: Lendable | None, lock: Lock | None
+    settings: Settings,
+    buffer: int,
+    connection: Lendable | None,
+    lock: Lock | None,
+    control: Listener | None,
 ) -> AsyncIterator[Results]:
-    async with Service(settings, buffer, lent(connection, lock)) as service:
+    async with Service(settings, buffer, lent(connection, lock), control) as service:
         results = Results(service)
         await service.news()
         # The first sync is done, or may never be.

@@ -153,19 +153,19 @@ def show_plot(*, out: str | None, **given: Any) -> None:
 
 
 def _look(loaded: config.Config, max_age: float | None = None) -> tuple[Stats | None, Health]:
-    """Ask the daemon with these settings; if they name no database, else the only one there is."""
+    """Ask the bridge with these settings; if they name no database, else the only one there is."""
     from mbcap_watch.doctor import service
-    from mbcap_watch.telemetry.control import ask
+    from mbcap_watch.telemetry.ask import ask
 
     stats, health = service.look(loaded.settings, os.environ, max_age, loaded.file)
     if health.state == "not running" and {loaded.origins[name] for name in PATHS} == {"default"}:
-        others = [
-            peer.stats
+        others = {
+            (peer.stats.database, peer.stats.snapshot_dir)
             for peer in ask(loaded.settings, os.environ, everyone=True)
             if peer.stats and peer.uid in (0, os.geteuid())  # anybody can offer a socket
-        ]
+        }
         if len(others) == 1:
-            its = Settings(others[0].database, others[0].snapshot_dir)
+            its = Settings(*others.pop())
             return service.look(its, os.environ, max_age, loaded.file)
     return stats, health
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -20,8 +19,7 @@ from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry import logs
 from mbcap_watch.telemetry.ack import Ack
-from mbcap_watch.telemetry.control import ControlSocket
-from mbcap_watch.telemetry.metrics import Metrics
+from mbcap_watch.telemetry.control import Control
 from mbcap_watch.telemetry.outputs import LineWriter
 from mbcap_watch.telemetry.systemd import Notifier
 
@@ -52,38 +50,25 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     handler, settings = logs.UnblockedHandler(), loaded.settings
     logs.configure(loaded.log_level, loaded.log_format, handler)
     _require_database(loaded)
-    metrics = Metrics(settings, version=__version__, pid=os.getpid())
-    metrics.outputs["log"] = handler.writer.output
-
-    def sample() -> Stats:
-        return metrics.snapshot(time.time())
-
+    control = Control(settings, embedded=False)
+    control.outputs["log"] = handler.writer.output
     catalogue()  # read now: when the log needs it, there may be no descriptor left
     here = Installation.of(settings, loaded.file)
     result_log = logs.ResultLog(lambda result: explain(result, here))
     state_log = logs.StateLog(remedy=here.finding("stuck", last="").remedy)
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
-    control = ControlSocket(settings, os.environ, sample)
     # None of them waits for anybody.
-    hooks: list[Callable[[PersistResult], object]] = [
-        result_log,
-        metrics.on_result,
-        notifier.on_result,
-    ]
-    state_hooks: list[Callable[[WatchState], object]] = [
-        state_log,
-        metrics.on_state,
-        lambda _: control.ensure(),
-    ]
+    hooks: list[Callable[[PersistResult], object]] = [result_log, notifier.on_result]
+    state_hooks: list[Callable[[WatchState], object]] = [state_log]
     if (printer := _Printer(stop) if as_json else None) is not None:
         hooks.append(printer.print)
     if (answers := Ack(settings) if loaded.ack else None) is not None:
         hooks.append(answers.on_result)
         state_hooks.append(lambda _: answers.retry())
-        metrics.outputs["ack"] = answers.state.output
-    if (endpoint := endpoint_of(loaded, sample)) is not None:
-        metrics.outputs["http"] = endpoint.state.output
+        control.outputs["ack"] = answers.state.output
+    if (endpoint := endpoint_of(loaded, control.sample)) is not None:
+        control.outputs["http"] = endpoint.state.output
 
     state_hooks.append(notifier.on_state)  # last: nothing that hangs may be taken for progress
     on_result, on_state = _one_of(hooks), _one_of(state_hooks)
@@ -91,11 +76,10 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     logger.info("mbcap-watch %s: %s into %s", __version__, snapshot, settings.database)
 
     async def main() -> None:
-        with anyio.CancelScope() as scope, control, answers or nullcontext():
+        with anyio.CancelScope() as scope, answers or nullcontext():
             stop.cancel_on_signal(scope)
             async with endpoint or nullcontext():
-                timings = metrics.on_timings
-                await run(settings, on_result=on_result, on_state=on_state, on_timings=timings)
+                await run(settings, on_result=on_result, on_state=on_state, control=control)
 
     anyio.run(main)
     result_log.end()

@@ -83,8 +83,7 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
         return "never" if moment is None else ago(now - moment)
 
     up = duration(now - stats.started_at)
-    whose = "" if stats.uid is None else f" (user {stats.uid})"
-    yield "process", f"{stats.pid}{whose}, mbcap-watch {stats.version}, up {up}"
+    yield "process", f"{stats.process}, mbcap-watch {stats.version}, up {up}"
     yield "database", stats.database
     yield "snapshot", f"{stats.snapshot_dir}/{SNAPSHOT_NAME}"
     when = since(stats.snapshot_time) if stats.snapshot_time else "not set by the publisher"

@@ -20,6 +20,7 @@ from mbcap_watch.doctor import database, machine, service, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.limits import require_descriptors
+from mbcap_watch.telemetry import ask as sockets
 from mbcap_watch.watcher.mounts import UNKNOWN, mount_table
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ _RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
 
 # What an examination of the files cannot see.
 _UNSEEN: Final = {
-    *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "not_trusted"),
-    "rows_refused",
+    *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "not_trusted", "paused"),
+    *("rows_refused", "two_snapshots"),
 }
 
 # What only a daemon knows, or only shows where one runs.
@@ -73,7 +74,7 @@ async def examine(
         for found in await asyncio.gather(
             ask(DATA_SECONDS, here.database, database.examine_contents, settings, values),
             ask(FILE_SECONDS, here.database, machine.examine),
-            ask(FILE_SECONDS, here.database, _examine_daemons),
+            ask(DATA_SECONDS, here.database, _examine_daemons, settings, environ),
         ):
             findings += found
     explained = exit_code(findings) == 1
@@ -135,9 +136,9 @@ def _examine_service(
 
     `explained`: a problem was found that may be why it is not well.
     """
-    _, health = service.look(settings, environ, config=here.config)
+    stats, health = service.look(settings, environ, config=here.config)
     if health.healthy:
-        yield ok("service", health.verdict)
+        yield ok("service", health.verdict + (f": process {stats.process}" if stats else ""))
     for each in health.problems:
         text = f"{health.state}: {each.text}"
         if each.code in _HARMLESS:
@@ -150,15 +151,20 @@ def _examine_service(
             yield each
 
 
-def _examine_daemons(here: Installation) -> list[Finding]:
-    """Judge how many daemons serve the database, and as whom. Blocks."""
+def _examine_daemons(
+    here: Installation, settings: Settings, environ: Mapping[str, str]
+) -> list[Finding]:
+    """Judge how many bridges serve the database, and as whom. Blocks."""
     if not os.path.isdir("/proc/self"):
         return []  # `machine.examine` has reported it
-    found = service.daemons(Path(here.database))
+    peers = sockets.ask(settings, environ, everyone=True)
+    uids = service.trusted_users(here, peers)
+    found = service.daemons(settings.database, [each for each in peers if each.uid in uids])
     ours = [each for each in found if each.same]
-    who = ", ".join(f"pid {each.pid} (user {each.uid}, {each.database})" for each in ours)
+    named = [f"pid {each.pid} (user {each.uid}, {each.database}, {each.program})" for each in ours]
+    who = ", ".join(named)
     if len(ours) > 1:
-        return [here.finding("two_daemons", who=who)]
+        return [service.several(here, named)]
     for one in ours:
         if machine.is_paused(one.pid):
             return [here.finding("paused", pid=one.pid)]

@@ -1,4 +1,4 @@
-"""The running daemon: `look` asks it, or looks for it in /proc, and judges."""
+"""The running bridge: `look` asks it, or looks for a daemon in /proc, and judges."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mbcap_watch.settings import (
     DEFAULT_DATABASE,
     ENV_PREFIX,
 )
-from mbcap_watch.telemetry.control import SILENT_SECONDS, ask
+from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mbcap_watch.settings import Settings
-    from mbcap_watch.telemetry.control import Peer
+    from mbcap_watch.telemetry.ask import Peer
     from mbcap_watch.telemetry.stats import Stats
 
 T = TypeVar("T")
@@ -38,6 +38,9 @@ T = TypeVar("T")
 _AGAIN_SECONDS: Final = 0.25
 _TRIES: Final = 4
 _YOUNG_SECONDS: Final = 10.0
+
+# Bridges that are named of many with one database.
+_MOST_NAMED: Final = 8
 
 # For how long files are asked for what they are; a mount whose server is gone never answers.
 _FILE_SECONDS: Final = 1.0
@@ -52,27 +55,27 @@ def look(
     max_age: float | None = None,
     config: str | Path | None = None,
 ) -> tuple[Stats | None, Health]:
-    """Ask the daemon with these settings for its stats, and judge. Takes a few seconds at most.
+    """Ask the bridge with these settings for its stats, and judge. Takes a few seconds at most.
 
-    `config` is the file that the settings are from, for the commands in remedies.
+    Of several, a healthy one is preferred, and all are named. `config` is the file that the
+    settings are from, for the commands in remedies.
     """
     here, tries, everyone = Installation.of(settings, config), _TRIES, False
     while True:
         peers = ask(settings, environ, everyone=everyone)
-        trusted = _trusted(here, peers)
+        trusted = trusted_users(here, peers)
         same = [peer for peer in peers if _is_for(peer, here) and peer.uid in trusted]
         if answered := [peer.stats for peer in same if peer.stats is not None]:
-            stats = max(answered, key=lambda each: each.started_at)
-            others = [peer for peer in peers if peer.uid in trusted and peer.pid != stats.pid]
-            return stats, _judge_answer(here, stats, others, max_age)
+            known = [peer.stats for peer in peers if peer.stats and peer.uid in trusted]
+            return _judge_answers(here, answered, known, max_age)
         if silent := [peer for peer in same if peer.fate == "silent"]:
             return None, _judge_silent(here, silent[0])
         if not everyone:
             everyone = True
             continue
-        known = {peer.pid for peer in peers if peer.stats is not None}
+        pids = {peer.pid for peer in peers if peer.stats is not None}
         found = _within(lambda: daemons(settings.database), list[Daemon]())
-        unasked = [each for each in found if each.same and each.pid not in known]
+        unasked = [each for each in found if each.same and each.pid not in pids]
         tries -= 1
         if not unasked or not tries:
             break
@@ -80,7 +83,7 @@ def look(
     return None, _judge_unanswered(here, peers, same, found, unasked, trusted)
 
 
-def _trusted(here: Installation, peers: Sequence[Peer]) -> set[int]:
+def trusted_users(here: Installation, peers: Sequence[Peer]) -> set[int]:
     """Return the users whose sockets are believed; for root, the database's owner is among them."""
     uids = {0, os.geteuid()}
     if os.geteuid() == 0 and any(peer.uid for peer in peers):
@@ -114,22 +117,25 @@ def _is_for(peer: Peer, here: Installation) -> bool:
 # ------------------------------------------------------------------------------ judging
 
 
-def _judge_answer(
-    here: Installation, stats: Stats, others: Sequence[Peer], max_age: float | None
-) -> Health:
-    health = judge(stats, max_age, here)
-    twins = [
-        f"{each.pid} (user {each.uid}, {each.stats.snapshot_dir})"
-        for each in others
-        if each.stats and each.stats.database == stats.database
-    ]
+def _judge_answers(
+    here: Installation, answered: Sequence[Stats], known: Sequence[Stats], max_age: float | None
+) -> tuple[Stats, Health]:
+    judged = [(stats, judge(stats, max_age, here)) for stats in answered]
+    stats, health = max(judged, key=lambda each: (each[1].healthy, each[0].started_at))
     found = list(health.findings)
     if health.state == "running":
         found = _within(lambda: _with_files(here, found), found)
-    if twins:
-        who = f"process {stats.pid} and {', '.join(twins)}"
-        found.insert(0, here.finding("two_daemons", who=who))
-    return Health(health.state, tuple(found))
+    bridges = [each for each in known if each.database == stats.database]
+    if len(bridges) > 1:
+        alike = len({each.snapshot_dir for each in bridges}) == 1
+        who = [f"{each.process}, {each.snapshot_dir}: {judge(each).verdict}" for each in bridges]
+        found.append(several(here, who, "several_bridges" if alike else "two_snapshots"))
+    return stats, Health(health.state, tuple(found))
+
+
+def several(here: Installation, who: Sequence[str], code: str = "several_bridges") -> Finding:
+    """Return the finding that so many processes write one database."""
+    return here.finding(code, count=len(who), who="; ".join(who[:_MOST_NAMED]))
 
 
 def _with_files(here: Installation, found: list[Finding]) -> list[Finding]:
@@ -150,7 +156,8 @@ def _judge_silent(here: Installation, peer: Peer) -> Health:
     if machine.is_paused(peer.pid):
         return Health("paused", (here.finding("paused", pid=peer.pid),))
     silence = duration(SILENT_SECONDS)
-    blocked = here.finding("blocked", pid=peer.pid, uid=peer.uid, silence=silence)
+    who = f"{machine.described(peer.pid)} (user {peer.uid})"
+    blocked = here.finding("blocked", pid=peer.pid, who=who, silence=silence)
     return Health("stuck", (blocked,))
 
 
@@ -232,22 +239,27 @@ def _absent(here: Installation, peers: Sequence[Peer], same: Sequence[Peer]) -> 
 
 
 class Daemon(NamedTuple):
-    """A running `mbcap-watch run`, its database, and whether it is the one asked for, if known."""
+    """A running bridge, its database, and whether that is the one asked for, if known."""
 
     pid: int
     uid: int
     database: str
     same: bool | None
+    program: str = "mbcap-watch run"
 
 
-def daemons(database: Path) -> list[Daemon]:
-    """Return every `mbcap-watch run` of this machine, as far as /proc shows them. Blocks."""
+def daemons(database: Path, peers: Sequence[Peer] = ()) -> list[Daemon]:
+    """Return every `mbcap-watch run` that /proc shows, and of `peers` the embedded ones. Blocks."""
     file, found = place(Path(os.path.realpath(database))), list[Daemon]()
     for pid in machine.processes():
         with contextlib.suppress(OSError):  # it has just ended
             if machine.is_daemon(arguments := machine.arguments_of(pid)):
                 uid = os.stat(f"/proc/{pid}").st_uid
                 found.append(_daemon(pid, uid, arguments, file, database))
+    for peer in peers:
+        if (stats := peer.stats) is not None and stats.embedded_in is not None:
+            same = _is_same(peer.pid, stats.database, file, database)
+            found.append(Daemon(peer.pid, peer.uid, stats.database, same, stats.embedded_in))
     return found
 
 
@@ -256,17 +268,21 @@ def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -
     try:
         variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
         environ = dict(variable.partition("=")[::2] for variable in variables)
-        here, root = os.readlink(f"/proc/{pid}/cwd"), f"/proc/{pid}/root"
+        here = os.readlink(f"/proc/{pid}/cwd")
         path = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
         config = machine.option(arguments, "--config") or environ.get(CONFIG_VARIABLE)
-        toml = Path(root + os.path.join(here, config or CONFIG_FILE))
+        toml = Path(f"/proc/{pid}/root" + os.path.join(here, config or CONFIG_FILE))
         if config or toml.exists():
             path = path or tomllib.loads(toml.read_text(encoding="utf-8")).get("database")
         path = os.path.normpath(os.path.join(here, path or DEFAULT_DATABASE))
     except (OSError, ValueError):
         same = None if named is None else named == str(ours)
         return Daemon(pid, uid, named or "a database that only root may know", same)
-    inside = place(Path(root + path)).status  # as that process sees it, be it in a container
+    return Daemon(pid, uid, path, _is_same(pid, path, file, ours))
+
+
+def _is_same(pid: int, path: str, file: Place, ours: Path) -> bool:
+    inside = place(Path(f"/proc/{pid}/root{path}")).status  # as it sees it, be it in a container
     if inside and file.status:
-        return Daemon(pid, uid, path, os.path.samestat(inside, file.status))
-    return Daemon(pid, uid, path, path == str(ours))
+        return os.path.samestat(inside, file.status)
+    return path == str(ours)

@@ -53,7 +53,7 @@ _TIMES: Final[dict[type, tuple[str, ...]]] = {
 
 
 class Metrics:
-    """Makes stats of what the hooks of `bridge.run` are told; `on_…` are those hooks.
+    """Makes stats of what a bridge tells; `on_…` are told it.
 
     Each of `outputs` is called when stats are made: how does the output of this name?
     """
@@ -64,6 +64,7 @@ class Metrics:
         *,
         version: str,
         pid: int,
+        program: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.outputs: dict[str, Callable[[], Output]] = {}
@@ -75,6 +76,7 @@ class Metrics:
         self._stats = Stats(
             version=version,
             pid=pid,
+            embedded_in=program,
             sampled_at=datetime.now(UTC),
             started_at=clock(),
             database=printable(str(settings.database)),

@@ -1,4 +1,4 @@
-"""The daemon's stats, as frozen data: what it answers when it is asked.
+"""The stats of a bridge, as frozen data: what it answers when it is asked.
 
 Times are seconds since the epoch, intervals seconds, names with `_ms` milliseconds.
 """
@@ -11,7 +11,7 @@ from typing import Final, get_args
 import msgspec
 from msgspec import field
 
-from mbcap_watch.errors import Cause
+from mbcap_watch.errors import QUOTED, Cause, printable
 from mbcap_watch.results import Outcome, PersistResult, Reason, WatchState
 from mbcap_watch.snapshot import timestamp
 
@@ -137,6 +137,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         pid: of the process; for a client, as the kernel tells it.
         uid: whose process it is, as the kernel tells a client; else None.
+        embedded_in: the program that embeds the bridge, as it was started; None for a daemon.
         sampled_at: when this was made; in JSON `sampledAt`, RFC 3339, as CoreScope writes it.
         last_apply: when a sync last compared the database, and so left it as the snapshot says.
         snapshot_written_at: `writtenAt` of the snapshot that was read last; `snapshot_time` the
@@ -154,6 +155,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     pid: int
     uid: int | None = None
+    embedded_in: str | None = None
     sampled_at: datetime = field(name="sampledAt")
     started_at: float
     database: str
@@ -184,6 +186,14 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     mbcap_persist: Lock
     history: tuple[HistoryEntry, ...] = ()
     outputs: dict[str, Output] = {}
+
+    @property
+    def process(self) -> str:
+        """The process for people: its number, whose it is, and which program embeds the bridge."""
+        whose = "" if self.uid is None else f" (user {self.uid})"
+        if self.embedded_in is None:
+            return f"{self.pid}{whose}"
+        return f"{self.pid}{whose}, embedded in {printable(self.embedded_in, QUOTED)}"
 
     @property
     def sampled(self) -> float:
