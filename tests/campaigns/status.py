@@ -131,8 +131,8 @@ def verdict(told: dict[str, Any]) -> set[str]:
 
 def play(base: Path, number: int, wanted: int) -> Counter[str]:
     dice, site, tally = random.Random(number), Site(base), Counter[str]()
-    events = [site.start, site.start, site.go_on, site.go_on, site.lose, site.bring_back]
-    events += [site.bring_back, site.tear, site.mend, site.mend, site.kill, site.end, site.pause]
+    events = [*[site.start, site.go_on, site.mend] * 4, site.bring_back, site.bring_back]
+    events += [site.lose, site.tear, site.kill, site.end, site.pause]
     site.start()
     try:
         for _ in range(min(wanted, 40)):
