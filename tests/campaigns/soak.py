@@ -1,7 +1,8 @@
 """Hours at a busy site: three renames a second, a busy writer, and what is killed now and then.
 
-One daemon is measured, and lives from the beginning to the end. A second one at the same database,
-and the writer, are killed every ten minutes and started again. The two daemons do not know of each
+One daemon is measured, and lives from the beginning to the end. Every ten minutes the writer is
+killed and started again. For five of them, a second daemon is at the same database, and is killed
+as well: without it, nobody makes up for what the first one misses. The two do not know of each
 other, as in two containers, so that `status` is about the one that is measured.
 """
 
@@ -12,7 +13,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -20,10 +20,11 @@ import time
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from campaigns.campaign import Campaign
 from campaigns.measured import Measured
+from campaigns.oracle import Oracle
 from processes import MBCAP_WATCH, Process
 from support import (
     DEADLINE,
@@ -36,9 +37,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-Values = tuple[int, str]
+    from collections.abc import Iterator
 
 # Seconds. In a shorter soak, what is done every so often is done at least once.
 BETWEEN_RENAMES: Final = 1 / 3
@@ -71,19 +70,22 @@ class Site:
         with connect(self.database) as connection:
             connection.execute("CREATE TABLE packets (number INTEGER PRIMARY KEY, payload BLOB)")
         self.snapshot = base / "mbcap-snapshot" / "snapshot.json"
-        self.expected: dict[str, Values] = {}
-        self.valued = set[str]()
+        self.oracle = Oracle(self.database)
         self.written_at, self.lags = "", list[float]()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         self.daemon = self.start_daemon("measured")
-        self.twin, self.writer = self.start_daemon("twin"), self.start_writer()
+        self.twin: Process | None = None
+        self.writer = self.start_writer()
         try:
             yield
         finally:
-            for process in (self.daemon, self.twin, self.writer):
+            for process in self.processes():
                 process.end(signal.SIGKILL)
+
+    def processes(self) -> list[Process]:
+        return [self.daemon, self.writer, *([self.twin] if self.twin else [])]
 
     def environ(self, name: str) -> dict[str, str]:
         home = self.base / name
@@ -102,18 +104,21 @@ class Site:
         return Process(command, self.base / f"writer-{self.tally['kills']}.txt")
 
     def kill(self) -> None:
-        """Kill the writer and the second daemon at their work, and start them again."""
-        for process in (self.writer, self.twin):
+        """Kill the writer and the second daemon at their work, and start the writer again."""
+        for process in self.processes()[1:]:
             process.end(signal.SIGKILL)
+            self.tally["kills"] += 1
         self.judge_writer()
-        self.tally["kills"] += 1
-        self.writer, self.twin = self.start_writer(), self.start_daemon("twin")
+        self.writer, self.twin = self.start_writer(), None
+
+    def join(self) -> None:
+        self.twin = self.twin or self.start_daemon("twin")
 
     def judge_writer(self) -> None:
         """What it has told to be committed is there, and nothing is missing in between."""
         assert not self.writer.said, self.writer.said
         told = int(self.writer.lines[-1]) if self.writer.lines else 0
-        [(count, last)] = self.read("SELECT count(*), coalesce(max(number), 0) FROM packets")
+        [(count, last)] = self.oracle.read("SELECT count(*), coalesce(max(number), 0) FROM packets")
         assert (count, last >= told) == (last, True), (count, last, told)
         self.tally["writer's transactions"] = count
 
@@ -127,10 +132,7 @@ class Site:
             entries.append((key, self.dice.choice(["confirmed", "suspected"]), "advert"))
         self.written_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         put(document(*entries, written_at=self.written_at), self.snapshot)
-        values = {"confirmed": 2, "suspected": 1}
-        written = [each for each in entries if each[1] in values]
-        self.valued |= self.expected.keys()
-        self.expected = {key: (values[status], evidence) for key, status, evidence in written}
+        self.oracle.expect(entries)
         return time.monotonic()
 
     def publish_malformed(self) -> None:
@@ -145,50 +147,20 @@ class Site:
         if self.tally["renames"] % ONE_MALFORMED == 2:
             self.publish_malformed()
             time.sleep(BETWEEN_RENAMES)
-            assert not self.blank(), self.blank()
+            assert not self.oracle.blank(STILL), self.oracle.blank(STILL)
         else:
             self.arrive(self.publish())
 
     def arrive(self, since: float) -> None:
         """Wait until the database says what the snapshot does; note how long that took."""
-        mark = {self.expected[MARK]}
-        wait_until(lambda: self.values([MARK])[MARK] == mark, f"snapshot {mark}")
+        mark = {self.oracle.expected[MARK]}
+        wait_until(lambda: self.oracle.values([MARK])[MARK] == mark, f"snapshot {mark}")
         self.lags.append(time.monotonic() - since)
         deadline = time.monotonic() + DEADLINE
-        while different := self.differing():
-            assert time.monotonic() < deadline, (different, self.expected)
+        while different := self.oracle.differing():
+            assert time.monotonic() < deadline, (different, self.oracle.expected)
             time.sleep(0.02)
-        assert not self.blank(), self.blank()
-
-    def read(self, statement: str) -> list[tuple[Any, ...]]:
-        """Ask the database over a connection that is of no use to anybody else."""
-        connection = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=DEADLINE)
-        with contextlib.closing(connection):
-            return connection.execute(statement).fetchall()
-
-    def values(self, keys: Collection[str]) -> dict[str, set[Values]]:
-        columns = "public_key, multibyte_sup, coalesce(multibyte_evidence, '')"
-        found: dict[str, set[Values]] = {key: set() for key in keys}
-        for key, sup, evidence in self.read(
-            f"SELECT {columns} FROM nodes UNION ALL SELECT {columns} FROM inactive_nodes"
-        ):
-            if key in found:
-                found[key].add((sup, evidence))
-        return found
-
-    def differing(self) -> dict[str, set[Values]]:
-        """Return what is there for each key that has not the value of the last snapshot."""
-        found = self.values(self.expected).items()
-        return {key: values for key, values in found if values != {self.expected[key]}}
-
-    def blank(self) -> list[str]:
-        """Return the keys that have lost their value.
-
-        A key that the last snapshot gives none may have an older one than that before it: of two
-        daemons, the slower one writes its snapshot when the other has written the next.
-        """
-        found = self.values(self.valued.intersection(STILL)).items()
-        return [key for key, values in found if not values or (0, "") in values]
+        assert not self.oracle.blank(STILL), self.oracle.blank(STILL)
 
     def ask(self) -> None:
         """Ask `status` until it tells that all is well, with the last snapshot."""
@@ -247,6 +219,7 @@ class Site:
         every = {
             self.judge: 1.0,
             self.measured.sample: BETWEEN_SAMPLES,
+            self.join: min(BETWEEN_KILLS, wanted / 2) / 2,
             self.kill: min(BETWEEN_KILLS, wanted / 2),
             self.ask: BETWEEN_QUESTIONS,
             self.tell: BETWEEN_LINES,
@@ -263,7 +236,7 @@ class Site:
 
     def judge(self) -> None:
         """Nobody has ended, and the `-wal` is short."""
-        for process in (self.daemon, self.twin, self.writer):
+        for process in self.processes():
             assert not process.ended, (process.popen.args, process.popen.returncode, process.said)
         size = self.database.with_name(self.database.name + "-wal").stat().st_size
         self.tally |= Counter({"KiB of -wal at most": size // 1024})
@@ -271,15 +244,16 @@ class Site:
 
     def end(self) -> None:
         """Nothing is lost, nothing more is open, and both daemons end as they should."""
-        assert self.twin.ready().end(signal.SIGTERM) == 0, self.twin.said
+        if self.twin:
+            assert self.twin.ready().end(signal.SIGTERM) == 0, self.twin.said
         self.ask()
         wait_until(self.no_more_than_at_first, f"an end of all but {self.rest}")
         assert self.daemon.end(signal.SIGTERM) == 0, self.daemon.said
         self.writer.end(signal.SIGKILL)
         self.judge_writer()
         # A node that has just returned is nobody's any more.
-        assert not self.differing().keys() - {*MOVING}, self.differing()
-        assert self.read("PRAGMA integrity_check") == [("ok",)]
+        assert not self.oracle.differing().keys() - {*MOVING}, self.oracle.differing()
+        assert self.oracle.read("PRAGMA integrity_check") == [("ok",)]
         for log in self.base.glob("*.txt"):
             assert "Traceback" not in log.read_text(), log.read_text()
 
