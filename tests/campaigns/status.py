@@ -25,7 +25,8 @@ PATIENCE: Final = 20.0
 class Site:
     """A daemon to which things happen, and what is so: from /proc, and from the files."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, dice: random.Random) -> None:
+        self.dice = dice
         self.database = make_database(base / "meshcore.db", [("nodes", "aa11", 0, None)])
         self.aside, self.log = base / "aside.db", base / "log"
         self.snapshot = base / "mbcap-snapshot" / "snapshot.json"
@@ -55,8 +56,8 @@ class Site:
     def kill(self) -> None:
         self.send(signal.SIGKILL)
 
-    def end(self) -> None:
-        self.send(signal.SIGTERM)
+    def stop(self) -> None:
+        self.send(self.dice.choice([signal.SIGKILL, signal.SIGTERM]))
 
     def pause(self) -> None:
         self.send(signal.SIGSTOP)
@@ -130,13 +131,14 @@ def verdict(told: dict[str, Any]) -> set[str]:
 
 
 def play(base: Path, number: int, wanted: int) -> Counter[str]:
-    dice, site, tally = random.Random(number), Site(base), Counter[str]()
-    events = [*[site.start, site.go_on, site.mend] * 4, site.bring_back, site.bring_back]
-    events += [site.lose, site.tear, site.kill, site.end, site.pause]
+    dice = random.Random(number)
+    site, tally = Site(base, dice), Counter[str]()
+    remedies = [site.start, site.go_on, site.bring_back, site.mend]
+    troubles = [site.stop, site.pause, site.lose, site.tear]
     site.start()
     try:
         for _ in range(min(wanted, 40)):
-            event = dice.choice(events)
+            event = dice.choice(dice.choice([remedies, remedies, remedies, troubles]))
             event()
             site.watch(time.monotonic() + dice.choice([0.0, 0.1, 0.5, 1.5]))
             deadline = time.monotonic() + PATIENCE
