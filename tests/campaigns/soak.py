@@ -1,9 +1,10 @@
 """Hours at a busy site: three renames a second, a busy writer, and what is killed now and then.
 
-One daemon is measured, and lives from the beginning to the end. Every ten minutes the writer is
-killed and started again. For five of them, a second daemon is at the same database, and is killed
-as well: without it, nobody makes up for what the first one misses. The two do not know of each
-other, as in two containers, so that `status` is about the one that is measured.
+One daemon is measured, and lives from the beginning to the end, in the environment of the shipped
+unit. Every ten minutes the writer is killed and started again. For a quarter of the time a second
+daemon is at the same database, and is killed as well: without it, nobody makes up for what the
+first one misses. The two do not know of each other, as in two containers, so that `status` is about
+the one that is measured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -57,6 +59,7 @@ STILL: Final = [f"{number:064x}" for number in range(150)]
 MOVING: Final = [f"{number:064x}" for number in range(1_000, 1_050)]
 MARK: Final = STILL[0]
 
+UNIT: Final = Path(__file__).parents[2] / "config" / "mbcap-watch.service"
 WRITER: Final = Path(__file__).with_name("writer.py")
 
 
@@ -90,7 +93,8 @@ class Site:
     def environ(self, name: str) -> dict[str, str]:
         home = self.base / name
         home.mkdir(exist_ok=True)
-        return os.environ | {"RUNTIME_DIRECTORY": str(home)}
+        given = re.findall(r"^Environment=(\w+)=(.+)$", UNIT.read_text(), re.MULTILINE)
+        return os.environ | dict(given) | {"RUNTIME_DIRECTORY": str(home)}
 
     def start_daemon(self, name: str) -> Process:
         command = [*MBCAP_WATCH, "run", "--json", "--sweep-interval=1s", "--ack"]
@@ -216,15 +220,18 @@ class Site:
 
     def soak(self, wanted: int) -> None:
         """Rename three times a second; what else is due comes in between, and is made up for."""
+        cycle = min(BETWEEN_KILLS, wanted / 2)
         every = {
             self.judge: 1.0,
             self.measured.sample: BETWEEN_SAMPLES,
-            self.join: min(BETWEEN_KILLS, wanted / 2) / 2,
-            self.kill: min(BETWEEN_KILLS, wanted / 2),
+            self.join: cycle,
+            self.kill: cycle,
             self.ask: BETWEEN_QUESTIONS,
             self.tell: BETWEEN_LINES,
         }
-        due, turn, began = dict(every), 0, time.monotonic()
+        # The first kill belongs to the warm-up.
+        due = every | {self.join: cycle / 4, self.kill: cycle / 2}
+        turn, began = 0, time.monotonic()
         while (at := time.monotonic() - began) < wanted:
             for what in [what for what, when in due.items() if at >= when]:
                 what()
