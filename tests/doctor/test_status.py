@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -31,7 +30,6 @@ from support import (
     offered,
     planted,
     put,
-    read_rows,
     wait_until,
 )
 
@@ -349,127 +347,6 @@ def test_another_users_daemon_may_be_the_one(database: Path) -> None:
         process.kill()
     assert (code, told["state"], codes(told)) == (1, "unknown", ["not_asked"])
     assert "can tell which database" in told["problems"][0]["text"]
-
-
-# ------------------------------------------------------------------------------ a campaign
-
-# Questions at random moments. 1,000 take some ten minutes.
-QUESTIONS = int(os.environ.get("STATUS_QUESTIONS", "30"))
-
-# A verdict was true at some moment within so many seconds before or after.
-SLACK = 2.0
-
-
-class Site:
-    """A daemon to which things happen, and what is so: from /proc, and from the database."""
-
-    def __init__(self, database: Path) -> None:
-        self.database, self.aside = database, database.with_name("aside.db")
-        self.process: subprocess.Popen[bytes] | None = None
-        self._seen: list[tuple[float, str]] = []
-
-    # What happens.
-
-    def start(self) -> None:
-        self.send(0)
-        if self.process is None:
-            command = [*COMMAND, "run", "--database", str(self.database)]
-            self.process = subprocess.Popen(
-                [*command, "--sweep-interval", "500ms"], stderr=subprocess.DEVNULL
-            )
-
-    def send(self, signum: int) -> None:
-        if self.process is not None:
-            self.process.send_signal(signum)
-            if signum == signal.SIGKILL:
-                self.process.wait()
-            if self.process.poll() is not None:
-                self.process = None
-
-    def kill(self) -> None:
-        self.send(signal.SIGKILL)
-
-    def end(self) -> None:
-        self.send(signal.SIGTERM)
-
-    def pause(self) -> None:
-        self.send(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        self.send(signal.SIGCONT)
-
-    def lose(self) -> None:
-        if self.database.exists():
-            self.database.rename(self.aside)
-
-    def bring_back(self) -> None:
-        if self.aside.exists():
-            self.aside.rename(self.database)
-
-    # What is so.
-
-    def watch(self, until: float, question: subprocess.Popen[bytes] | None = None) -> None:
-        """Note what is so until a moment, or until a question is answered."""
-        while True:
-            self._seen.append((time.monotonic(), self._now()))
-            if question.poll() is not None if question else time.monotonic() >= until:
-                return
-            time.sleep(0.02)
-
-    def _now(self) -> str:
-        try:
-            pid = self.process.pid if self.process else 0
-            letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            letter = "X"
-        if letter in "XZ":
-            return "not running"
-        if letter in "Tt":
-            return "paused"
-        if not self.database.exists():
-            return "unhealthy"
-        served = ("nodes", "aa11", 2, "advert") in read_rows(self.database)
-        return "healthy" if served else "unserved"
-
-    def around(self, start: float, end: float) -> set[str]:
-        return {what for at, what in self._seen if start - SLACK <= at <= end + SLACK}
-
-
-def verdict(told: dict[str, Any]) -> set[str]:
-    """Return what may be true if this was told."""
-    state = told["state"]
-    if state == "running":
-        return {"healthy"} if told["healthy"] else {"unhealthy", "unserved"}
-    return {"healthy", "unserved", "unhealthy"} if state == "starting" else {state}
-
-
-@pytest.mark.parametrize("seed", [int(os.environ.get("STATUS_SEED", "1"))])
-def test_whenever_it_is_asked_status_tells_the_truth(database: Path, seed: int) -> None:
-    chance = random.Random(seed)
-    put(document(("aa11", "confirmed", "advert")), snapshot_path(database))
-    site = Site(database)
-    events = [site.start, site.start, site.go_on, site.go_on, site.lose, site.bring_back]
-    events += [site.bring_back, site.kill, site.end, site.pause]
-    try:
-        for number in range(QUESTIONS):
-            event = chance.choice(events)
-            event()
-            site.watch(time.monotonic() + chance.choice([0.0, 0.1, 0.5, 1.5]))
-            asked = time.monotonic()
-            with subprocess.Popen(
-                [*COMMAND, "status", "--json", "--database", str(database)], stdout=subprocess.PIPE
-            ) as question:
-                site.watch(asked, question)
-                assert question.stdout is not None
-                told = json.loads(question.stdout.read())
-            answered = time.monotonic()
-            if not verdict(told) & site.around(asked, answered):
-                site.watch(answered + SLACK)  # it must become true
-            seen = site.around(asked, answered)
-            assert verdict(told) & seen, (seed, number, event, told["state"], codes(told), seen)
-            assert (question.returncode == 0) == told["healthy"]
-    finally:
-        site.kill()
 
 
 # ------------------------------------------------------------------------------ for people
