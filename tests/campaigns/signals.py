@@ -33,12 +33,13 @@ ENDS_OF_AN_INTERPRETER = {0, -signal.SIGTERM, -signal.SIGINT, 130, 1}
 
 
 class End(NamedTuple):
-    """How a daemon ended, and how long after the first signal."""
+    """How a daemon ended, how long after the first signal, and which socket it has left."""
 
     caught: bool
     code: int
     seconds: float
     said: str
+    left: list[Path]
 
 
 def catches_sigterm(process: subprocess.Popen[bytes]) -> bool:
@@ -127,7 +128,8 @@ def end_one(published: Published, seed: str, start: float, tally: Counter[str]) 
         code, seconds = process.wait(DEADLINE), time.monotonic() - sent
     tally.update([moment, "nobody read the log"] if is_full else [moment])
     said = published.database.with_name("log.txt").read_text()
-    return End(caught, code, seconds, said)
+    left = [*published.database.with_name("runtime").glob(f"*{process.pid}.sock")]
+    return End(caught, code, seconds, said, left)
 
 
 def play(base: Path, number: int, wanted: int) -> Counter[str]:
@@ -156,11 +158,6 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
             if end.caught:
                 bound = next(limit for limit in (0.2, 1, 2, 4, PROMISE) if end.seconds <= limit)
                 tally[f"ended within {bound:g} s"] += 1
-                # Where it had to leave something behind that hangs, a socket may be left.
-                sockets = list((base / "runtime").iterdir())
-                assert end.seconds > 2 or sockets == []
-                for socket in sockets:
-                    socket.unlink()
             else:
                 tally[f"met before our first line: exit {end.code}"] += 1
     return tally
@@ -169,6 +166,8 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 def require_good(end: End) -> None:
     if end.caught:
         assert (end.code, "Traceback" in end.said) == (0, False), end
+        # After four seconds it ends at once, and tidies nothing.
+        assert end.left == [] or end.seconds > 2, end
     assert end.code in ENDS_OF_AN_INTERPRETER, end
     assert end.seconds <= PROMISE, end
 
