@@ -177,6 +177,6 @@ CAMPAIGN = Campaign(
     " within 5 s",
     unit="daemons",
     full=2_000,
-    short=8,
+    short=6,
     play=play,
 )
