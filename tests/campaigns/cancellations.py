@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 TURNS: Final = 500
 SEEDS: Final = 10
-NODES: Final = 60
+NODES: Final = 30
 
 # ------------------------------------------------------------------------------ the judge
 
@@ -241,7 +241,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
             "mode": dice.choice(["inotify", "poll"]),
             "poll_interval": 0.01,
             "debounce": dice.choice([0, 0.01]),
-            "batch_rows": dice.choice([1, 20, 500]),
+            "batch_rows": dice.choice([3, 10, 500]),
         }
     )
     kinds: list[dict[str, Any]] = [{}, {"isolation_level": None}, {"isolation_level": "IMMEDIATE"}]
