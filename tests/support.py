@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -195,6 +196,19 @@ def locked(database: Path) -> Iterator[Callable[[], None]]:
                 assert read_line(process) == "released"
 
         yield release
+
+
+@contextlib.contextmanager
+def interrupted_as_usual() -> Iterator[None]:
+    """Have SIGINT interrupt this process and its children.
+
+    What a shell starts in the background ignores it, and so would they.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def but_for_slowness(text: str) -> str:

@@ -1,63 +1,22 @@
-"""`run` ends with exit code 0 on a signal, from the first instruction of ours on."""
+"""Signals while modules are loaded. At any other moment: `campaigns/signals.py`."""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from processes import MBCAP_WATCH
 from support import DEADLINE, wait_until
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 pytestmark = [pytest.mark.slow, pytest.mark.system]
-
-SCRIPT = Path(sys.executable).with_name("mbcap-watch")
-COMMANDS = {"module": [sys.executable, "-m", "mbcap_watch"], "script": [str(SCRIPT)]}
-
-# Loading everything takes 0.2 s on a quiet machine; by then, and later, each way is taken often.
-LATEST = 0.4
-TIMES = 30
-
-
-def catches_sigterm(process: subprocess.Popen[str]) -> bool:
-    """Return whether SIGTERM has a handler: the last thing that our first lines do (proc(5))."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
-    return bool(int(caught, 16) & 1 << (signal.SIGTERM - 1))
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("way", COMMANDS)
-def test_a_signal_at_any_moment_of_the_start(
-    database: Path, way: str, signum: signal.Signals
-) -> None:
-    if way == "script" and not SCRIPT.exists():
-        pytest.skip("the package is not installed")
-
-    def end_after(delay: float) -> tuple[int, str]:
-        with subprocess.Popen(
-            [*COMMANDS[way], "run", "--database", str(database), "--log-level", "error"],
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            try:
-                wait_until(lambda: process.poll() is not None or catches_sigterm(process))
-                time.sleep(delay)
-                process.send_signal(signum)
-                _, said = process.communicate(timeout=DEADLINE)
-                return process.returncode, said
-            finally:
-                process.kill()
-
-    delays = [0.0, *(random.uniform(0, LATEST) for _ in range(TIMES))]
-    with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(end_after, delays)) == {(0, "")}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -87,7 +46,7 @@ def test_other_commands_are_interrupted_as_ever(
     """A script that calls them learns of it."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    command = [*COMMANDS["module"], "publish", str(fifo), "--database", str(database)]
+    command = [*MBCAP_WATCH, "publish", str(fifo), "--database", str(database)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
         try:
 
