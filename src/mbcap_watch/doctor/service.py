@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # A daemon makes its socket within a second of its start, and removes it less than a second before
-# its end. So one without a socket is looked at again, and is starting while it is young.
+# its end. So one without a socket is looked at again, and is starting while it is young: on a
+# machine that is very busy, a start takes more than ten seconds.
 _AGAIN_SECONDS: Final = 0.25
 _TRIES: Final = 4
-_YOUNG_SECONDS: Final = 10.0
+_YOUNG_SECONDS: Final = 30.0
 
 # Bridges that are named of many with one database.
 _MOST_NAMED: Final = 8
