@@ -1,9 +1,10 @@
 """100,000 entries with all rows, 1 % of them, or none changed: total and hold of the write lock.
 
-Ours is `persist_once` with its defaults; the reference is per-row UPDATEs with `executemany` in one
-transaction (`contestants/per_row.py`). Both in this process, in turns, each on a database of its
-own that another connection keeps open; the clock runs from the call to its return, with reading,
-decoding, connecting and closing. The hold is what either measures itself (for both that ends
+Ours is `persist_once` with its defaults; beside it are per-row UPDATEs with `executemany` in one
+transaction (`contestants/per_row.py`), which the goals are about, and the algorithm of CoreScope's
+ingestor (`contestants/reference.py`). All in this process, in turns, each on a database of its own
+that another connection keeps open; the clock runs from the call to its return, with reading,
+decoding, connecting and closing. The hold is what either measures itself (for all that ends
 when COMMIT has returned, an automatic checkpoint included) and, in rounds of its own that are not
 timed, what `lockprobe` sees from outside.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
-from benchmarks.contestants import per_row
+from benchmarks.contestants import per_row, reference
 from benchmarks.lab import Site
 from benchmarks.processes import Helper
 from benchmarks.report import Report, Row, at_most, spread
@@ -55,15 +56,20 @@ def _ours(site: Site) -> tuple[float, float]:
     return seconds, result.lock_seconds
 
 
-def _theirs(site: Site) -> tuple[float, float]:
+def _executemany(site: Site) -> tuple[float, float]:
     return per_row.apply(site.database)
+
+
+def _row_by_row(site: Site) -> tuple[float, float]:
+    return reference.apply(site.database)
 
 
 def _measure(root: Path, moving: int, *, timed: int, probed: int) -> dict[str, list[float]]:
     root.mkdir()
     contestants: dict[str, tuple[Site, Callable[[Site], tuple[float, float]]]] = {
         "ours": (Site(root, "ours", NODES, moving), _ours),
-        "theirs": (Site(root, "theirs", NODES, moving), _theirs),
+        "theirs": (Site(root, "theirs", NODES, moving), _executemany),
+        "reference": (Site(root, "reference", NODES, moving), _row_by_row),
     }
     found: dict[str, list[float]] = {
         f"{name} {kind}": [] for name in contestants for kind in ("total", "held", "held outside")
@@ -97,7 +103,8 @@ def _rows(what: str, found: dict[str, list[float]], total: float, hold: float | 
             ours=spread(found["ours total"]),
             reference=f"executemany: {spread(found['theirs total'])}",
             **at_most(middle["ours total"] / middle["theirs total"], total),
-        )
+        ),
+        _beside_the_reference(what, found, middle),
     ]
     if hold is None:
         longest = max(found["ours held"] + found["ours held outside"])
@@ -122,3 +129,16 @@ def _rows(what: str, found: dict[str, list[float]], total: float, hold: float | 
         for kind, seen in (("held", "as measured inside"), ("held outside", "seen from outside"))
     )
     return rows
+
+
+def _beside_the_reference(
+    what: str, found: dict[str, list[float]], middle: dict[str, float]
+) -> Row:
+    ratio = middle["ours total"] / middle["reference total"]
+    held = spread(found["reference held"])
+    return Row(
+        what=f"{what}: total, beside the reference's algorithm",
+        ours=spread(found["ours total"]),
+        reference=f"row by row: {spread(found['reference total'])}, lock held {held}",
+        outcome=f"{ratio:.2f}×",
+    )

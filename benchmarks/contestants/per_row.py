@@ -16,17 +16,21 @@ import msgspec
 if TYPE_CHECKING:
     from pathlib import Path
 
-_SUP = {"confirmed": 2, "suspected": 1}
+SUP = {"confirmed": 2, "suspected": 1}
 
 
-class _Entry(msgspec.Struct, gc=False):
+class Entry(msgspec.Struct, gc=False):
+    """An entry of a snapshot."""
+
     public_key: str
     status: str
     evidence: str = ""
 
 
-class _Document(msgspec.Struct):
-    entries: list[_Entry]
+class Document(msgspec.Struct):
+    """A snapshot."""
+
+    entries: list[Entry]
 
 
 class Timing(NamedTuple):
@@ -40,10 +44,8 @@ def apply(database: Path) -> Timing:
     """Apply the snapshot that lies beside `database`."""
     started = time.perf_counter()
     data = (database.parent / "mbcap-snapshot" / "snapshot.json").read_bytes()
-    document = msgspec.json.decode(data, type=_Document)
-    rows = [
-        (_SUP[e.status], e.evidence, e.public_key) for e in document.entries if e.status in _SUP
-    ]
+    document = msgspec.json.decode(data, type=Document)
+    rows = [(SUP[e.status], e.evidence, e.public_key) for e in document.entries if e.status in SUP]
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("BEGIN IMMEDIATE")

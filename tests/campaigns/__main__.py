@@ -1,4 +1,7 @@
-"""Play a campaign: `make campaign NAME=kills N=10000`; without a name, list them."""
+"""Play a campaign: `make campaign NAME=kills N=10000`; without a name, list them.
+
+What is begun goes on where its report ends.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,22 @@ def main() -> int:
     if asked.name is None:
         for name in names():
             campaign = load(name)
-            print(f"{name:14} {campaign.full:>10,} {campaign.unit:12} {campaign.about}")
+            print(f"{name}: {campaign.about}\n    full size: {campaign.full:,} {campaign.unit}")
+            if (path := _report_of(name)).exists():
+                print(f"    so far: {Report(path, name)}")
         return 0
     campaign = load(asked.name)
     if asked.round is not None:
         print(dict(play_round(asked.name, asked.round, asked.n or campaign.full)))
         return 0
-    report = Report(asked.report or Path(".campaigns", f"{asked.name}.json"), asked.name)
+    report = Report(asked.report or _report_of(asked.name), asked.name)
     print(f"{campaign.about}\n{report}", flush=True)
     play(report, asked.n or campaign.full, asked.jobs, lambda said: print(said, flush=True))
     return 1 if report.failures else 0
+
+
+def _report_of(name: str) -> Path:
+    return Path(".campaigns", f"{name}.json")
 
 
 if __name__ == "__main__":
