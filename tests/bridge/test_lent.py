@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -159,13 +161,30 @@ async def test_results_are_pulled(database: Path) -> None:
 
 
 async def test_one_without_the_other_is_refused_at_once(database: Path) -> None:
-    connection: Any = object()
+    connection = aiosqlite.connect(database)
     with pytest.raises(TypeError, match="lock is missing"):
         watch(quiet(database), connection=connection)
     with pytest.raises(TypeError, match="connection is missing"):
         watch(quiet(database), lock=asyncio.Lock())
     with pytest.raises(TypeError, match="lock is missing"):
         await run(quiet(database), connection=connection)
+
+
+async def test_what_cannot_be_used_is_refused_at_once(database: Path) -> None:
+    locks: list[Any] = [threading.Lock(), asyncio.Lock]
+    for lock in locks:
+        with pytest.raises(TypeError, match="lock is of"):
+            await run(quiet(database), connection=aiosqlite.connect(database), lock=lock)
+    connection: Any
+    with connect(database) as connection, pytest.raises(TypeError, match="connection is of"):
+        watch(quiet(database), connection=connection, lock=asyncio.Lock())
+    async with host(database) as made:
+        async with made.lock:
+            made.connection, kept = connection, made.connection
+        publish(database, "x")
+        result = await made.results.next("failed")
+        assert "is of <class 'sqlite3.Connection'>, not one of aiosqlite" in str(result.error)
+        made.connection = kept
 
 
 async def test_the_host_has_its_turn_between_two_steps(tmp_path: Path) -> None:
@@ -208,6 +227,28 @@ async def test_rows_that_other_processes_write_meanwhile_are_right(database: Pat
                     assert made.connection is not None
                     await made.connection.execute("UPDATE nodes SET name = 'x'")
             assert not {r.outcome for r in made.results.all} & {"failed", "foreign_wal"}
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TEMP TABLE nodes AS SELECT * FROM main.nodes",
+        "CREATE TEMP TABLE nodes (x)",
+        "CREATE TEMP VIEW nodes AS SELECT * FROM main.nodes WHERE public_key = ''",
+        "ATTACH ':memory:' AS other; CREATE TABLE other.nodes AS SELECT * FROM main.nodes",
+    ],
+)
+async def test_other_tables_of_the_same_names_are_left_alone(database: Path, sql: str) -> None:
+    async with host(database) as made:
+        assert made.connection is not None
+        await made.connection.executescript(sql)
+        before = [*await made.connection.execute_fetchall("SELECT * FROM nodes")]
+        publish(database, "x")
+        result = await made.results.next("applied")
+        assert (result.changed, result.error) == (2, None)
+        assert landed(database, "x")
+        if "TEMP" in sql:
+            assert [*await made.connection.execute_fetchall("SELECT * FROM nodes")] == before
 
 
 # ------------------------------------------------------------------------------ states to wait in
@@ -349,6 +390,27 @@ async def test_a_loop_that_stalls_is_waited_for(database: Path) -> None:
                 await asyncio.sleep(0)
         await until(lambda: landed(database, "9"))
         assert set(made.results.outcomes) <= {"no_snapshot", "applied"}
+
+
+async def test_a_connection_that_is_closed_when_the_host_leaves(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody takes what the last step has to say, and asyncio does not complain of that."""
+
+    class Leaving(asyncio.Lock):
+        async def __aenter__(self) -> None:
+            await super().__aenter__()
+            await connection.close()
+            leaving.cancel()
+
+    connection = await aiosqlite.connect(database)
+    publish(database, "x")
+    bridge = run(quiet(database), connection=connection, lock=Leaving())
+    leaving = asyncio.create_task(bridge)
+    with contextlib.suppress(asyncio.CancelledError):
+        await leaving
+    gc.collect()
+    assert not caplog.messages
 
 
 async def test_a_host_that_cancels_what_uses_its_connection(database: Path) -> None:

@@ -9,6 +9,7 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+import aiosqlite
 import anyio
 
 from mbcap_watch.bridge.host import HOSTS, HostAccess, Lock, asyncio_loop
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncIterator, Callable, Coroutine
     from pathlib import Path
-
-    import aiosqlite
 
     from mbcap_watch.store import plan
     from mbcap_watch.store.steps import Steps
@@ -72,15 +71,23 @@ class HostConnection:
             return preview.changes
 
     def _current(self) -> aiosqlite.Connection | None:
-        lent = self._connection
-        return lent() if callable(lent) else lent
+        lent: object = self._connection() if callable(self._connection) else self._connection
+        if lent is None or isinstance(lent, aiosqlite.Connection):
+            return lent
+        raise DatabaseFailed(HOSTS, f"is of {type(lent)}, not one of aiosqlite")
 
 
 def require_both(connection: Lendable | None, lock: Lock | None) -> None:
-    """Raise TypeError if one of the two is missing."""
+    """Raise TypeError if one of the two is missing, or cannot be used."""
     if (connection is None) != (lock is None):
         missing = "connection" if connection is None else "lock"
         raise TypeError(f"connection and lock go together, and {missing} is missing")
+    given: object = connection
+    usable = given is None or isinstance(given, aiosqlite.Connection) or callable(given)
+    if not usable or isinstance(given, sqlite3.Connection):  # that can be called as well
+        raise TypeError(f"connection is of {type(given)}, not one of aiosqlite, and no function")
+    if not (lock is None or isinstance(lock, contextlib.AbstractAsyncContextManager)):
+        raise TypeError(f"lock is of {type(lock)}, which `async with` does not take")
 
 
 def lent(connection: Lendable | None, lock: Lock | None) -> HostConnection | None:

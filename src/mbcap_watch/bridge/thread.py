@@ -230,7 +230,9 @@ async def in_other_loop(
     here, ended = asyncio.get_running_loop(), anyio.Event()
     tasks: list[asyncio.Task[T]] = []
 
-    def tell(_: object) -> None:
+    def tell(task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # retrieved: asyncio would log it for a caller that is leaving
         with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody waits
             here.call_soon_threadsafe(ended.set)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------ tables
 
+# Always those of `main`: a host's connection may have temporary tables or views of these names,
+# which come first, and others in databases that it has attached.
 TABLES: Final = ("nodes", "inactive_nodes")
 COLUMNS: Final = ("public_key", "multibyte_sup", "multibyte_evidence")
 
@@ -34,10 +36,10 @@ _ROWIDS: Final = ("rowid", "_rowid_", "oid")
 # no root page): it would fail if what they refer to is gone.
 PROBE: Final = (
     "SELECT lower(m.name), iif(m.type = 'table' AND NOT m.rootpage, 'virtual table', m.type),"
-    " (SELECT count(*) FROM pragma_index_info(m.name)), group_concat(lower(x.name)),"
+    " (SELECT count(*) FROM pragma_index_info(m.name, 'main')), group_concat(lower(x.name)),"
     " min(iif(x.hidden IN (2, 3) AND x.name LIKE 'multibyte%', lower(x.name), NULL))"
     " FROM sqlite_master AS m LEFT JOIN"
-    " pragma_table_xinfo(CASE WHEN m.type = 'table' AND m.rootpage THEN m.name END) AS x"
+    " pragma_table_xinfo(CASE WHEN m.type = 'table' AND m.rootpage THEN m.name END, 'main') AS x"
     f" ON x.name COLLATE NOCASE IN {(*COLUMNS, *_ROWIDS)}"
     f" WHERE m.type IN ('table', 'view') AND m.name COLLATE NOCASE IN {TABLES} GROUP BY m.name"
 )
@@ -87,11 +89,12 @@ def served(
 
 # How many rows a scan by rowid may come to. Below 0 there may be any number, all in one page.
 SIZE: Final = (
-    "(SELECT iif((SELECT min({row}) FROM {table}) < 0, 9e999, (SELECT max({row}) FROM {table})))"
+    "(SELECT iif((SELECT min({row}) FROM main.{table}) < 0, 9e999,"
+    " (SELECT max({row}) FROM main.{table})))"
 )
 _ROWS: Final = (
     "SELECT {row} AS id, public_key AS key, multibyte_sup AS sup, multibyte_evidence AS evidence"
-    " FROM {table}"
+    " FROM main.{table}"
 )
 # Not LIMIT: as a subquery with a limit, a page takes half as long again.
 SCAN: Final = _ROWS + " WHERE {row} > ? AND {row} <= ?"
@@ -103,7 +106,7 @@ LOOKUP: Final = _ROWS + " WHERE public_key IN ({keys})"
 # lock; guarded by the key, because a rowid can be given to another node meanwhile; and only if
 # the row still differs, byte for byte, whatever collation the columns have.
 _UPDATE: Final = (
-    "WITH wanted(id, key, sup, evidence) AS (VALUES {rows}) UPDATE {table}"
+    "WITH wanted(id, key, sup, evidence) AS (VALUES {rows}) UPDATE main.{table}"
     " SET multibyte_sup = wanted.sup, multibyte_evidence = wanted.evidence FROM wanted"
     " WHERE {table}.{row} = wanted.id AND {table}.public_key COLLATE BINARY = wanted.key"
     " AND (multibyte_sup IS NOT wanted.sup"
