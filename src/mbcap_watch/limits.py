@@ -5,6 +5,7 @@ What a library will need is asked for before it fails half-way and leaks what it
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -31,7 +32,17 @@ def require_descriptors(count: int) -> None:
         opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(count))
     finally:
         for descriptor in opened:
-            os.close(descriptor)
+            close_reader(descriptor)
+
+
+def close_reader(descriptor: int) -> None:
+    """Close a descriptor through which nothing was written.
+
+    A FUSE or network filesystem may tell of an error. The descriptor is closed all the same
+    (close(2)), and what was read is whole.
+    """
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def require_threads(count: int) -> None:
