@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from typing import Final
 
 # A sync, or a step of one, takes milliseconds, on a slow network perhaps a second. A bridge that
@@ -43,27 +42,6 @@ def close_reader(descriptor: int) -> None:
     """
     with contextlib.suppress(OSError):
         os.close(descriptor)
-
-
-def require_threads(count: int) -> None:
-    """Raise now if so many threads cannot be started.
-
-    Raises:
-        OSError: EAGAIN, as the kernel says it (clone(2)).
-
-    """
-    enough = threading.Event()
-    threads = [threading.Thread(target=enough.wait, daemon=True) for _ in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-    except RuntimeError as exc:
-        raise no_thread() from exc
-    finally:
-        enough.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
 
 
 def no_thread() -> OSError:
