@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -240,6 +241,15 @@ def open_descriptors(pid: int | str = "self") -> dict[str, str]:
         with contextlib.suppress(FileNotFoundError):
             found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
     return found
+
+
+_close = os.close
+
+
+def close_as_a_server_that_is_gone(descriptor: int) -> None:
+    """Close as the kernel does on a FUSE or network filesystem: it is closed, and EIO is told."""
+    _close(descriptor)
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def has_open(database: Path, pid: int | str = "self") -> bool:

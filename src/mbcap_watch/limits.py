@@ -5,9 +5,9 @@ What a library will need is asked for before it fails half-way and leaks what it
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import threading
 from typing import Final
 
 # A sync, or a step of one, takes milliseconds, on a slow network perhaps a second. A bridge that
@@ -31,28 +31,17 @@ def require_descriptors(count: int) -> None:
         opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(count))
     finally:
         for descriptor in opened:
-            os.close(descriptor)
+            close_reader(descriptor)
 
 
-def require_threads(count: int) -> None:
-    """Raise now if so many threads cannot be started.
+def close_reader(descriptor: int) -> None:
+    """Close a descriptor through which nothing was written.
 
-    Raises:
-        OSError: EAGAIN, as the kernel says it (clone(2)).
-
+    A FUSE or network filesystem may tell of an error. The descriptor is closed all the same
+    (close(2)), and what was read is whole.
     """
-    enough = threading.Event()
-    threads = [threading.Thread(target=enough.wait, daemon=True) for _ in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-    except RuntimeError as exc:
-        raise no_thread() from exc
-    finally:
-        enough.set()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
 def no_thread() -> OSError:

@@ -96,8 +96,9 @@ def test_every_error_derives_from_one() -> None:
 def test_the_private_names_of_watchdog_are_there() -> None:
     observer = InotifyObserver()
     try:
-        assert observer._emitter_class is InotifyEmitter
+        assert observer._emitter_kwargs == {"inotify_fd": observer._inotify_fd}
         assert isinstance(observer._inotify_fd._inotify_fd, int)
+        assert callable(observer._inotify_fd._close_resources)
         assert callable(InotifyEmitter.get_event_mask_from_filter)
     finally:
         observer.stop()

@@ -17,7 +17,7 @@ from mbcap_watch import read_snapshot, snapshot_path
 from mbcap_watch.errors import SnapshotNotFound, SnapshotRefused
 from mbcap_watch.snapshot import links
 from processes import daemon
-from support import document, other_process, read_rows, wait_until
+from support import close_as_a_server_that_is_gone, document, other_process, read_rows, wait_until
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links to other users")
 
@@ -275,6 +275,17 @@ def test_nothing_stays_open(database: Path, path: Path) -> None:
     (path.parent / "none").write_bytes(GOOD)
     with links.opened(str(path)) as descriptor:
         assert os.read(descriptor, 1000) == GOOD
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_nothing_stays_open_where_closing_fails(
+    database: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(GOOD)
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", close_as_a_server_that_is_gone)
+        assert read_snapshot(database).entries
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -26,6 +26,7 @@ from restores import BACKUP_PACKETS, judge, remove_wal, snapshot
 from support import (
     OFF,
     bridge,
+    close_as_a_server_that_is_gone,
     connect,
     open_descriptors,
     other_process,
@@ -467,6 +468,17 @@ async def test_descriptors_are_not_kept(meshcore: Path) -> None:
     with running(neighbour("idler", meshcore)):
         before = open_descriptors()
         await persist_once(Settings(meshcore))
+        assert open_descriptors() == before
+
+
+async def test_descriptors_are_not_kept_where_closing_fails(
+    meshcore: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(neighbour("idler", meshcore)):
+        before = open_descriptors()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", close_as_a_server_that_is_gone)
+            assert (await persist_once(Settings(meshcore))).compared
         assert open_descriptors() == before
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from fuse import fuse
 from mbcap_watch.watcher.mounts import mount_of
-from support import bridge, document, make_database, put, read_rows, until, wait_until
+from support import bridge, document, make_database, put, read_rows, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,56 +17,12 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.system, pytest.mark.usefixtures("no_leaks")]
 
 
-SFTP_SERVER = "/usr/lib/openssh/sftp-server"
-
-
-@contextlib.contextmanager
-def bindfs(far: Path, near: Path) -> Iterator[None]:
-    with (
-        subprocess.Popen(["bindfs", "-f", str(far), str(near)]) as process,
-        until_unmounted(near, process),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def sshfs(far: Path, near: Path) -> Iterator[None]:
-    """Without a network: sshfs and the sftp server talk through two pipes."""
-    down, up = os.pipe(), os.pipe()
-    command = ["sshfs", "-f", "-o", "passive", f":{far}", str(near)]
-    with (
-        subprocess.Popen([SFTP_SERVER], stdin=up[0], stdout=down[1]),
-        subprocess.Popen(command, stdin=down[0], stdout=up[1]) as process,
-    ):
-        for descriptor in (*down, *up):
-            os.close(descriptor)
-        with until_unmounted(near, process):
-            yield
-
-
-@contextlib.contextmanager
-def until_unmounted(near: Path, process: subprocess.Popen[bytes]) -> Iterator[None]:
-    try:
-        wait_until(lambda: os.path.ismount(near) or process.poll() is not None, "the mount")
-        if not os.path.ismount(near):
-            pytest.skip(f"cannot mount FUSE filesystems here: {process.args!r}")
-        yield
-    finally:
-        subprocess.run(["umount", "-l", near], check=False)
-        process.terminate()
-
-
 @pytest.fixture(params=["bindfs", "sshfs"])
 def far_and_near(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
-    if shutil.which(request.param) is None or not os.access("/dev/fuse", os.W_OK):
-        pytest.skip(f"needs {request.param} and /dev/fuse")
-    if request.param == "sshfs" and not os.path.exists(SFTP_SERVER):
-        pytest.skip("needs an sftp server")
     far, near = tmp_path / "far", tmp_path / "near"
     far.mkdir()
     near.mkdir()
-    mount = {"bindfs": bindfs, "sshfs": sshfs}[request.param]
-    with mount(far, near):
+    with fuse(request.param, far, near):
         yield far, near
 
 
@@ -94,8 +47,6 @@ async def test_what_happens_on_the_far_side(
 
 
 async def test_the_filesystem_goes_and_comes_back(tmp_path: Path) -> None:
-    if shutil.which("bindfs") is None or not os.access("/dev/fuse", os.W_OK):
-        pytest.skip("needs bindfs and /dev/fuse")
     far, near = tmp_path / "far", tmp_path / "near"
     far.mkdir()
     near.mkdir()
@@ -104,7 +55,7 @@ async def test_the_filesystem_goes_and_comes_back(tmp_path: Path) -> None:
     async with bridge(database, snapshot_dir=near, **clocks) as results:
         assert results.state.mode == "inotify"
         for number in range(2):
-            with bindfs(far, near):
+            with fuse("bindfs", far, near):
                 put(document(("aa11", "confirmed", f"far {number}")), far / "snapshot.json")
                 await results.count("applied", number + 1)
                 await until(lambda: results.state.mode == "poll")

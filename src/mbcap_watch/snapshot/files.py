@@ -22,7 +22,7 @@ from mbcap_watch.errors import (
     SnapshotRefused,
     SnapshotUnreadable,
 )
-from mbcap_watch.limits import LIMIT_ERRORS
+from mbcap_watch.limits import LIMIT_ERRORS, close_reader
 from mbcap_watch.settings import DEFAULT_MAX_BYTES, SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot import codec, links
 from mbcap_watch.snapshot.codec import SNAPSHOT_NAME, Entry, Snapshot, parse, parse_entries
@@ -215,7 +215,7 @@ def _sync_directory(directory: Path) -> None:
         with _ignoring(errno.EINVAL, errno.ENOTSUP):  # not every filesystem can
             os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        close_reader(descriptor)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Final
 
+from mbcap_watch.limits import close_reader
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -162,4 +164,4 @@ class _Way:
         """Close what was opened, but for what is still needed."""
         for descriptor in self._opened.difference(needed):
             self._opened.remove(descriptor)
-            os.close(descriptor)
+            close_reader(descriptor)

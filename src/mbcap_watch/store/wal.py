@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, ForeignWal
+from mbcap_watch.limits import close_reader
 from mbcap_watch.store.errors import cause_of
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _release(real: str, *, replaced: bool = False) -> None:
                 continue
             if _is_open_here(f"/proc/self/fd/{descriptor}"):
                 continue
-            os.close(descriptor)
+            close_reader(descriptor)
         del _kept[identity]
 
 
@@ -236,7 +237,7 @@ def _is_open_here(path: str) -> bool:
     except OSError:
         return True
     finally:
-        os.close(place)
+        close_reader(place)
     return False
 
 
@@ -246,7 +247,7 @@ def _fdinfo(descriptor: int) -> tuple[bytes, bytes | None]:
     try:
         words = os.read(file, 200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
     finally:
-        os.close(file)
+        close_reader(file)
     return words[5], words[7] if words[6:7] == [b"ino:"] else None
 
 

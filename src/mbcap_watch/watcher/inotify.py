@@ -1,6 +1,6 @@
 """A watchdog observer on one directory: quick, and honest about its health.
 
-Uses private names of watchdog 7 (`_emitter_class`, `_inotify_fd`); the package pins `<8` and a
+Uses private names of watchdog 7 (`_inotify_fd`, `_close_resources`); the package pins `<8` and a
 test checks that they are there. Importing this fails where the system has no inotify.
 """
 
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from watchdog.events import DirDeletedEvent, FileSystemEvent, FileSystemEventHandler
+from watchdog.observers.api import BaseObserver
 from watchdog.observers.inotify import InotifyEmitter, InotifyObserver
-from watchdog.observers.inotify_c import InotifyConstants, Mask
+from watchdog.observers.inotify_c import InotifyConstants, InotifyFD, Mask
 
-from mbcap_watch.limits import no_thread, require_descriptors, require_threads
+from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
 
 if TYPE_CHECKING:
@@ -53,6 +54,35 @@ class _Emitter(InotifyEmitter):
             self._on_change()
 
 
+class _Reader(InotifyFD):
+    """Leaves nothing behind if there is no descriptor or no thread for it."""
+
+    def __init__(self) -> None:
+        try:
+            super().__init__()
+        except OSError:
+            if hasattr(self, "_inotify_fd"):  # what is missing are those of its pipe
+                os.close(self._inotify_fd)
+            raise
+
+    def start(self) -> None:
+        try:
+            super().start()
+        except RuntimeError:
+            self._close_resources()
+            raise
+
+
+class _Observer(InotifyObserver):
+    """Reads as `_Reader` does, and has emitters of our own."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._inotify_fd = _Reader()
+        self._inotify_fd.start()
+        emitters: Any = partial(_Emitter, on_change, inotify_fd=self._inotify_fd)
+        BaseObserver.__init__(self, emitters)
+
+
 class InotifyWatch:
     """An armed watch. All its methods may block and belong off the event loop."""
 
@@ -68,22 +98,18 @@ class InotifyWatch:
         """
         self._directory = directory
         self._was = os.stat(directory)
-        # Descriptors: an inotify instance and a pipe. Threads: one reads the instance, one is for
-        # the watch, one for handlers, though there are none. A constructor that fails would leak.
-        require_descriptors(3)
-        require_threads(3)
+        require_descriptors(3)  # EMFILE of inotify_init means them, or the limit on instances
         try:
-            self._observer = InotifyObserver()
+            self._observer = _Observer(on_change)
             try:
-                self._arm(on_change)
+                self._arm()
             except BaseException:
                 self.close()
                 raise
-        except RuntimeError as exc:  # somebody else has taken the thread meanwhile
+        except RuntimeError as exc:
             raise no_thread() from exc
 
-    def _arm(self, on_change: Callable[[], None]) -> None:
-        self._observer._emitter_class = partial(_Emitter, on_change)  # type: ignore[assignment]  # noqa: SLF001
+    def _arm(self) -> None:
         self._reader = self._observer._inotify_fd  # noqa: SLF001
         self._descriptor = self._reader._inotify_fd  # noqa: SLF001
         # watchdog opens it without IN_CLOEXEC; a program that the host starts would keep it.

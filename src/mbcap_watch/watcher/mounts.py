@@ -7,6 +7,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mbcap_watch.limits import close_reader
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -52,7 +54,7 @@ def mount_of(directory: Path) -> Mount:
     try:
         lines = list(_lines(f"/proc/self/fdinfo/{descriptor}"))
     finally:
-        os.close(descriptor)
+        close_reader(descriptor)
     mount_id = next((line.split()[1] for line in lines if line.startswith("mnt_id:")), None)
     return next((mount for number, mount in _mounts() if number == mount_id), UNKNOWN)
 
