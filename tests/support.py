@@ -64,7 +64,7 @@ CREATE TABLE {table} (public_key TEXT PRIMARY KEY, name TEXT, last_seen TEXT,
 
 
 @contextlib.contextmanager
-def connect(database: Path, **options: Any) -> Iterator[sqlite3.Connection]:
+def connect(database: Path | str, **options: Any) -> Iterator[sqlite3.Connection]:
     """Open a connection of another program: autocommit, and closed at the end."""
     connection = sqlite3.connect(database, isolation_level=None, **options)
     with contextlib.closing(connection):
