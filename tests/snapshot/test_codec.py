@@ -145,6 +145,8 @@ EMPTY = {
     "unknown field, a number of 9,999 digits": b'{"x": ' + b"9" * 9999 + b"}",
     "another letter case": b'{"Entries": [{"public_key": "a"}], "WRITTENAT": 5}',
     "the last duplicate wins": b'{"entries": [{}], "entries": []}',
+    "the last duplicate wins, whatever the first is": b'{"entries": 5, "entries": []}',
+    "the last duplicate wins, whatever is in the first": b'{"entries": [5], "entries": null}',
 }
 
 

@@ -68,8 +68,10 @@ def test_a_document_costs_at_most_ten_times_its_size(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("make", documents.REFUSED.values(), ids=documents.REFUSED)
-def test_a_small_document_is_never_refused(make: Callable[[int], bytes]) -> None:
-    assert parse(make(1 << 19)).entries
+def test_only_a_small_document_is_never_refused(make: Callable[[int], bytes]) -> None:
+    assert parse(make((1 << 16) - 1)).entries
+    with pytest.raises(SnapshotRefused):
+        parse(make(1 << 18))
 
 
 def test_what_would_swell_is_refused_as_a_bare_list_as_well() -> None:
