@@ -147,6 +147,38 @@ def read_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+NOISE = 2 << 20  # what the interpreter takes meanwhile
+
+# A sync that ends where the database is found missing: after the values that are wanted. `/proc`
+# tells the peak of this process alone; getrusage would include that of its parent.
+_READ = """
+import json, sys
+from pathlib import Path
+import anyio
+from mbcap_watch import Settings, persist_once
+
+def peak():
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+directory = Path(sys.argv[1])
+database = directory / "missing.db"
+anyio.run(persist_once, Settings(database, snapshot_dir=directory / "nowhere"))
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+result = anyio.run(persist_once, Settings(database, snapshot_dir=directory))
+print(json.dumps([peak() - before, result.to_dict()]))
+"""
+
+
+def cost_of_reading(directory: Path) -> tuple[int, dict[str, Any]]:
+    """Return what the snapshot in a directory takes in memory, and the result of a sync with it."""
+    command = [sys.executable, "-c", _READ, str(directory)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE)
+    growth, result = json.loads(done.stdout)
+    return growth, result
+
+
 @contextlib.contextmanager
 def planted(path: Path, answer: bytes) -> Iterator[int]:
     """Have another user offer a socket that says what root would like to hear."""
