@@ -6,7 +6,7 @@ Times are seconds since the epoch, intervals seconds, names with `_ms` milliseco
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final, get_args
+from typing import Annotated, Final, get_args
 
 import msgspec
 from msgspec import field
@@ -154,7 +154,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     pid: int
     uid: int | None = None
-    sampled_at: datetime = field(name="sampledAt")
+    sampled_at: Annotated[datetime, msgspec.Meta(tz=True)] = field(name="sampledAt")
     started_at: float
     database: str
     snapshot_dir: str
