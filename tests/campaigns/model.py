@@ -148,6 +148,7 @@ class Round:
         }
         hold = self.settings["downgrade_hold"]
         self.model = Model(self.settings["downgrade"], hold)
+        self.is_replaced = False  # whether the snapshot was, since the last sync
         # Without a look at the clock, the model knows what comes of it.
         self.is_timeless = self.model.downgrade != "hold" or hold == 3600
         self.path = make_database(base / "m.db", journal_mode=dice.choice(["wal", "wal", "delete"]))
@@ -224,6 +225,10 @@ class Round:
 
     # -------------------------------------------------------------------- the publisher
 
+    def replace(self, wanted: dict[str, Value] | None) -> None:
+        self.model.replace(wanted)
+        self.is_replaced = True
+
     def publish(self) -> None:
         """Replace the snapshot. Its entries are those of a few keys, some without a value."""
         wanted: dict[str, Value] = {}
@@ -240,18 +245,18 @@ class Round:
             if sup is not None and len(key) <= 1024 and len(evidence or "") <= 4096:
                 wanted[key] = (sup, evidence or "")
         self.note("publish", {key[:2]: value for key, value in wanted.items()})
-        self.model.replace(wanted)
+        self.replace(wanted)
         put(json.dumps({"x": self.dice.random(), "entries": entries}).encode(), self.snapshot)
 
     def spoil(self) -> None:
         data = self.dice.choice([b"", b"{", b"[]", b'{"entries": [{}, 1]}', b'{"writtenAt": "x"}'])
         self.note("spoil", data)
-        self.model.replace(None)
+        self.replace(None)
         put(data, self.snapshot)
 
     def remove(self) -> None:
         self.note("remove")
-        self.model.replace(None)
+        self.replace(None)
         self.snapshot.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------- the bridge
@@ -322,7 +327,8 @@ class Round:
         """Compare with the model, once the bridge has seen everything."""
         asked, model = time.monotonic(), self.model
         result: PersistResult | None = None
-        if self.is_timeless and self.settings["resync"] != "24h" and self.dice.random() < 0.3:
+        may_wait = self.is_timeless and self.settings["resync"] != "24h" and not self.is_replaced
+        if may_wait and self.dice.random() < 0.3:
             expected = model.sync(Times(self.began, asked, asked), self.rows())
             await until(lambda: self.rows() == expected, f"{expected} after {list(self.steps)}")
             self.tally["found without being asked"] += 1
@@ -346,7 +352,7 @@ class Round:
         if result is not None and result.compared and self.is_timeless:
             assert result.held == len(model.asks), (result, model.asks, list(self.steps))
         self.tally["lowerings that wait"] += len(model.asks)
-        self.began = time.monotonic()
+        self.began, self.is_replaced = time.monotonic(), False
 
 
 def play(base: Path, number: int, wanted: int) -> Counter[str]:
