@@ -34,6 +34,7 @@ check: $(VENV)/tox
 # one. What is begun goes on where its report ends; the reports are in .campaigns/.
 campaign: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(if $(filter fuzz,$(NAME)),$(VENV)/bin/python -m pip install --quiet --editable '.[fuzz]')
 	PYTHONPATH=tests:. $(VENV)/bin/python -m campaigns $(NAME) $(if $(N),-n $(N)) $(if $(JOBS),--jobs $(JOBS))
 
 format: $(VENV)/tox

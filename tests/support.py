@@ -67,7 +67,7 @@ CREATE TABLE {table} (public_key TEXT PRIMARY KEY, name TEXT, last_seen TEXT,
 
 
 @contextlib.contextmanager
-def connect(database: Path, **options: Any) -> Iterator[sqlite3.Connection]:
+def connect(database: Path | str, **options: Any) -> Iterator[sqlite3.Connection]:
     """Open a connection of another program: autocommit, and closed at the end."""
     connection = sqlite3.connect(database, isolation_level=None, **options)
     with contextlib.closing(connection):
@@ -148,6 +148,38 @@ def other_process(script: str, *arguments: str) -> Iterator[subprocess.Popen[str
 def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
+
+
+NOISE = 2 << 20  # what the interpreter takes meanwhile
+
+# A sync that ends where the database is found missing: after the values that are wanted. `/proc`
+# tells the peak of this process alone; getrusage would include that of its parent.
+_READ = """
+import json, sys
+from pathlib import Path
+import anyio
+from mbcap_watch import Settings, persist_once
+
+def peak():
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1]) * 1024
+
+directory = Path(sys.argv[1])
+database = directory / "missing.db"
+anyio.run(persist_once, Settings(database, snapshot_dir=directory / "nowhere"))
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+result = anyio.run(persist_once, Settings(database, snapshot_dir=directory))
+print(json.dumps([peak() - before, result.to_dict()]))
+"""
+
+
+def cost_of_reading(directory: Path) -> tuple[int, dict[str, Any]]:
+    """Return what the snapshot in a directory takes in memory, and the result of a sync with it."""
+    command = [sys.executable, "-c", _READ, str(directory)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE)
+    growth, result = json.loads(done.stdout)
+    return growth, result
 
 
 @contextlib.contextmanager

@@ -11,13 +11,10 @@ import pytest
 from mbcap_watch import (
     PersistResult,
     Settings,
-    Snapshot,
-    SnapshotMalformed,
     persist_once,
     snapshot_dir,
     snapshot_path,
 )
-from mbcap_watch.snapshot import codec
 from support import TESTS, connect, make_database, read_rows
 
 if TYPE_CHECKING:
@@ -108,25 +105,6 @@ async def test_case(case: dict[str, Any], tmp_path: Path) -> None:
         case _:
             assert after == rows(case, "ours_after")
             assert result.outcome in ("applied", "unchanged")
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_a_large_file_is_read_as_a_small_one(
-    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One by one, or at once: the same entries, or malformed in both ways."""
-    data = base64.b64decode(case["snapshot_b64"] or "")
-
-    def read() -> Snapshot | None:
-        try:
-            return codec.parse(data)
-        except SnapshotMalformed:
-            return None
-
-    whole = read()
-    monkeypatch.setattr(codec, "_LARGE", 0)
-    monkeypatch.setattr(codec, "LEAST_ENTRY", 0)
-    assert read() == whole
 
 
 def check_counts(case: dict[str, Any], result: PersistResult) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import re
+import sqlite3
 from collections import Counter
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import anyio
 
@@ -150,6 +151,25 @@ def damaged(dice: random.Random, made: bytes, wal: bytes) -> tuple[bytes, bytes 
     return bytes(data), bytes(frames) if with_wal else None
 
 
+def contents(database: Path) -> dict[tuple[str, str], tuple[Any, Any]] | None:
+    """Return what is beside the values in each row, and the values; None if it is not sound."""
+    found: dict[tuple[str, str], tuple[Any, Any]] = {}
+    try:  # without a -wal, and leaving none
+        with connect(f"{database.as_uri()}?immutable=1", uri=True) as connection:
+            if connection.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
+                return None
+            for table in ("nodes", "inactive_nodes"):
+                for key, *row in connection.execute(f"SELECT {COLUMNS} FROM {table}"):
+                    found[table, key] = tuple(row[:-2]), tuple(row[-2:])
+    except (sqlite3.Error, UnicodeDecodeError):
+        return None
+    return found
+
+
+COLUMNS = "public_key, name, role, lat, lon, last_seen, advert_count, multibyte_sup"
+COLUMNS += ", multibyte_evidence"
+
+
 class Unforeseen(logging.Handler):
     """Keeps the errors that a sync did not foresee; it logs only those as errors."""
 
@@ -168,6 +188,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
     entries = [
         (key, "confirmed" if n % 2 else "suspected", "advert") for n, key in enumerate(NODES)
     ]
+    values = {key: (1 + (status == "confirmed"), said) for key, status, said in entries}
     put(document(*entries), snapshot_path(database))
     logging.getLogger("mbcap_watch").addHandler(unforeseen := Unforeseen())
     tally, dice = Counter[str](), random.Random(number)
@@ -178,6 +199,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
         if frames is not None:
             log.write_bytes(frames)
         database.write_bytes(data)
+        before = contents(database) if frames is None else None
         previewed, result = anyio.run(both, settings, data)
 
         assert {previewed.outcome, result.outcome} <= set(get_args(Outcome))
@@ -185,6 +207,20 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
         # Whoever writes beside a WAL that was left behind moves that into the database as well.
         if frames is None and not result.changed:
             assert database.read_bytes() == data
+        if before is not None:
+            after = contents(database)
+            assert after is not None
+            assert {row: beside for row, (beside, _) in after.items()} == {
+                row: beside for row, (beside, _) in before.items()
+            }
+            if result.compared and result.error is None:  # else it tells of what it could not
+                odd = [
+                    (row, value)
+                    for row, (_, value) in after.items()
+                    if value != values.get(row[1], before[row][1])
+                ]
+                assert odd == [], (odd[:5], result)
+                tally["sound before, and as the snapshot says after"] += 1
         tally["databases"] += 1
         tally[result.outcome] += 1
 
@@ -205,9 +241,9 @@ async def both(settings: Settings, data: bytes) -> tuple[PersistResult, PersistR
 
 
 CAMPAIGN = Campaign(
-    about="damaged databases: an outcome, never an exit; untouched if nothing was written",
+    about="damaged databases: an outcome, never an exit; untouched, or if sound, as they should be",
     unit="databases",
     full=50_000,
-    short=200,
+    short=100,
     play=play,
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
-import random
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -145,6 +143,8 @@ EMPTY = {
     "unknown field, a number of 9,999 digits": b'{"x": ' + b"9" * 9999 + b"}",
     "another letter case": b'{"Entries": [{"public_key": "a"}], "WRITTENAT": 5}',
     "the last duplicate wins": b'{"entries": [{}], "entries": []}',
+    "the last duplicate wins, whatever the first is": b'{"entries": 5, "entries": []}',
+    "the last duplicate wins, whatever is in the first": b'{"entries": [5], "entries": null}',
 }
 
 
@@ -219,77 +219,7 @@ def test_a_bare_list_that_is_malformed(data: bytes) -> None:
 
 # ------------------------------------------------------------------------------ any bytes
 
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text()
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=8,
-)
-maybe_text = st.none() | st.text() | st.sampled_from(["confirmed", "suspected", "unknown"])
-# Mostly what a field should hold, now and then what it should not.
-loose_entries = st.none() | st.fixed_dictionaries(
-    {},
-    optional={
-        "public_key": maybe_text | scalars,
-        "status": maybe_text,
-        "evidence": maybe_text,
-        "Status": values,
-    },
-)
 stamps = st.datetimes().map(lambda moment: moment.isoformat() + "Z")
-loose_documents = st.fixed_dictionaries(
-    {},
-    optional={
-        "writtenAt": st.none() | stamps | values,
-        "entries": st.none() | st.lists(loose_entries, max_size=4) | values,
-        "x": values,
-    },
-)
-
-
-def by_the_contract(document: Any) -> Snapshot | None:
-    """Return what the table "Reading" makes of a JSON value; None for malformed."""
-    fields = {} if document is None else document
-    if not isinstance(fields, dict):
-        return None
-    written_at = fields.get("writtenAt")
-    listed = fields.get("entries")
-    items = [] if listed is None else listed
-    if not isinstance(items, list) or not all(map(is_loose_entry, items)):
-        return None
-    if written_at is not None and not (
-        isinstance(written_at, str) and timestamp.is_valid(written_at)
-    ):
-        return None
-    entries = [Entry(*map((item or {}).get, FIELDS)) for item in items]
-    return Snapshot(tuple(entries), written_at)
-
-
-FIELDS = ("public_key", "status", "evidence")
-
-
-def is_loose_entry(item: Any) -> bool:
-    """Tell whether an entry is null or an object whose fields are text, null or missing."""
-    return item is None or (
-        isinstance(item, dict) and all(isinstance(item.get(name), str | None) for name in FIELDS)
-    )
-
-
-@given(document=loose_documents | values, ascii_only=st.booleans())
-def test_parse_does_what_the_contract_says(document: Any, ascii_only: bool) -> None:
-    data = json.dumps(document, ensure_ascii=ascii_only).encode()
-    expected = by_the_contract(document)
-    if expected is None:
-        with pytest.raises(SnapshotMalformed):
-            parse(data)
-    else:
-        assert parse(data) == expected
 
 
 def survives(data: bytes) -> None:
@@ -314,41 +244,6 @@ def test_parse_survives_a_mutated_document(patch: bytes, at: int, removed: int) 
 def test_no_torn_document_is_a_snapshot(length: int) -> None:
     with pytest.raises(SnapshotMalformed):
         parse(EXAMPLE[:length])
-
-
-def corrupted(data: bytes, chance: random.Random) -> bytes:
-    """Return the bytes as a bad disk, a torn write or a bad program may leave them."""
-    for _ in range(chance.randint(1, 3)):
-        at, length = chance.randrange(len(data)), chance.randint(1, 40)
-        other = chance.randrange(len(data))
-        match chance.randrange(6):
-            case 0:
-                data = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
-            case 1:
-                data = data[: at + 1]
-            case 2:
-                data = data[:at] + data[at + length :] or b"{"
-            case 3:
-                data = data[:at] + data[other : other + length] + data[at:]
-            case 4:
-                data = data[:at] + chance.randbytes(length) + data[at + length :]
-            case _:
-                data = data[:at] + bytes(length) + data[at + length :]
-    return data
-
-
-LARGE = encode(Snapshot(tuple(Entry(f"{number:064x}", "unknown") for number in range(11_000))))
-DOCUMENTS = [EXAMPLE, *MALFORMED.values(), *EMPTY.values()]
-
-
-def test_10_000_corruptions_of_documents_end_in_a_snapshot_or_an_error() -> None:
-    chance = random.Random(7)
-    for number in range(10_000):
-        data = EXAMPLE if number % 2 else chance.choice(DOCUMENTS)
-        survives(corrupted(data or b"{", chance))
-    assert len(LARGE) > 1 << 20
-    for _ in range(50):
-        survives(corrupted(LARGE, chance))
 
 
 # ------------------------------------------------------------------------------ encode

@@ -34,6 +34,14 @@ def make(clock: Clock | None = None) -> Metrics:
     return Metrics(settings, version="1.2.3", pid=42, clock=clock or Clock())
 
 
+def test_a_time_without_a_zone_is_none() -> None:
+    """In the zone of this machine, that of the year 1 may be in no year that Python knows."""
+    sent = msgspec.json.encode(make().snapshot(NOW))
+    assert msgspec.json.decode(sent, type=Stats).sampled == NOW
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(sent.replace(b"00Z", b"00"), type=Stats)
+
+
 def test_a_bridge_that_has_done_nothing() -> None:
     stats = make().snapshot(NOW)
     assert (stats.version, stats.pid, stats.sampled) == ("1.2.3", 42, NOW)

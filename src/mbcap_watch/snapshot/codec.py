@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 
 from mbcap_watch.errors import SnapshotMalformed, SnapshotRefused, printable, quoted
 from mbcap_watch.snapshot import timestamp
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 T = TypeVar("T")
 
@@ -25,14 +22,12 @@ MAX_EVIDENCE: Final = 4096
 
 _PIECE: Final = 1 << 20
 
-# From 1 MiB (8,000 entries) on, a stall could be felt, and ten times the size is a lot of memory.
-_LARGE: Final = 1 << 20
-
-# A large document has at least 32 bytes for each entry, on average; one with fewer than 4 is
-# refused without counting its entries. In memory an entry takes 65 bytes, and each of its texts up
-# to 76 more than its letters. One that is only counted takes up to 28. The shortest that is written
-# has 40.
+# A document has at least 32 bytes for each entry, on average; one with fewer than 4 is refused
+# without counting its entries. In memory an entry takes 65 bytes, and each of its texts up to 76
+# more than its letters. One that is only counted takes up to 28. The shortest that is written has
+# 40. Below 64 KiB, whatever an entry takes is little.
 LEAST_ENTRY: Final = 32
+_LITTLE: Final = 1 << 16
 _LEAST_COUNTED: Final = 4
 
 _BATCH: Final = 1000  # entries; after each batch, memory is given back
@@ -60,20 +55,21 @@ class Snapshot(msgspec.Struct, frozen=True):
     written_at: str | None = None
 
 
-class _Document(msgspec.Struct, Generic[T], rename={"written_at": "writtenAt"}):
-    """`snapshot.json` as it may be read: anything may be missing or null."""
+class _Document(msgspec.Struct, rename={"written_at": "writtenAt"}):
+    """`snapshot.json` as it may be read: anything may be missing or null.
+
+    Its entries are not decoded, and take no memory. Of several `entries` only the last one counts.
+    """
 
     written_at: str | None = None
-    entries: T = None  # type: ignore[assignment]  # missing
+    entries: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Counted(msgspec.Struct, gc=False):
     """An entry that is only counted, at 16 bytes."""
 
 
-_small_decoder = msgspec.json.Decoder(_Document[tuple[Entry | None, ...] | None] | None)
-# Its entries are not decoded, and take no memory.
-_large_decoder = msgspec.json.Decoder(_Document[msgspec.Raw] | None)
+_document_decoder = msgspec.json.Decoder(_Document | None)
 _counting_decoder = msgspec.json.Decoder(list[_Counted | None] | None)
 _raw_entries_decoder = msgspec.json.Decoder(list[msgspec.Raw] | None)
 _entry_decoder = msgspec.json.Decoder(Entry | None)
@@ -83,7 +79,7 @@ _NO_ENTRY = Entry()
 def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     """Read a snapshot from the bytes of its file.
 
-    Takes at most ten times the size of `data` in memory, unless that is less than 1 MiB.
+    Takes at most ten times the size of `data` in memory, unless that is less than 64 KiB.
 
     Args:
         data: the whole file.
@@ -97,15 +93,11 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     if not data or data.isspace():
         raise SnapshotMalformed(source, "is empty")
     _require_utf8(data, source)
-    if len(data) < _LARGE:
-        small = _decode(_small_decoder, data, source) or _Document()
-        written_at, entries = small.written_at, _no_nulls(small.entries or ())
-    else:
-        large = _decode(_large_decoder, data, source) or _Document()
-        written_at, entries = large.written_at, _one_by_one(large.entries or b"null", data, source)
-    if written_at is not None:
-        _require_time(written_at, source)
-    return Snapshot(entries, written_at)
+    document = _decode(_document_decoder, data, source) or _Document()
+    entries = _one_by_one(document.entries, data, source)
+    if document.written_at is not None:
+        _require_time(document.written_at, source)
+    return Snapshot(entries, document.written_at)
 
 
 def parse_entries(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
@@ -145,11 +137,7 @@ def _one_by_one(data: bytes | msgspec.Raw, document: bytes, source: str) -> tupl
         except (msgspec.MsgspecError, RecursionError):
             wrong = batch[len(done) % _BATCH]
             _decode(_entry_decoder, wrong, source, f"entries[{len(done)}]: ")
-    return _no_nulls(done)
-
-
-def _no_nulls(entries: Sequence[Entry | None]) -> tuple[Entry, ...]:
-    return tuple([entry or _NO_ENTRY for entry in entries])
+    return tuple([entry or _NO_ENTRY for entry in done])
 
 
 def _require_memory(data: bytes | msgspec.Raw, document: bytes, source: str) -> None:
@@ -160,7 +148,7 @@ def _require_memory(data: bytes | msgspec.Raw, document: bytes, source: str) -> 
     """
 
     def swells(entries: int) -> bool:
-        return size >= _LARGE and entries * LEAST_ENTRY > size
+        return size >= _LITTLE and entries * LEAST_ENTRY > size
 
     size = memoryview(data).nbytes
     if not swells(document.count(b",")):

@@ -6,7 +6,7 @@ Times are seconds since the epoch, intervals seconds, names with `_ms` milliseco
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final, get_args
+from typing import Annotated, Final, get_args
 
 import msgspec
 from msgspec import field
@@ -156,7 +156,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     uid: int | None = None
     embedded_in: str | None = None
-    sampled_at: datetime = field(name="sampledAt")
+    sampled_at: Annotated[datetime, msgspec.Meta(tz=True)] = field(name="sampledAt")
     started_at: float
     database: str
     snapshot_dir: str
