@@ -46,7 +46,10 @@ Value = tuple[str, int, str]
 
 
 def wanted_by(content: bytes) -> set[Value] | None:
-    """Return the values that a content wants; None if it is not valid."""
+    """Return the values that a content wants in the rows that there are; None if it is not valid.
+
+    One that was put together from two may be valid by accident, with a key that nobody has.
+    """
     try:
         found: dict[str, Any] = json.loads(content)
     except ValueError:
@@ -54,7 +57,7 @@ def wanted_by(content: bytes) -> set[Value] | None:
     last = {
         entry["public_key"]: (VALUES[entry["status"]], entry.get("evidence", ""))
         for entry in found.get("entries", ())
-        if entry.get("status") in VALUES and "public_key" in entry
+        if entry.get("status") in VALUES and entry.get("public_key") in KEYS
     }
     return {(key, *value) for key, value in last.items()}
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 TURNS: Final = 20
 
-# Orders that are played at once. Most of the time each waits.
-AT_ONCE: Final = 6
+# Orders that are played at once. Each waits most of the time; of more, some wait for too long where
+# the machine has other work as well.
+AT_ONCE: Final = 3
 
 
 def ways() -> list[list[Case]]:
