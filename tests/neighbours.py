@@ -1,4 +1,4 @@
-"""Other processes at a database: CoreScope's ingestor, its server, an idler, a host that embeds us.
+"""Other processes at a database: an ingestor, a writer, a server, an idler, a host that embeds us.
 
 Run as a program, `neighbours.py ROLE DATABASE …`. Each prints `ready` once it has the database
 open, and ends when its standard input does. As in CoreScope, the ingestor empties its `-wal` when
@@ -8,9 +8,11 @@ it is told to stop, and the server reads without a busy timeout and cannot empty
 from __future__ import annotations
 
 import contextlib
+import json
 import select
 import sqlite3
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ PAUSE = 0.05
 def main(role: str, database: str, *arguments: str) -> None:
     if role == "ingestor":
         ingest(database, *arguments)
+    elif role == "writer":
+        write(database, *map(float, arguments))
     elif role == "server":
         serve(database)
     elif role == "idler":
@@ -75,6 +79,30 @@ def ingest(database: str, generation: str) -> None:
     say(committed)
 
 
+def write(database: str, hold: float, gap: float, vacuum: float = 0) -> None:
+    """Hold the write lock for `hold` seconds, let it go for `gap`, and so on until told to stop.
+
+    With `vacuum`, do so after a VACUUM. Say how many packets were committed, and what went wrong.
+    """
+    committed, errors = 0, []
+    with contextlib.closing(sqlite3.connect(database, timeout=5, isolation_level=None)) as writer:
+        say("ready")
+        while not told_to_end(gap):
+            try:
+                if vacuum:
+                    writer.execute("VACUUM")
+                writer.execute("BEGIN IMMEDIATE")
+                writer.execute("INSERT INTO packets (payload) VALUES (randomblob(300))")
+                time.sleep(hold)
+                writer.execute("COMMIT")
+                committed += 1
+            except sqlite3.Error as exc:
+                errors.append(f"{exc.sqlite_errorname}: {exc}")
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
+    say(json.dumps({"committed": committed, "errors": errors}))
+
+
 def serve(database: str) -> None:
     """Read, with one connection, until told to stop."""
     uri = f"file:{database}?mode=ro"
@@ -97,14 +125,23 @@ def idle(database: str) -> None:
 
 
 def host(database: str, *settings: str) -> None:
-    """Read through an aiosqlite connection; with settings, run a bridge beside it."""
+    """Read through an aiosqlite connection; with settings, run a bridge beside it.
+
+    At the end, say how many of its reports were dropped.
+    """
     import aiosqlite  # noqa: PLC0415 - the others start more quickly without
     import anyio  # noqa: PLC0415
 
-    from mbcap_watch import PersistResult, Settings, run  # noqa: PLC0415
+    from mbcap_watch import PersistResult, Settings, WatchState, run  # noqa: PLC0415
+
+    dropped = 0
 
     def on_result(result: PersistResult) -> None:
         say(result.to_json())
+
+    def on_state(state: WatchState) -> None:
+        nonlocal dropped
+        dropped = state.reports_dropped
 
     async def main() -> None:
         async with aiosqlite.connect(database) as connection, anyio.create_task_group() as group:
@@ -112,7 +149,7 @@ def host(database: str, *settings: str) -> None:
             if settings:
                 pairs: list[tuple[str, Any]] = [(s, v) for s, _, v in map(partition, settings)]
                 made = Settings.from_mapping({"database": Path(database), **dict(pairs)})
-                await group.start(partial(run, made, on_result=on_result))
+                await group.start(partial(run, made, on_result=on_result, on_state=on_state))
             say("ready")
             while not told_to_end(0):
                 await anyio.sleep(0.02)
@@ -124,6 +161,7 @@ def host(database: str, *settings: str) -> None:
         return text.partition("=")
 
     anyio.run(main)
+    say(f"dropped {dropped}")
 
 
 if __name__ == "__main__":

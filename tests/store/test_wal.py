@@ -22,7 +22,7 @@ import pytest
 from mbcap_watch import Settings, persist_once, snapshot_path
 from mbcap_watch.store.native import has_reset_bug
 from processes import apply, neighbour, running, start_daemon
-from restores import BACKUP_PACKETS, judge, remove_wal, snapshot
+from restores import BACKUP_PACKETS, judge, make_packets, remove_wal, snapshot
 from support import (
     OFF,
     bridge,
@@ -415,6 +415,25 @@ async def test_a_backup_that_is_copied_over_the_file_is_noticed_at_the_sweep(
             shutil.copyfile(backup, meshcore)
             await results.count("applied", number)
             assert judge(meshcore, BACKUP_PACKETS["smaller"], 0).values == {(2, "first")}
+
+
+@pytest.mark.parametrize("size", ["smaller", "larger"])
+async def test_a_backup_that_is_copied_over_a_file_that_is_open(meshcore: Path, size: str) -> None:
+    """The -shm still tells the length of the file before: what is written would do harm later."""
+    backup = make_packets(meshcore.with_name("backup.db"), "backup", BACKUP_PACKETS[size])
+    with running(neighbour("server", meshcore)) as server:
+        async with bridge(meshcore, sweep_interval="50ms") as results:
+            await results.next("applied")
+            shutil.copyfile(backup, meshcore)
+            told = await results.next("foreign_wal")
+            assert names_the_wal(told.error, meshcore)
+            assert wal_of(meshcore).stat().st_size == 0
+            assert meshcore.read_bytes() == backup.read_bytes()
+            server.end()
+            await results.count("applied", 2)
+    restored = judge(meshcore, BACKUP_PACKETS[size], 0)
+    assert restored.whole
+    assert restored.values == {(2, "first")}
 
 
 async def test_a_backup_that_is_moved_over_the_file_is_noticed_at_the_sweep(

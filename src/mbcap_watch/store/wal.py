@@ -30,6 +30,9 @@ _DATABASE_SHARED: Final = (1073741826, 510)
 # Only Linux answers without harm. Elsewhere a -wal is taken to be the database's own.
 _CAN_ASK: Final = hasattr(fcntl, "F_OFD_GETLK")
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid (fcntl(2))
+# The start of the -shm: version, changes, initialized, page size, frames in the -wal, pages of the
+# database (https://www.sqlite.org/walformat.html, 2.1).
+_INDEX: Final = "=I4xI?xHII"
 
 
 class Wal(enum.Enum):
@@ -74,6 +77,8 @@ def require_own_wal(database: Path, grace: float) -> Wal:
             _release(real, replaced=True)
             _require_own_shm(database, real)
         if not os.stat(f"{real}-wal").st_size:
+            if _CAN_ASK:
+                _require_own_length(database, real)
             return Wal.EMPTY
     except FileNotFoundError:
         return Wal.ABSENT
@@ -104,6 +109,32 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
         problem = "its -wal belongs to another file, which was replaced and is still open"
         raise ForeignWal(database, problem, "wal_replaced")
     return Wal.IN_USE
+
+
+def _require_own_length(database: Path, real: str) -> None:
+    """Raise ForeignWal if a file was copied over the database while somebody has it open.
+
+    SQLite goes by the length that is in the `-shm`. A checkpoint then cuts the file to it, or fails
+    because the file is too short, and succeeds once it has grown. Ask only beside an empty `-wal`.
+    """
+    if _held_lock(f"{real}-shm", _SHM_ALIVE) == fcntl.F_UNLCK:
+        return
+    index, length = _index(real), os.stat(real).st_size
+    if index is None or index != _index(real):  # somebody writes
+        return
+    _, _, is_initialized, page_size, frames, pages = index
+    if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
+        problem = (
+            "another file was copied over it while it is open, as the length in its -shm tells"
+        )
+        raise ForeignWal(database, problem, "wal_replaced")
+
+
+def _index(real: str) -> tuple[int, int, bool, int, int, int] | None:
+    """Return the start of the `-shm`; None if there is none."""
+    descriptor = _descriptor(f"{real}-shm")
+    start = b"" if descriptor is None else os.pread(descriptor, struct.calcsize(_INDEX), 0)
+    return struct.unpack(_INDEX, start) if len(start) == struct.calcsize(_INDEX) else None
 
 
 def is_wal_database(database: Path) -> bool:
