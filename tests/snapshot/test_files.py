@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -614,3 +615,21 @@ def test_a_file_is_not_blamed_for_a_limit(database: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == "limit\n"
+
+
+@pytest.mark.parametrize("number, harmless", [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])
+def test_a_directory_that_cannot_be_flushed(
+    database: Path, number: str, harmless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some filesystems do not know how; on others the snapshot may be lost in a power cut."""
+    flush = os.fsync
+
+    def fsync(file: Any) -> None:
+        if isinstance(file, int):  # and no file object
+            raise OSError(getattr(errno, number), number)
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if harmless else pytest.raises(SnapshotNotPublished, match="EIO"):
+        write_snapshot(database, NEW)
+    assert read_snapshot(database) == NEW

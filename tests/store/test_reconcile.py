@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -34,9 +35,10 @@ from support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mbcap_watch.settings import Downgrade
     from mbcap_watch.store.plan import Value
 
-NODES = Table("nodes", "rowid")
+NODES, INACTIVE = Table("nodes", "rowid"), Table("inactive_nodes", "rowid")
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -631,3 +633,49 @@ def test_the_times_of_a_database_that_is_busy_for_days() -> None:
         tally.waits.append(0.1)
         tally.holds.append(0.1)
     assert len(tally.waits) == len(tally.holds) == reconcile.MAX_TIMES
+
+
+# ------------------------------------------------------------------------------ new rows
+
+
+@pytest.mark.parametrize("downgrade", ["allow", "never"])
+@pytest.mark.parametrize(
+    "known, largest, asked, found",
+    [
+        # The last row counts as new: its rowid may have been given to another node.
+        ({NODES: 4}, {NODES: 8}, [4, 6, 8], {"d", "e"}),
+        ({NODES: 2}, {NODES: 8}, [2, 4, 6, 8], {"b", "d", "e"}),
+        ({NODES: 8}, {NODES: 8}, [8], set()),
+        ({NODES: 8}, {NODES: 5}, [5], {"e"}),  # rows were deleted
+        ({NODES: 9}, {NODES: 9}, [9], set()),  # also while it looks
+        ({NODES: 4}, {INACTIVE: 1}, [], set()),
+        ({NODES: 8, INACTIVE: 0}, {NODES: 8, INACTIVE: 1}, [0, 8], {"i"}),
+    ],
+)
+def test_of_the_new_rows_those_that_differ_are_found(
+    tmp_path: Path,
+    known: dict[Table, int],
+    largest: dict[Table, int],
+    asked: list[int],
+    found: set[str],
+    downgrade: Downgrade,
+) -> None:
+    rows = [("nodes", key, 2 if key == "d" else 0, None) for key in "abcdefgh"]
+    database = make_database(tmp_path / "m.db", [*rows, ("inactive_nodes", "i", 0, None)])
+    wanted: dict[str, Value] = {"b": (2, ""), "d": (1, ""), "e": (2, "x"), "i": (2, "")}
+    pages = reconcile.Pages(rows=2)
+    work = reconcile.compare_new(wanted, known, Tally(largest=largest), downgrade, pages)
+    seen, changes, answer = list[int](), list[Change](), None
+    with connect(database) as connection, contextlib.suppress(StopIteration):
+        while True:
+            step = work.send(answer)
+            if isinstance(step, steps.Write):
+                assert step.downgrade == downgrade
+                changes += step.changes
+            else:
+                seen.append(step.parameters[0])
+                answer = Page(*zip(*connection.execute(step.sql, step.parameters), strict=True))
+    assert sorted(seen) == asked
+    if downgrade == "never":
+        found = found - {"d"}
+    assert {change.public_key for change in changes} == found

@@ -110,7 +110,7 @@ def parse(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
 
 def parse_entries(data: bytes, *, source: str = SNAPSHOT_NAME) -> Snapshot:
     """Read a snapshot as `parse` does, or a bare JSON list of entries (without `writtenAt`)."""
-    if data.lstrip(b" \t\r\n")[:1] != b"[":
+    if data.lstrip()[:1] != b"[":
         return parse(data, source=source)
     _require_utf8(data, source)
     return Snapshot(_one_by_one(data, data, source))
@@ -156,14 +156,14 @@ def _require_memory(data: bytes | msgspec.Raw, document: bytes, source: str) -> 
     """Raise SnapshotRefused if decoding would take more than ten times the size in memory.
 
     Only very many very small entries do that. Commas are counted first, which costs next to
-    nothing; there are fewer entries than commas.
+    nothing; there is at most one entry more than commas.
     """
 
     def swells(entries: int) -> bool:
         return size >= _LARGE and entries * LEAST_ENTRY > size
 
     size = memoryview(data).nbytes
-    if not swells(document.count(b",")):
+    if not swells(document.count(b",") + 1):
         return
     entries = document.count(b"{")
     if entries * _LEAST_COUNTED <= size:  # else nearly all are entries: `{},{},{},`

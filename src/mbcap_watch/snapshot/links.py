@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MOST_LINKS: Final = 40  # as the kernel (path_resolution(7))
-_PLACE: Final = getattr(os, "O_PATH", 0) | os.O_CLOEXEC
-_READ: Final = os.O_RDONLY | os.O_CLOEXEC
+_PLACE: Final = getattr(os, "O_PATH", 0)
 # O_NONBLOCK: a FIFO that takes the place of the file just now does not hold us up.
-_READ_FILE: Final = _READ | os.O_NONBLOCK | os.O_NOCTTY
+_READ_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class ForeignLink(PermissionError):
@@ -123,7 +122,7 @@ class _Way:
         mode = os.fstat(self._found).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             return self._found
-        flags = os.O_NOFOLLOW | (_READ_FILE if stat.S_ISREG(mode) else _READ | os.O_DIRECTORY)
+        flags = os.O_NOFOLLOW | (_READ_FILE if stat.S_ISREG(mode) else os.O_RDONLY | os.O_DIRECTORY)
         try:
             # By its name once more: only then NFS asks the server which file that is.
             descriptor = self.keep(os.open(self._name, flags, dir_fd=self._directory))
