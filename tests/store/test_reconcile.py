@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import sqlite3
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mbcap_watch.store.plan import Value
 
 NODES, INACTIVE = Table("nodes", "rowid"), Table("inactive_nodes", "rowid")
+HALF = reconcile.BATCH_CHARACTERS // 2
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -638,6 +640,26 @@ def test_the_times_of_a_database_that_is_busy_for_days() -> None:
 # ------------------------------------------------------------------------------ new rows
 
 
+def played(
+    work: steps.Steps, connection: sqlite3.Connection, written: steps.Written | None = None
+) -> list[steps.Query | steps.Write]:
+    """Run the steps that read; answer the others with `written`, or that all rows are."""
+    seen, answer = list[steps.Query | steps.Write](), None
+    with contextlib.suppress(StopIteration):
+        while True:
+            seen.append(step := work.send(answer))
+            if isinstance(step, steps.Write):
+                answer = written or steps.Written(len(step.changes))
+            else:
+                answer = connection.execute(step.sql, step.parameters).fetchall()
+                answer = Page(*zip(*answer, strict=True)) if step.is_page else answer
+    return seen
+
+
+def sizes(seen: list[steps.Query | steps.Write]) -> list[int]:
+    return [len(step.changes) for step in seen if isinstance(step, steps.Write)]
+
+
 @pytest.mark.parametrize("downgrade", ["allow", "never"])
 @pytest.mark.parametrize(
     "known, largest, asked, found",
@@ -665,17 +687,52 @@ def test_of_the_new_rows_those_that_differ_are_found(
     wanted: dict[str, Value] = {"b": (2, ""), "d": (1, ""), "e": (2, "x"), "i": (2, "")}
     pages = reconcile.Pages(rows=2)
     work = reconcile.compare_new(wanted, known, Tally(largest=largest), downgrade, pages)
-    seen, changes, answer = list[int](), list[Change](), None
-    with connect(database) as connection, contextlib.suppress(StopIteration):
-        while True:
-            step = work.send(answer)
-            if isinstance(step, steps.Write):
-                assert step.downgrade == downgrade
-                changes += step.changes
-            else:
-                seen.append(step.parameters[0])
-                answer = Page(*zip(*connection.execute(step.sql, step.parameters), strict=True))
-    assert sorted(seen) == asked
+    with connect(database) as connection:
+        seen = played(work, connection)
+    assert sorted(each.parameters[0] for each in seen if isinstance(each, steps.Query)) == asked
+    writes = [each for each in seen if isinstance(each, steps.Write)]
+    assert all(each.downgrade == downgrade for each in writes)
     if downgrade == "never":
         found = found - {"d"}
-    assert {change.public_key for change in changes} == found
+    assert {change.public_key for each in writes for change in each.changes} == found
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(
+    "lengths, batches",
+    [
+        ([1] * 7, [5, 2]),  # `batch_rows`
+        ([HALF] * 5, [2, 2, 1]),
+        ([HALF - 1, HALF, 1, 1, HALF], [3, 2]),
+        ([2 * HALF] * 2, [1, 1]),
+        ([9 * HALF, 0, 0], [1, 2]),
+    ],
+)
+async def test_a_batch_is_full_of_rows_or_of_text(
+    tmp_path: Path, lengths: list[int], batches: list[int]
+) -> None:
+    wanted: dict[str, Value] = {f"k{n}": (2, "x" * size) for n, size in enumerate(lengths)}
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in wanted])
+    tally = Tally()
+    work = reconcile.reconcile(database, wanted, tally, batch_rows=5, downgrade="allow")
+    with connect(database) as connection:
+        assert sizes(played(work, connection)) == batches
+    assert tally.largest == {NODES: len(wanted), INACTIVE: 0}
+    assert (tally.changed.total(), tally.failed) == (len(wanted), {})
+
+
+async def test_once_many_rows_are_refused_a_batch_is_given_up_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "MAX_HALVED", 2)
+    wanted: dict[str, Value] = {f"k{n}": (2, "") for n in range(9)}
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in wanted])
+    tally, refusal = Tally(), sqlite3.IntegrityError("not this one")
+    refusal.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT
+    work = reconcile.reconcile(database, wanted, tally, batch_rows=5, downgrade="allow")
+    with connect(database) as connection:
+        seen = played(work, connection, steps.Written(0, refusal))
+    assert sizes(seen) == [5, 2, 1, 1, 3, 4]
+    assert tally.failed == {("nodes", key): "not this one" for key in wanted}
