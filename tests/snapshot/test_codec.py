@@ -621,3 +621,9 @@ def test_what_would_swell_is_refused_to_the_byte(size: int, entries: int, refuse
             parse_entries(data)
     else:
         assert len(parse_entries(data).entries) == entries
+
+
+@pytest.mark.parametrize("known", ["", '"entries":null,', '"entries":[],'])
+def test_a_large_snapshot_may_be_empty(known: str) -> None:
+    text = f'{{{known}"writtenAt":"2026-07-18T08:47:37Z","more":"{"x" * (1 << 20)}"}}'
+    assert parse(text.encode()) == Snapshot((), "2026-07-18T08:47:37Z")

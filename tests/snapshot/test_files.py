@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -345,8 +346,9 @@ def test_no_permission(database: Path, path: Path, locked: str) -> None:
 
 
 def test_a_name_that_no_filesystem_takes(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotUnreadable, match="File name too long"):
+    with pytest.raises(SnapshotUnreadable, match="File name too long") as caught:
         read_snapshot(tmp_path / "db", snapshot_dir=tmp_path / ("x" * 300))
+    assert caught.value.cause != "limit"
 
 
 def test_malformed_names_the_file(database: Path, path: Path) -> None:
@@ -601,20 +603,23 @@ print(read_snapshot(sys.argv[1]).entries[0].public_key)
 
 
 def test_a_file_is_not_blamed_for_a_limit(database: Path) -> None:
-    script = f"""if True:
-        import os, resource
-        from mbcap_watch import SnapshotUnreadable, read_snapshot
-        held = [os.open("/", os.O_RDONLY)]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1, held[0] + 1))
-        try:
-            read_snapshot({str(database)!r})
-        except SnapshotUnreadable as exc:
-            print(exc.cause)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "limit\n"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/", os.O_RDONLY)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
+        with pytest.raises(SnapshotUnreadable) as caught:
+            read_snapshot(database)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(lowest)
+    assert caught.value.cause == "limit"
+
+
+def test_a_fifo_where_the_directory_should_be(database: Path) -> None:
+    os.mkfifo(snapshot_dir(database))
+    with pytest.raises(SnapshotNotFound, match="is not a directory") as caught:
+        read_snapshot(database)
+    assert caught.value.path == str(snapshot_dir(database))
 
 
 @pytest.mark.parametrize("number, harmless", [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])

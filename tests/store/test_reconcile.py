@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import shutil
 import sqlite3
@@ -736,3 +737,49 @@ async def test_once_many_rows_are_refused_a_batch_is_given_up_as_a_whole(
         seen = played(work, connection, steps.Written(0, refusal))
     assert sizes(seen) == [5, 2, 1, 1, 3, 4]
     assert tally.failed == {("nodes", key): "not this one" for key in wanted}
+
+
+# ------------------------------------------------------------------------------ which way to read
+
+
+@pytest.mark.parametrize(
+    "rows, bounds",
+    [
+        (8, [(-math.inf, 3), (3, 6), (6, math.inf)]),  # four rows for each key
+        (9, [("k0", "k1")]),
+        (6, [(-math.inf, 3), (3, math.inf)]),
+    ],
+)
+async def test_a_table_is_read_in_pages_unless_it_is_far_larger_than_the_snapshot(
+    tmp_path: Path, rows: int, bounds: list[tuple[Any, ...]]
+) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", f"k{n}", 0, None) for n in range(rows)])
+    wanted: dict[str, Value] = {"k0": (2, ""), "k1": (2, "")}
+    work = reconcile.reconcile(
+        database, wanted, Tally(), batch_rows=5, downgrade="allow", pages=reconcile.Pages(rows=3)
+    )
+    with connect(database) as connection:
+        seen = played(work, connection)
+    assert [step.parameters for step in seen if isinstance(step, steps.Query) if step.is_page] == (
+        bounds
+    )
+    assert sizes(seen) == [2]
+
+
+async def test_a_table_without_rowids_is_asked_for_keys(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", [("inactive_nodes", "k0", 0, None)])
+    with connect(database) as connection:
+        connection.execute("DROP TABLE nodes")
+        connection.execute(
+            "CREATE TABLE nodes (public_key TEXT PRIMARY KEY, multibyte_sup INTEGER,"
+            " multibyte_evidence TEXT) WITHOUT ROWID"
+        )
+        connection.execute("INSERT INTO nodes VALUES ('k0', 0, NULL)")
+        tally = Tally()
+        work = reconcile.reconcile(
+            database, {"k0": (2, "")}, tally, batch_rows=5, downgrade="allow"
+        )
+        seen = played(work, connection)
+    asked = [step.parameters for step in seen if isinstance(step, steps.Query) if step.is_page]
+    assert asked == [("k0",), (-math.inf, math.inf)]
+    assert (sizes(seen), tally.largest) == ([1, 1], {INACTIVE: 1})
