@@ -645,7 +645,8 @@ def played(
     work: steps.Steps, connection: sqlite3.Connection, written: steps.Written | None = None
 ) -> list[steps.Query | steps.Write]:
     """Run the steps that read; answer the others with `written`, or that all rows are."""
-    seen, answer = list[steps.Query | steps.Write](), None
+    seen = list[steps.Query | steps.Write]()
+    answer: Any = None
     with contextlib.suppress(StopIteration):
         while True:
             seen.append(step := work.send(answer))
