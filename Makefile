@@ -9,7 +9,7 @@ VENV := .venv
 PYENV := $(wildcard $(HOME)/.pyenv/versions/3.1*/bin/python3.1[1-4])
 TOX := $(VENV)/bin/tox run $(if $(PYENV),--discover $(PYENV))
 
-.PHONY: demo test lint check campaign bench format clean install uninstall
+.PHONY: demo test lint check campaign mutants coverage bench format clean install uninstall
 
 demo: $(VENV)/installed
 	$(VENV)/bin/mbcap-watch demo
@@ -37,12 +37,23 @@ campaign: $(VENV)/installed
 	$(if $(filter fuzz,$(NAME)),$(VENV)/bin/python -m pip install --quiet --editable '.[fuzz]')
 	PYTHONPATH=tests:. $(VENV)/bin/python -m campaigns $(NAME) $(if $(N),-n $(N)) $(if $(JOBS),--jobs $(JOBS))
 
+# Changes what decides in some 1,400 ways, one at a time: the tests should notice. Half an hour.
+# A change may well end in a loop that takes all memory.
+mutants: $(VENV)/tox
+	rm -rf mutants
+	ulimit -v 4000000 && $(TOX) -e mutants
+
+# Branch coverage of all tests: a quarter of an hour.
+coverage: $(VENV)/tox
+	$(TOX) -e coverage
+
 format: $(VENV)/tox
 	$(VENV)/bin/tox exec -q -e lint -- ruff check --fix
 	$(VENV)/bin/tox exec -q -e lint -- ruff format
 
 clean:
-	rm -rf $(VENV) .tox dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .tox dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache \
+		mutants .coverage*
 
 $(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 found; set PYTHON=/path/to/python3"; exit 1; }

@@ -26,7 +26,7 @@ from mbcap_watch import PersistResult, Settings, SettingsError, Timings, WatchSt
 from mbcap_watch.cli import config, views
 from mbcap_watch.doctor.health import judge
 from mbcap_watch.settings import SETTING_NAMES
-from mbcap_watch.telemetry.control import ask, digest_of
+from mbcap_watch.telemetry.ask import ask, digest_of
 from mbcap_watch.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -427,8 +427,12 @@ class TextStatus(str, enum.Enum):  # noqa: UP042 - as hosts write it
     CONFIRMED = "confirmed"
 
 
+class Text(str):
+    __slots__ = ()
+
+
 def test_text_of_a_subclass_is_text() -> None:
-    data = encode(Snapshot((Entry("a", TextStatus.CONFIRMED),)))
+    data = encode(Snapshot((Entry(Text("a"), TextStatus.CONFIRMED),)))
     assert parse(data).entries == (Entry("a", "confirmed"),)
 
 
@@ -483,3 +487,38 @@ def test_stamped_fills_in_the_time(written_at: str | None) -> None:
 def test_stamped_keeps_a_time() -> None:
     snapshot = Snapshot((), "2026-07-18T08:47:37+02:00")
     assert stamped(snapshot) == snapshot
+
+
+# ------------------------------------------------------------------------------ to the byte
+
+
+def test_the_longest_that_a_reader_takes_is_written() -> None:
+    entries = (Entry("k" * MAX_KEY, "confirmed", "x" * MAX_EVIDENCE),)
+    assert parse(encode(Snapshot(entries))).entries == entries
+
+
+@pytest.mark.parametrize(
+    "size, entries, refused",
+    [
+        (1 << 16, 4_000, True),
+        ((1 << 16) - 1, 4_000, False),  # small documents may swell
+        (32 * 40_000, 40_000, False),
+        (32 * 40_000 - 1, 40_000, True),
+        (4 * 400_000, 400_000, True),
+    ],
+)
+def test_what_would_swell_is_refused_to_the_byte(size: int, entries: int, refused: bool) -> None:
+    """Of a bare list, every byte is of the entries."""
+    data = b"[" + b",".join([b"{}"] * entries)
+    data += b" " * (size - 1 - len(data)) + b"]"
+    if refused:
+        with pytest.raises(SnapshotRefused, match=f"has {entries:,} entries in {size:,} bytes"):
+            parse_entries(data)
+    else:
+        assert len(parse_entries(data).entries) == entries
+
+
+@pytest.mark.parametrize("known", ["", '"entries":null,', '"entries":[],'])
+def test_a_large_snapshot_may_be_empty(known: str) -> None:
+    text = f'{{{known}"writtenAt":"2026-07-18T08:47:37Z","more":"{"x" * (1 << 20)}"}}'
+    assert parse(text.encode()) == Snapshot((), "2026-07-18T08:47:37Z")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
+import resource
 import socket
 import stat
 import subprocess
@@ -12,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -344,8 +346,9 @@ def test_no_permission(database: Path, path: Path, locked: str) -> None:
 
 
 def test_a_name_that_no_filesystem_takes(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotUnreadable, match="File name too long"):
+    with pytest.raises(SnapshotUnreadable, match="File name too long") as caught:
         read_snapshot(tmp_path / "db", snapshot_dir=tmp_path / ("x" * 300))
+    assert caught.value.cause != "limit"
 
 
 def test_malformed_names_the_file(database: Path, path: Path) -> None:
@@ -600,17 +603,38 @@ print(read_snapshot(sys.argv[1]).entries[0].public_key)
 
 
 def test_a_file_is_not_blamed_for_a_limit(database: Path) -> None:
-    script = f"""if True:
-        import os, resource
-        from mbcap_watch import SnapshotUnreadable, read_snapshot
-        held = [os.open("/", os.O_RDONLY)]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1, held[0] + 1))
-        try:
-            read_snapshot({str(database)!r})
-        except SnapshotUnreadable as exc:
-            print(exc.cause)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "limit\n"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/", os.O_RDONLY)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, limits[1]))
+        with pytest.raises(SnapshotUnreadable) as caught:
+            read_snapshot(database)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(lowest)
+    assert caught.value.cause == "limit"
+
+
+def test_a_fifo_where_the_directory_should_be(database: Path) -> None:
+    os.mkfifo(snapshot_dir(database))
+    with pytest.raises(SnapshotNotFound, match="is not a directory") as caught:
+        read_snapshot(database)
+    assert caught.value.path == str(snapshot_dir(database))
+
+
+@pytest.mark.parametrize("number, harmless", [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])
+def test_a_directory_that_cannot_be_flushed(
+    database: Path, number: str, harmless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some filesystems do not know how; on others the snapshot may be lost in a power cut."""
+    flush = os.fsync
+
+    def fsync(file: Any) -> None:
+        if isinstance(file, int):  # and no file object
+            raise OSError(getattr(errno, number), number)
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if harmless else pytest.raises(SnapshotNotPublished, match="EIO"):
+        write_snapshot(database, NEW)
+    assert read_snapshot(database) == NEW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -378,3 +379,51 @@ def test_a_link_that_names_thousands_of_directories(tmp_path: Path) -> None:
     with links.opened(str(tmp_path / "link")):
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ------------------------------------------------------------------------------ other paths
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/", "//", "", ".", "..", "sub", "sub/", "./sub/..", "root", "to root", "/proc/self/cwd"],
+)
+def test_every_way_to_write_a_path_leads_where_the_kernel_goes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    Path("root").symlink_to("/")
+    Path("to root").symlink_to("./root/")
+    with links.opened(name) as descriptor:
+        assert os.path.samestat(os.fstat(descriptor), Path(name).stat())
+        assert sorted(os.listdir(descriptor)) == sorted(os.listdir(name or "."))
+
+
+@as_root
+@pytest.mark.parametrize("owner", [1, PUBLISHER])
+def test_a_foreign_link_is_a_permission_that_is_missing(
+    tmp_path: Path, secret: Path, owner: int
+) -> None:
+    link(tmp_path / "link", secret, owner)
+    with pytest.raises(PermissionError) as caught, links.opened(str(tmp_path / "link")):
+        pass
+    assert caught.value.errno == errno.EACCES
+
+
+@as_root
+def test_a_foreign_link_within_the_target_of_a_trusted_one(
+    database: Path, path: Path, tmp_path: Path, secret: Path
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    link(tmp_path / "theirs" / "link", secret, PUBLISHER)
+    link(path, tmp_path / "theirs" / "link" / "snapshot.json", 0)
+    assert "not followed" in refusal(database)
+
+
+@pytest.mark.parametrize("name", ["data", "data/"])
+def test_a_parent_that_is_a_link_to_nothing_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "data").symlink_to("gone")
+    with pytest.raises(SnapshotNotFound) as caught:
+        read_snapshot(tmp_path / name / "deeper" / "meshcore.db")
+    assert caught.value.path == str(tmp_path / "data")

@@ -178,3 +178,18 @@ def test_now_has_nanoseconds() -> None:
     deadline = time.monotonic() + 10
     while len(timestamp.now()) <= len("2026-07-18T08:47:37.123456Z"):
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    "nanoseconds, stamp",
+    [
+        (1_784_364_457_123_456_789, "2026-07-18T08:47:37.123456789Z"),
+        (1_784_364_457_000_000_050, "2026-07-18T08:47:37.00000005Z"),
+        (1_784_364_457_000_000_000, "2026-07-18T08:47:37Z"),
+    ],
+)
+def test_now_is_what_the_clock_says(
+    nanoseconds: int, stamp: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: nanoseconds)
+    assert timestamp.now() == stamp

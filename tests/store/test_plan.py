@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbcap_watch.snapshot.codec import Entry
-from mbcap_watch.store.plan import Change, Comparison, Page, Value, compare, desired_state
+from mbcap_watch.store.plan import (
+    Change,
+    Comparison,
+    Page,
+    Value,
+    compare,
+    delta,
+    desired_state,
+    lowers,
+)
 
 if TYPE_CHECKING:
     from random import Random
@@ -143,6 +152,10 @@ def test_keys_compare_exactly(key: str) -> None:
         (5, "\u0665", True),
         (float("inf"), "infinity", True),
         (b"5", "5", True),
+        # Of the letters of a number, and none.
+        (5, "e5", True),
+        (0, "", True),
+        (float("inf"), "inf", True),
     ],
 )
 def test_a_column_of_numbers_holds_what_looks_like_one_as_one(
@@ -263,3 +276,38 @@ def test_matched_are_the_rows_that_the_snapshot_has_a_value_for(
     values = desired_state(listed).values
     matched = compare(values, rows_of(table), downgrade).matched
     assert matched == [key for key in table if key in values]
+
+
+# ------------------------------------------------------------------------------ one by one
+
+
+def test_every_entry_that_is_too_long_is_counted() -> None:
+    assert desired_state([Entry("k" * 1025, "confirmed")] * 3) == ({}, 3, 0, 3)
+
+
+def test_the_delta_is_what_is_new_or_differs() -> None:
+    before: Table = {"same": (2, "x"), "gone": (2, "x"), "sup": (2, "x"), "evidence": (2, "x")}
+    news: Table = {"sup": (1, "x"), "evidence": (2, "y"), "new": (1, "")}
+    assert delta(before, {"same": (2, "x")} | news) == news
+
+
+@pytest.mark.parametrize(
+    "before, after, is_lower",
+    [
+        (2, 1, True),
+        (1, 1, False),
+        (1.5, 1, True),
+        ("2", 1, True),
+        (b"2", 1, True),
+        ("10", 9, True),
+        ("1", 1, False),
+        ("1", 2, False),
+        ("x", 1, False),
+        ("", 1, False),
+        ("\u00b2", 1, False),  # a digit, and no number
+        (b"\xff", 1, False),
+        (None, 1, False),
+    ],
+)
+def test_what_is_lowered(before: Any, after: int, is_lower: bool) -> None:
+    assert lowers(before, after) is is_lower

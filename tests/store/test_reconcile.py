@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import os
 import shutil
+import sqlite3
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -34,9 +37,11 @@ from support import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mbcap_watch.settings import Downgrade
     from mbcap_watch.store.plan import Value
 
-NODES = Table("nodes", "rowid")
+NODES, INACTIVE = Table("nodes", "rowid"), Table("inactive_nodes", "rowid")
+HALF = reconcile.BATCH_CHARACTERS // 2
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -632,3 +637,151 @@ def test_the_times_of_a_database_that_is_busy_for_days() -> None:
         tally.waits.append(0.1)
         tally.holds.append(0.1)
     assert len(tally.waits) == len(tally.holds) == reconcile.MAX_TIMES
+
+
+# ------------------------------------------------------------------------------ new rows
+
+
+def played(
+    work: steps.Steps, connection: sqlite3.Connection, written: steps.Written | None = None
+) -> list[steps.Query | steps.Write]:
+    """Run the steps that read; answer the others with `written`, or that all rows are."""
+    seen = list[steps.Query | steps.Write]()
+    answer: Any = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            seen.append(step := work.send(answer))
+            if isinstance(step, steps.Write):
+                answer = written or steps.Written(len(step.changes))
+            else:
+                answer = connection.execute(step.sql, step.parameters).fetchall()
+                answer = Page(*zip(*answer, strict=True)) if step.is_page else answer
+    return seen
+
+
+def sizes(seen: list[steps.Query | steps.Write]) -> list[int]:
+    return [len(step.changes) for step in seen if isinstance(step, steps.Write)]
+
+
+@pytest.mark.parametrize("downgrade", ["allow", "never"])
+@pytest.mark.parametrize(
+    "known, largest, asked, found",
+    [
+        # The last row counts as new: its rowid may have been given to another node.
+        ({NODES: 4}, {NODES: 8}, [4, 6, 8], {"d", "e"}),
+        ({NODES: 2}, {NODES: 8}, [2, 4, 6, 8], {"b", "d", "e"}),
+        ({NODES: 8}, {NODES: 8}, [8], set()),
+        ({NODES: 8}, {NODES: 5}, [5], {"e"}),  # rows were deleted
+        ({NODES: 9}, {NODES: 9}, [9], set()),  # also while it looks
+        ({NODES: 4}, {INACTIVE: 1}, [], set()),
+        ({NODES: 8, INACTIVE: 0}, {NODES: 8, INACTIVE: 1}, [0, 8], {"i"}),
+    ],
+)
+def test_of_the_new_rows_those_that_differ_are_found(
+    tmp_path: Path,
+    known: dict[Table, int],
+    largest: dict[Table, int],
+    asked: list[int],
+    found: set[str],
+    downgrade: Downgrade,
+) -> None:
+    rows = [("nodes", key, 2 if key == "d" else 0, None) for key in "abcdefgh"]
+    database = make_database(tmp_path / "m.db", [*rows, ("inactive_nodes", "i", 0, None)])
+    wanted: dict[str, Value] = {"b": (2, ""), "d": (1, ""), "e": (2, "x"), "i": (2, "")}
+    pages = reconcile.Pages(rows=2)
+    work = reconcile.compare_new(wanted, known, Tally(largest=largest), downgrade, pages)
+    with connect(database) as connection:
+        seen = played(work, connection)
+    assert sorted(each.parameters[0] for each in seen if isinstance(each, steps.Query)) == asked
+    writes = [each for each in seen if isinstance(each, steps.Write)]
+    assert all(each.downgrade == downgrade for each in writes)
+    if downgrade == "never":
+        found = found - {"d"}
+    assert {change.public_key for each in writes for change in each.changes} == found
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(
+    "lengths, batches",
+    [
+        ([1] * 7, [5, 2]),  # `batch_rows`
+        ([HALF] * 5, [2, 2, 1]),
+        ([HALF - 1, HALF, 1, 1, HALF], [3, 2]),
+        ([2 * HALF] * 2, [1, 1]),
+        ([9 * HALF, 0, 0], [1, 2]),
+    ],
+)
+async def test_a_batch_is_full_of_rows_or_of_text(
+    tmp_path: Path, lengths: list[int], batches: list[int]
+) -> None:
+    wanted: dict[str, Value] = {f"k{n}": (2, "x" * size) for n, size in enumerate(lengths)}
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in wanted])
+    tally = Tally()
+    work = reconcile.reconcile(database, wanted, tally, batch_rows=5, downgrade="allow")
+    with connect(database) as connection:
+        assert sizes(played(work, connection)) == batches
+    assert tally.largest == {NODES: len(wanted), INACTIVE: 0}
+    assert (tally.changed.total(), tally.failed) == (len(wanted), {})
+
+
+async def test_once_many_rows_are_refused_a_batch_is_given_up_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "MAX_HALVED", 2)
+    wanted: dict[str, Value] = {f"k{n}": (2, "") for n in range(9)}
+    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in wanted])
+    tally, refusal = Tally(), sqlite3.IntegrityError("not this one")
+    refusal.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT
+    work = reconcile.reconcile(database, wanted, tally, batch_rows=5, downgrade="allow")
+    with connect(database) as connection:
+        seen = played(work, connection, steps.Written(0, refusal))
+    assert sizes(seen) == [5, 2, 1, 1, 3, 4]
+    assert tally.failed == {("nodes", key): "not this one" for key in wanted}
+
+
+# ------------------------------------------------------------------------------ which way to read
+
+
+@pytest.mark.parametrize(
+    "rows, bounds",
+    [
+        (8, [(-math.inf, 3), (3, 6), (6, math.inf)]),  # four rows for each key
+        (9, [("k0", "k1")]),
+        (6, [(-math.inf, 3), (3, math.inf)]),
+    ],
+)
+async def test_a_table_is_read_in_pages_unless_it_is_far_larger_than_the_snapshot(
+    tmp_path: Path, rows: int, bounds: list[tuple[Any, ...]]
+) -> None:
+    database = make_database(tmp_path / "m.db", [("nodes", f"k{n}", 0, None) for n in range(rows)])
+    wanted: dict[str, Value] = {"k0": (2, ""), "k1": (2, "")}
+    work = reconcile.reconcile(
+        database, wanted, Tally(), batch_rows=5, downgrade="allow", pages=reconcile.Pages(rows=3)
+    )
+    with connect(database) as connection:
+        seen = played(work, connection)
+    assert [step.parameters for step in seen if isinstance(step, steps.Query) if step.is_page] == (
+        bounds
+    )
+    assert sizes(seen) == [2]
+
+
+async def test_a_table_without_rowids_is_asked_for_keys(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "m.db", [("inactive_nodes", "k0", 0, None)])
+    with connect(database) as connection:
+        connection.execute("DROP TABLE nodes")
+        connection.execute(
+            "CREATE TABLE nodes (public_key TEXT PRIMARY KEY, multibyte_sup INTEGER,"
+            " multibyte_evidence TEXT) WITHOUT ROWID"
+        )
+        connection.execute("INSERT INTO nodes VALUES ('k0', 0, NULL)")
+        tally = Tally()
+        work = reconcile.reconcile(
+            database, {"k0": (2, "")}, tally, batch_rows=5, downgrade="allow"
+        )
+        seen = played(work, connection)
+    asked = [step.parameters for step in seen if isinstance(step, steps.Query) if step.is_page]
+    assert asked == [("k0",), (-math.inf, math.inf)]
+    assert (sizes(seen), tally.largest) == ([1, 1], {INACTIVE: 1})

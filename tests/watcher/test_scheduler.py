@@ -198,7 +198,7 @@ def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bo
 
 @pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
 def test_missed_beats_are_skipped_not_made_up_for(reason: Reason, polling: bool) -> None:
-    plan = scheduler(**{f"{reason}_interval": 1})
+    plan = scheduler(**{f"{reason}_interval": 2})
     at = plan.next(polling=polling)[0]
     look(plan, reason, at + 7.25, compared=False)
     assert plan.next(polling=polling) == (at + 8, reason)
@@ -254,10 +254,11 @@ def test_resync_counts_from_the_last_comparison() -> None:
     assert plan.next(polling=False) == (START + 25, "resync")
 
 
-def test_a_resync_that_failed_is_not_due_again_at_once() -> None:
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_resync_that_failed_is_not_due_again_at_once(seconds: float) -> None:
     plan = scheduler(resync=10)
-    look(plan, "resync", START + 10, seconds=1, compared=False)
-    assert plan.next(polling=False) == (START + 21, "resync")
+    look(plan, "resync", START + 10, seconds=seconds, compared=False)
+    assert plan.next(polling=False) == (START + 20 + seconds, "resync")
 
 
 # ------------------------------------------------------------------------------ retry
@@ -313,3 +314,25 @@ def test_a_rename_just_after_an_idle_look_is_served_at_once() -> None:
     look(plan, "sweep", START + 1, idle=True, compared=False)
     plan.notify(START + 1 + TICK)
     assert plan.next(polling=False) == (START + 1 + TICK, "rename")
+
+
+# ------------------------------------------------------------------------------ request
+
+
+def test_a_request_is_served_once_and_at_once() -> None:
+    plan = scheduler()
+    plan.request(START + 3)
+    plan.request(START + 4)
+    assert plan.next(polling=False) == (START + 3, "request")
+    look(plan, "request", START + 4)
+    assert plan.next(polling=False)[1] != "request"
+
+
+def test_requests_just_after_a_sync_merge_into_one() -> None:
+    plan = scheduler()
+    look(plan, "rename", START)
+    for number in range(1, 5):
+        plan.request(START + number * TICK)
+        assert plan.next(polling=False) == (START + DEBOUNCE, "request")
+    look(plan, "request", START + DEBOUNCE)
+    assert plan.next(polling=False)[1] != "request"

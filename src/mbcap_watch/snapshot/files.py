@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Of codec, for whoever reads and publishes.
 __all__ = ["SNAPSHOT_NAME", "Entry", "Snapshot", "parse", "parse_entries"]
 
-_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _LEFTOVER_SECONDS: Final = 3600.0
 # By the letter that `ls -l` shows.
 _KINDS = {"d": "a directory", "p": "a FIFO", "s": "a socket", "c": "a device", "b": "a device"}
@@ -210,7 +210,7 @@ def write_snapshot(
 
 
 def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         with _ignoring(errno.EINVAL, errno.ENOTSUP):  # not every filesystem can
             os.fsync(descriptor)

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MOST_LINKS: Final = 40  # as the kernel (path_resolution(7))
-_PLACE: Final = getattr(os, "O_PATH", 0) | os.O_CLOEXEC
-_READ: Final = os.O_RDONLY | os.O_CLOEXEC
+_PLACE: Final = getattr(os, "O_PATH", 0)
 # O_NONBLOCK: a FIFO that takes the place of the file just now does not hold us up.
-_READ_FILE: Final = _READ | os.O_NONBLOCK | os.O_NOCTTY
+_READ: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class ForeignLink(PermissionError):
@@ -59,7 +58,7 @@ def opened(path: str, start: int | None = None) -> Iterator[int]:
     """
     with contextlib.closing(_Way()) as way:
         if not hasattr(os, "O_PATH"):
-            yield way.keep(os.open(path, _READ_FILE, dir_fd=start))
+            yield way.keep(os.open(path, _READ, dir_fd=start))
             return
         try:
             way.walk(path, start)
@@ -76,8 +75,6 @@ class _Way:
     def __init__(self) -> None:
         self.strangers: set[int] = set()
         self._opened: set[int] = set()
-        # Where it is: `name` in the open `directory`; `found` is a descriptor of it.
-        self._directory, self._name, self._found = -1, ".", -1
 
     def walk(self, path: str, start: int | None) -> None:
         """Go to what `path` leads to; errors tell by its names where the way ends."""
@@ -125,9 +122,9 @@ class _Way:
         mode = os.fstat(self._found).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             return self._found
-        flags = os.O_NOFOLLOW | (_READ_FILE if stat.S_ISREG(mode) else _READ | os.O_DIRECTORY)
         try:
             # By its name once more: only then NFS asks the server which file that is.
+            flags = _READ | os.O_NOFOLLOW
             descriptor = self.keep(os.open(self._name, flags, dir_fd=self._directory))
         except PermissionError:
             if stat.S_ISDIR(mode):
@@ -152,6 +149,7 @@ class _Way:
         return found, status if stat.S_ISLNK(status.st_mode) else None
 
     def _go(self, directory: int, name: str, found: int) -> None:
+        """Note where it is: `name` in the open `directory`; `found` is a descriptor of it."""
         self._directory, self._name, self._found = directory, name, found
         self.close(directory, found)  # a link may name thousands of directories
 

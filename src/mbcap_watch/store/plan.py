@@ -104,13 +104,11 @@ def lowers(before: object, after: int) -> bool:
 
 def _is_stored(stored: object, wanted: float | str | None) -> bool:
     """Whether a column holds the value in the way of its type: 2 as '2', or '05' as 5."""
-    if type(stored) is type(wanted):
-        return stored == wanted
     text = str(wanted)
-    if str(stored) == text:
-        return isinstance(stored, (int, float, str))
+    if not (isinstance(stored, (int, float)) and _NUMBER.issuperset(text)):
+        return stored in (wanted, text)
     with contextlib.suppress(ValueError):
-        return isinstance(stored, (int, float)) and {*text} <= _NUMBER and stored == float(text)
+        return str(stored) == text or stored == float(text)
     return False
 
 

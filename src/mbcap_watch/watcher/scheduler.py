@@ -24,8 +24,7 @@ class Scheduler:
 
     def __init__(self, settings: Settings, now: float) -> None:
         self._settings = settings
-        self._first_notice = math.inf
-        self._last_notice = -math.inf
+        self._first_notice = self._last_notice = math.inf
         self._quiet_until = -math.inf
         self._paces: dict[Reason, float] = {
             "sweep": settings.sweep_interval,
@@ -33,7 +32,6 @@ class Scheduler:
         }
         self._due: dict[Reason, float] = {
             "request": math.inf,
-            "retry": math.inf,
             "resync": now + settings.resync,
             "sweep": now + settings.sweep_interval,
             "poll": now,
@@ -64,7 +62,7 @@ class Scheduler:
 
     def begin(self, reason: Reason, now: float) -> None:
         """Note that a sync starts. What is notified from now on wants another one."""
-        self._first_notice, self._last_notice = math.inf, -math.inf
+        self._first_notice = math.inf
         if pace := self._paces.get(reason):
             self._due[reason] += pace * max(1, math.ceil((now - self._due[reason]) / pace))
         elif reason in ("retry", "request"):
