@@ -42,7 +42,7 @@ class Bench:
     def __init__(self, base: Path, kind: Kind, stack: ExitStack, dice: random.Random) -> None:
         self.kind, self.dice = kind, dice
         self.failing = FailingIO(base)
-        self.run = base / "run"
+        self.run = base / "mbcap-watch"
         self.run.mkdir(mode=0o700)
         self.disk = stack.enter_context(Disk.mounted(base)) if kind.place == "disk" else None
         home = self.disk.far if self.disk else base
@@ -135,7 +135,7 @@ class Bench:
         """Return where the daemon may be asked: it goes elsewhere if its first choice fails."""
         us = f"mbcap-watch-{os.geteuid()}"
         homes = self.run, *(Path(each, us) for each in ("/dev/shm", "/run", "/tmp"))
-        name = f"[0-9a-f]*-{self.daemon.popen.pid}.sock"
+        name = f"[0-9a-f]*-{self.daemon.popen.pid}-*.sock"
         return [path for home in homes for path in home.glob(name)]
 
     def status(self, timeout: float = 10) -> dict[str, Any] | None:

@@ -128,7 +128,7 @@ def end_one(published: Published, seed: str, start: float, tally: Counter[str]) 
         code, seconds = process.wait(DEADLINE), time.monotonic() - sent
     tally.update([moment, "nobody read the log"] if is_full else [moment])
     said = published.database.with_name("log.txt").read_text()
-    left = [*published.database.with_name("runtime").glob(f"*{process.pid}.sock")]
+    left = [*published.database.with_name("runtime").rglob(f"*-{process.pid}-*.sock")]
     return End(caught, code, seconds, said, left)
 
 

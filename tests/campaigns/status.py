@@ -30,8 +30,8 @@ class Site:
         self.database = make_database(base / "meshcore.db", [("nodes", "aa11", 0, None)])
         self.aside, self.log = base / "aside.db", base / "log"
         self.snapshot = base / "mbcap-snapshot" / "snapshot.json"
-        self.environ = os.environ | {"RUNTIME_DIRECTORY": str(base / "runtime")}
-        (base / "runtime").mkdir()
+        self.environ = os.environ | {"RUNTIME_DIRECTORY": str(base / "mbcap-watch")}
+        (base / "mbcap-watch").mkdir()
         self.process: subprocess.Popen[bytes] | None = None
         self.seen: list[tuple[float, str]] = []
         self.mend()

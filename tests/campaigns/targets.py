@@ -206,11 +206,13 @@ class Listener:
 
     def __init__(self) -> None:
         self.answer = b""
-        self.home = scratch() / "home"
+        self.home = scratch() / "mbcap-watch"
         self.home.mkdir()
         self.settings = Settings("/data/m.db")
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(str(self.home / f"{digest_of(self.settings)}-{os.getpid()}.sock"))
+        self._socket.bind(
+            str(self.home / f"{digest_of(self.settings)}-{os.getpid()}-00000000.sock")
+        )
         self._socket.listen()
         threading.Thread(target=self._serve, daemon=True).start()
 

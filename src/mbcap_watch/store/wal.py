@@ -117,10 +117,13 @@ def _require_own_length(database: Path, real: str) -> None:
     SQLite goes by the length that is in the `-shm`. A checkpoint then cuts the file to it, or fails
     because the file is too short, and succeeds once it has grown. Ask only beside an empty `-wal`.
     """
-    if _held_lock(f"{real}-shm", _SHM_ALIVE) == fcntl.F_UNLCK:
-        return
-    index, length = _index(real), os.stat(real).st_size
-    if index is None or index != _index(real):  # somebody writes
+    try:
+        if _held_lock(f"{real}-shm", _SHM_ALIVE) == fcntl.F_UNLCK:
+            return
+        index, length = _index(real), os.stat(real).st_size
+        if index is None or index != _index(real):  # somebody writes
+            return
+    except PermissionError:  # SQLite may not open it either, and says so
         return
     _, _, is_initialized, page_size, frames, pages = index
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
@@ -236,7 +239,8 @@ def _require_own_shm(database: Path, real: str) -> None:
 
 
 def _has_removed_shm(real: str) -> bool:
-    for link in glob.iglob("/proc/self/fd/*"):
+    ours = {f"/proc/self/fd/{descriptor}" for descriptor, _ in _kept.values()}
+    for link in set(glob.iglob("/proc/self/fd/*")) - ours:
         with contextlib.suppress(OSError):  # closed meanwhile
             if os.readlink(link) == f"{real}-shm (deleted)":
                 return _is_open_here(real) and not _is_open_here(f"{real}-shm")
