@@ -641,7 +641,7 @@ def test_a_directory_that_cannot_be_flushed(
 
 
 def test_a_file_that_comes_in_pieces_is_read_to_its_end_and_no_further(
-    database: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from a filesystem that gives little at a time, and tells no size."""
     read, stat_of = os.read, os.fstat
