@@ -638,3 +638,22 @@ def test_a_directory_that_cannot_be_flushed(
     with contextlib.nullcontext() if harmless else pytest.raises(SnapshotNotPublished, match="EIO"):
         write_snapshot(database, NEW)
     assert read_snapshot(database) == NEW
+
+
+def test_a_file_that_comes_in_pieces_is_read_to_its_end_and_no_further(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a filesystem that gives little at a time, and tells no size."""
+    read, stat_of = os.read, os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        status = stat_of(descriptor)
+        return os.stat_result((*status[:6], 0, *status[7:]))
+
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 1000)))
+    monkeypatch.setattr(os, "fstat", fstat)
+    path.write_bytes(BYTES + b" " * 5000)
+    size = path.stat().st_size
+    assert read_file(path, size).data == path.read_bytes()
+    with pytest.raises(SnapshotRefused, match="larger than max_bytes"):
+        read_file(path, size - 1)

@@ -717,13 +717,13 @@ async def test_a_batch_is_full_of_rows_or_of_text(
     tmp_path: Path, lengths: list[int], batches: list[int]
 ) -> None:
     wanted: dict[str, Value] = {f"k{n}": (2, "x" * size) for n, size in enumerate(lengths)}
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in wanted])
+    database = make_database(tmp_path / "m.db", [("nodes", key, 1, "old") for key in wanted])
     tally = Tally()
     work = reconcile.reconcile(database, wanted, tally, batch_rows=5, downgrade="allow")
     with connect(database) as connection:
         assert sizes(played(work, connection)) == batches
     assert tally.largest == {NODES: len(wanted), INACTIVE: 0}
-    assert (tally.changed.total(), tally.failed) == (len(wanted), {})
+    assert (tally.changed.total(), tally.revalued, tally.failed) == (len(wanted), len(wanted), {})
 
 
 async def test_once_many_rows_are_refused_a_batch_is_given_up_as_a_whole(
