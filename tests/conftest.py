@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
-hypothesis.settings.load_profile("default")
+# `ci` is built in: the same examples each time, for mutation testing.
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 SEED: list[Row] = [
     ("nodes", "aa11", 0, None),
