@@ -125,7 +125,15 @@ def end_one(published: Published, seed: str, start: float, tally: Counter[str]) 
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(dice.choice([0, 0.001, 0.02, 0.2]))
             process.send_signal(signum)
-        code, seconds = process.wait(DEADLINE), time.monotonic() - sent
+        try:
+            code = process.wait(5 if is_full and not caught else DEADLINE)
+        except subprocess.TimeoutExpired:
+            if caught or not is_full:
+                raise
+            # The interpreter tells of SIGINT before our first line, and nobody reads it.
+            tally["the interpreter told of it, and nobody read that"] += 1
+            return End(caught, -signal.SIGINT, 0.0, "", [])
+        seconds = time.monotonic() - sent
     tally.update([moment, "nobody read the log"] if is_full else [moment])
     said = published.database.with_name("log.txt").read_text()
     left = [*published.database.with_name("runtime").rglob(f"*-{process.pid}-*.sock")]
