@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import pytest
 
+from campaigns.campaign import names
 from mbcap_watch.results import Outcome, PersistResult
 from support import TESTS, make_database, read_rows, wait_until
 
@@ -263,3 +264,8 @@ def test_the_map_has_every_module() -> None:
 
 def test_the_readme_is_for_five_minutes() -> None:
     assert len(README.read_text().splitlines()) <= 200
+
+
+def test_the_page_names_each_campaign() -> None:
+    commands = set(re.findall(r"`make campaign NAME=(\w+)`", (DOCS / "reliability.md").read_text()))
+    assert commands == set(names())
