@@ -244,6 +244,6 @@ CAMPAIGN = Campaign(
     about="damaged databases: an outcome, never an exit; untouched, or if sound, as they should be",
     unit="databases",
     full=50_000,
-    short=100,
+    short=50,
     play=play,
 )

@@ -185,6 +185,6 @@ CAMPAIGN = Campaign(
     " within 5 s",
     unit="daemons",
     full=2_000,
-    short=6,
+    short=4,
     play=play,
 )
