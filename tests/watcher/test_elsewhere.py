@@ -17,9 +17,10 @@ from support import document, put, read_rows, wait_until
 if TYPE_CHECKING:
     from pathlib import Path
 
-# What Python loads at its start: then the C library has no inotify, and the kernel no O_PATH.
+# What Python loads at its start: then the C library has no inotify, and the kernel neither O_PATH nor
+# an answer to who holds a lock.
 HIDE = """
-import ctypes, os
+import ctypes, fcntl, os
 
 class Library(ctypes.CDLL):
     def __getattr__(self, name):
@@ -28,7 +29,7 @@ class Library(ctypes.CDLL):
         return super().__getattr__(name)
 
 ctypes.CDLL = Library
-del os.O_PATH
+del os.O_PATH, fcntl.F_OFD_GETLK
 """
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /proc && exec "$@"', "sh"]
 
