@@ -17,8 +17,8 @@ from support import document, put, read_rows, wait_until
 if TYPE_CHECKING:
     from pathlib import Path
 
-# What Python loads at its start: then the C library has no inotify, and the kernel neither O_PATH nor
-# an answer to who holds a lock.
+# What Python loads at its start: then the C library has no inotify. The kernel has no O_PATH, and
+# does not say who holds a lock.
 HIDE = """
 import ctypes, fcntl, os
 
