@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -498,6 +499,26 @@ async def test_descriptors_are_not_kept_where_closing_fails(
         with monkeypatch.context() as patch:
             patch.setattr(os, "close", close_as_a_server_that_is_gone)
             assert (await persist_once(Settings(meshcore))).compared
+        assert open_descriptors() == before
+
+
+async def test_no_descriptor_is_kept_twice_where_files_cannot_be_told_apart(
+    meshcore: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def fails(path: str | int, **options: bool) -> os.stat_result:
+        if str(path).endswith("-shm"):
+            raise OSError(errno.EIO, "Input/output error")
+        return stat(path, **options)
+
+    with running(neighbour("idler", meshcore)):
+        before = open_descriptors()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", fails)
+            async with bridge(meshcore) as results:
+                for _ in range(3):
+                    assert (await results.sync()).outcome == "failed"
         assert open_descriptors() == before
 
 

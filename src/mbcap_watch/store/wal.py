@@ -188,16 +188,16 @@ def _descriptor(path: str) -> int | None:
     opened it may close at any moment. So the descriptor is one of our own, and is kept until
     `release`.
     """
-    if (identity := identity_of(path)) not in _kept:
-        try:
-            # O_NONBLOCK: a FIFO may stand there.
-            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-            opened = os.open(path, flags)
-        except FileNotFoundError:
-            return None
-        identity = identity_of(opened)
-        _kept[identity] = opened, path
-    return _kept[identity][0]
+    try:
+        status = os.stat(path)
+        if (identity := (status.st_dev, status.st_ino)) in _kept:
+            return _kept[identity][0]
+        # O_NONBLOCK: a FIFO may stand there.
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError:
+        return None
+    _kept[identity_of(opened) or identity] = opened, path
+    return opened
 
 
 def release(database: Path) -> None:
@@ -214,7 +214,10 @@ def _release(real: str, *, replaced: bool = False) -> None:
     for identity, (descriptor, path) in list(_kept.items()):
         if path not in (real, f"{real}-shm"):
             continue
-        if identity_of(descriptor) == identity:  # a host may have closed all that it does not know
+        found = identity_of(descriptor)
+        if found is None and os.path.lexists(f"/proc/self/fd/{descriptor}"):
+            continue  # the kernel does not say, now, which file it is
+        if found == identity:  # a host may have closed all that it does not know
             if replaced and identity_of(path) == identity:
                 continue
             if _is_open_here(f"/proc/self/fd/{descriptor}"):
