@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from support import (
     at_rest,
     connect,
     document,
+    interrupted_as_usual,
     make_database,
     open_descriptors,
     put,
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=100)
-# What a shell starts in the background ignores SIGINT, and so would all that the tests start.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupted_as_usual()
 
 # `ci` is built in: the same examples each time, for mutation testing.
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

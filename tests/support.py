@@ -231,17 +231,13 @@ def locked(database: Path) -> Iterator[Callable[[], None]]:
         yield release
 
 
-@contextlib.contextmanager
-def interrupted_as_usual() -> Iterator[None]:
+def interrupted_as_usual() -> None:
     """Have SIGINT interrupt this process and its children.
 
     What a shell starts in the background ignores it, and so would they.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def but_for_slowness(text: str) -> str:

@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from support import interrupted_as_usual
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -60,6 +62,7 @@ def load(name: str) -> Campaign:
 
 def play_round(name: str, number: int, wanted: int) -> Counter[str]:
     """Play one round in a directory of its own."""
+    interrupted_as_usual()
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as base:
         return load(name).play(Path(base), number, wanted)
 

@@ -27,7 +27,6 @@ from support import (
     DEADLINE,
     at_rest,
     connect,
-    interrupted_as_usual,
     open_descriptors,
     other_process,
     read_line,
@@ -248,10 +247,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
     options = dice.choice(kinds)
     pace = dice.choice([0, 0.00005, 0.0002])
     uvloop.run(asyncio.sleep(0))  # libuv opens descriptors at its first use; they are no leak
-    with (
-        interrupted_as_usual(),
-        other_process(NEIGHBOUR, str(published.database)) as neighbour,
-    ):
+    with other_process(NEIGHBOUR, str(published.database)) as neighbour:
         stage = Stage(settings, published, neighbour, options, pace)
         for trial in trials(number, wanted):
             try:

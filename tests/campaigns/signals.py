@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from campaigns.campaign import Campaign
 from campaigns.published import Published
-from support import DEADLINE, connect, interrupted_as_usual, wait_until
+from support import DEADLINE, connect, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,31 +143,30 @@ def end_one(published: Published, seed: str, start: float, tally: Counter[str]) 
 def play(base: Path, number: int, wanted: int) -> Counter[str]:
     published = Published(base / "m.db", NODES, random.Random(number))
     tally = Counter[str]()
-    with interrupted_as_usual():
-        published.publish()
-        started = time.monotonic()
-        with daemon(published, COMMANDS[0]):
-            wait_until(lambda: is_latest(published), "the first sync")
-        start = time.monotonic() - started
-        for trial in range(min(wanted, SIGNALS)):
-            seed = f"{number}.{trial}"
+    published.publish()
+    started = time.monotonic()
+    with daemon(published, COMMANDS[0]):
+        wait_until(lambda: is_latest(published), "the first sync")
+    start = time.monotonic() - started
+    for trial in range(min(wanted, SIGNALS)):
+        seed = f"{number}.{trial}"
+        end = end_one(published, seed, start, tally)
+        if end.seconds > PROMISE:
+            # Others may have kept the machine from running it: once more.
+            tally["took longer than 5 s, once"] += 1
             end = end_one(published, seed, start, tally)
-            if end.seconds > PROMISE:
-                # Others may have kept the machine from running it: once more.
-                tally["took longer than 5 s, once"] += 1
-                end = end_one(published, seed, start, tally)
-            require_good(end)
-            with connect(published.database, timeout=0) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("ROLLBACK")
-                assert connection.execute("PRAGMA quick_check").fetchall() == [("ok",)]
-                published.judge(connection)
-            tally["daemons"] += 1
-            if end.caught:
-                bound = next(limit for limit in (0.2, 1, 2, 4, PROMISE) if end.seconds <= limit)
-                tally[f"ended within {bound:g} s"] += 1
-            else:
-                tally[f"met before our first line: exit {end.code}"] += 1
+        require_good(end)
+        with connect(published.database, timeout=0) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+            assert connection.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+            published.judge(connection)
+        tally["daemons"] += 1
+        if end.caught:
+            bound = next(limit for limit in (0.2, 1, 2, 4, PROMISE) if end.seconds <= limit)
+            tally[f"ended within {bound:g} s"] += 1
+        else:
+            tally[f"met before our first line: exit {end.code}"] += 1
     return tally
 
 

@@ -193,8 +193,9 @@ async def run(
     Raises:
         EventLoopError: no asyncio or trio runs here, or, with `connection` or `control`, no
             asyncio.
-        TypeError: `connection` was given without `lock`, or the reverse.
+        TypeError: `connection` was given without `lock`, or the reverse, or cannot be used.
         ValueError: `control` was made with other settings.
+        RuntimeError: `control` serves another bridge already.
 
     """
     is_up = False

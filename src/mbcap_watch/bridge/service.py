@@ -105,7 +105,8 @@ class Border:
 
     def wake(self) -> None:
         """Wake whoever waits, and let the listener hear what is new."""
-        self._waking = False  # first: what is told from now on may come too late for this call
+        # Reset before the reports are taken: one that comes later asks for another call.
+        self._waking = False
         self._wake.set()
         if self._listener is not None:
             while self._unheard:

@@ -177,7 +177,7 @@ def _held_lock(path: str, span: tuple[int, int]) -> int:
 
 
 # Descriptors to ask with, and the path of each, by file.
-_kept: Final[dict[tuple[int, int] | None, tuple[int, str]]] = {}
+_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
 
 
 def _descriptor(path: str) -> int | None:
