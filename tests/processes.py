@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from support import DEADLINE, TESTS, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from forked import Forked
 
 MBCAP_WATCH = [sys.executable, "-m", "mbcap_watch"]
 
@@ -23,17 +25,20 @@ class Process:
     """A program of ours that runs: its lines are read at once, its errors go to a file.
 
     Attributes:
+        start: what starts programs (see `started_by`).
         lines: what it has printed.
         log: the file with its standard error.
         popen: the process.
 
     """
 
+    start: ClassVar[Callable[..., subprocess.Popen[str] | Forked]] = subprocess.Popen
+
     def __init__(self, command: Sequence[str | Path], log: Path, **options: Any) -> None:
         self.lines: list[str] = []
         self.log = log
         with open(log, "wb") as stderr:
-            self.popen = subprocess.Popen(
+            self.popen = self.start(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -88,6 +93,16 @@ class Process:
         self._reader.join(DEADLINE)
         self.popen.stdout.close()
         return code
+
+
+@contextlib.contextmanager
+def started_by(start: Callable[..., subprocess.Popen[str] | Forked]) -> Iterator[None]:
+    """Start programs another way for a while."""
+    before, Process.start = Process.start, start
+    try:
+        yield
+    finally:
+        Process.start = before
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Backups are restored in every order of steps: what is whole without us is whole with us.
 
-A round plays one way of restoring: twice without us, and then with each kind of ours and a new
-snapshot before, after or not at all. Once all ways were played, it is the turn of all again.
+A round plays a few ways of restoring, each twice without us, and then with each kind of ours and a
+new snapshot before, after or not at all. Once all ways were played, it is the turn of all again.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 import restores
 from campaigns.campaign import Campaign
+from forked import Forked
+from processes import started_by
 from restores import Case
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 TURNS: Final = 20
+WAYS_OF_A_ROUND: Final = 4
 
 # Orders that are played at once. Each waits most of the time; of more, some wait for too long where
 # the machine has other work as well.
 AT_ONCE: Final = 3
 
 
-def ways() -> list[list[Case]]:
+def all_ways() -> list[list[Case]]:
     """Return the orders of each way of restoring: their controls are the same two."""
     axes: dict[str, tuple[Any, ...]] = {
         name: get_args(hint) for name, hint in get_type_hints(Case).items()
@@ -43,15 +46,16 @@ def ways() -> list[list[Case]]:
     return list(found.values())
 
 
-WAYS: Final = ways()
+WAYS: Final = all_ways()
 
 
 def play(base: Path, number: int, wanted: int) -> Counter[str]:
-    turn, place = divmod(number, len(WAYS))
-    way = random.Random(turn).sample(WAYS, len(WAYS))[place]
-    orders = random.Random(number).sample(way, min(wanted, len(way)))
+    turn, place = divmod(number * WAYS_OF_A_ROUND, len(WAYS))
+    ways = random.Random(turn).sample(WAYS, len(WAYS))[place : place + WAYS_OF_A_ROUND]
+    orders = list(itertools.chain(*ways))
+    orders = random.Random(number).sample(orders, min(wanted, len(orders)))
     tally, errors = Counter[str](), list[Exception]()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with started_by(Forked), ThreadPoolExecutor(AT_ONCE) as pool:
         controls = {
             case: pool.submit(restores.play, base / f"{case}", case)
             for case in {order.control for order in orders}
