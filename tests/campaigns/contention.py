@@ -85,6 +85,8 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
     ):
         last, bursts = list[tuple[int, str]](), min(kind.bursts, wanted)
         for burst in range(bursts):
+            # The last one arrived between two holds; this one comes at any moment of the next.
+            time.sleep(dice.random() * hold)
             last = publish(base / "mbcap-snapshot", f"{burst}", dice)
             deadline = time.monotonic() + PATIENCE
             while (found := values(connection)) != last:
@@ -112,7 +114,6 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
     for bridge in (watcher, host):
         outcomes = Counter(result["outcome"] for result in bridge.results)
         assert outcomes.keys() <= {"applied", "unchanged", "busy", "no_snapshot"}, bridge.results
-        assert outcomes["busy"] or kind is not LONG, bridge.results
         tally["syncs"] += outcomes["applied"] + outcomes["unchanged"]
         tally[f"syncs beside {kind.name}"] += outcomes["applied"] + outcomes["unchanged"]
         tally["told of as busy"] += outcomes["busy"]
