@@ -152,6 +152,13 @@ def test_an_unknown_name_is_told_with_those_that_are_known(name: str) -> None:
     assert e.value.setting == name
 
 
+def test_of_a_long_unknown_name_the_start_is_told() -> None:
+    with pytest.raises(SettingsError) as e:
+        make(**{"x" * 9999: 1})
+    assert e.value.setting.startswith("xxx")
+    assert len(str(e.value)) < 500
+
+
 def test_the_database_is_needed() -> None:
     with pytest.raises(SettingsError, match=r"^database: is not set"):
         Settings.from_mapping({"mode": "poll"})

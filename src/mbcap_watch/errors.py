@@ -78,7 +78,7 @@ class SettingsError(MbcapWatchError):
     """A setting has an unknown name or an unusable value.
 
     Attributes:
-        setting: the name as the user wrote it.
+        setting: the name as the user wrote it; of a long unknown one the start.
         problem: what is wrong with it, and what would be right.
 
     """

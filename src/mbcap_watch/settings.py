@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, overload
 
-from mbcap_watch.errors import SettingsError, quoted
+from mbcap_watch.errors import QUOTED, SettingsError, printable, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -274,7 +274,10 @@ class Settings:
         """
         for name in values:
             if name not in SETTING_NAMES:
-                raise SettingsError(name, "unknown setting; known: " + ", ".join(SETTING_NAMES))
+                raise SettingsError(
+                    printable(f"{name}", QUOTED),
+                    "unknown setting; known: " + ", ".join(SETTING_NAMES),
+                )
         if "database" not in values:
             raise SettingsError("database", "is not set")
         return cls(**values)

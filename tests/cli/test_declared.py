@@ -121,6 +121,8 @@ BAD: list[tuple[list[str], dict[str, str], str, str]] = [
     (["run"], {"MBCAP_WATCH_MOD": "poll"}, "", "MBCAP_WATCH_MOD: unknown setting"),
     (["run"], {"DB_PATH": "a\n"}, "batch_rows = 'x'", "TOML: batch_rows: expected a number"),
     (["run"], {}, "mod = 'poll'", "TOML: mod: unknown setting"),
+    (["run"], {"MBCAP_WATCH_" + "X" * 9999: "1"}, "", "XXX…: unknown setting"),
+    (["run"], {}, f"{'x' * 9999} = 1", "xxx…: unknown setting"),
     (["run"], {}, "resync = 0.01", "TOML: resync: expected a duration from 100ms to 168h"),
     (["run"], {}, f"mode = '{'x' * 9999}'", "TOML: mode: expected one of auto, inotify, poll, got"),
     (["run"], {}, "ack = 1", "TOML: ack: expected true or false"),

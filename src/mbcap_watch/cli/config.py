@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import QUOTED, SettingsError, printable
 from mbcap_watch.settings import (
     CONFIG_FILE,
     CONFIG_VARIABLE,
@@ -112,7 +112,7 @@ def load(
 
     Raises:
         SettingsError: an unknown name or a bad value; names the option, the variable, or the
-            file and the key.
+            file and the key; of a long one the start.
 
     """
     values: dict[str, Any] = {"database": DEFAULT_DATABASE}
@@ -128,13 +128,13 @@ def load(
     file = Path(named or CONFIG_FILE)
     table = _read_toml(file, required=bool(named))
     for name, value in (table or {}).items():
-        take(name, value, f"{named or file}: {name}")
+        take(name, value, f"{named or file}: {printable(name, QUOTED)}")
     if environ.get(DATABASE_VARIABLE):
         take("database", environ[DATABASE_VARIABLE], DATABASE_VARIABLE)
     for variable, value in environ.items():
         name = variable.removeprefix(ENV_PREFIX)
         if name != variable != CONFIG_VARIABLE and value and not _KUBERNETES.fullmatch(name):
-            take(name.lower(), value, variable)
+            take(name.lower(), value, printable(variable, QUOTED))
     for name in DECLARED:
         if options.get(name) is not None:
             take(name, options[name], option_name(name))
