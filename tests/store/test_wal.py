@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path
-from mbcap_watch.store.native import has_reset_bug
+from mbcap_watch.store.native import Connection, has_reset_bug
 from processes import apply, neighbour, running, start_daemon
 from restores import BACKUP_PACKETS, judge, make_packets, remove_wal, snapshot
 from support import (
@@ -282,6 +282,18 @@ def test_a_wal_in_use_stays_in_use(meshcore: Path) -> None:
         size = wal_of(meshcore).stat().st_size
         assert compare(meshcore) == "applied"
         assert wal_of(meshcore).stat().st_size > size
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1 FROM nodes", "UPDATE nodes SET multibyte_sup = 2"])
+def test_a_wal_whose_writer_is_killed_while_we_have_it_open(meshcore: Path, sql: str) -> None:
+    """To close as the last one would move it into the database, whatever is there by now."""
+    with running(neighbour("idler", meshcore)) as idler:
+        ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+        ours.execute(sql).fetchall()
+        idler.end(signal.SIGKILL)
+        before, size = meshcore.stat().st_mtime_ns, wal_of(meshcore).stat().st_size
+        ours.close()
+    assert (meshcore.stat().st_mtime_ns, wal_of(meshcore).stat().st_size) == (before, size)
 
 
 # ------------------------------------------------------------------------------ left behind

@@ -15,7 +15,7 @@ import anyio
 
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
-from mbcap_watch.store.native import CHECKPOINT, HAS_RESET_BUG, Connection
+from mbcap_watch.store.native import Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ T = TypeVar("T")
 # The pauses between attempts while another connection has the lock, and how long they go on.
 BUSY_PAUSES: Final = (0.001, 0.002, 0.005, 0.010, 0.015, 0.025)
 BUSY_SECONDS: Final = 0.1
-
-# Rows between two checkpoints: about the 1,000 pages after which SQLite does it by itself.
-CHECKPOINT_ROWS: Final = 10_000
 
 # For this share of a batch's hold the lock is left alone after it, and for no longer than a
 # millisecond. Other writers try again at growing intervals, and miss a gap that is too short: with
@@ -52,7 +49,6 @@ class Database:
         self._files = files
         self._connection = connection
         self._tally = tally
-        self._unchecked = 0
         self._free_until = 0.0
 
     async def query(self, step: Query) -> list[Any] | Page:
@@ -80,12 +76,6 @@ class Database:
         hold = ended - started
         self._tally.holds.append(hold)
         self._tally.committed_at = time.time()
-        self._unchecked += written.rows
-        # Two checkpoints at a time are what brings out the WAL-reset bug.
-        if self._unchecked >= CHECKPOINT_ROWS and not HAS_RESET_BUG:
-            self._unchecked = 0
-            with contextlib.suppress(sqlite3.Error), anyio.CancelScope(shield=True):
-                await self._connection.execute_fetchall(CHECKPOINT)
         self._free_until = ended + min(PAUSE_SHARE * hold, _LONGEST_PAUSE)
         return written
 

@@ -44,14 +44,10 @@ HAS_RESET_BUG: Final = has_reset_bug(sqlite3.sqlite_version_info)
 # UPDATE … FROM (https://www.sqlite.org/lang_update.html).
 LEAST_SQLITE: Final = (3, 33)
 
-# Moves what was written into the database, and holds up neither readers nor writers
-# (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint). If it fails, on a full disk, say, what
-# was committed is safe in the WAL all the same.
-CHECKPOINT: Final = "PRAGMA wal_checkpoint(PASSIVE)"
-
-# A WAL that has grown to this size is due for one: perhaps nobody else does it. It keeps its size
-# when it is filled anew from the start, so only growth tells that it is full.
-CHECKPOINT_BYTES: Final = 4 << 20
+# The first moves what was written into the database, and holds up neither readers nor writers. The
+# second empties the WAL (https://www.sqlite.org/pragma.html#pragma_wal_checkpoint). If one fails,
+# on a full disk, say, what was committed is safe in the WAL all the same.
+_EMPTY: Final = ("PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)")
 
 # After which pauses emptying the WAL is tried while somebody reads from it.
 _EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
@@ -71,14 +67,14 @@ class Connection(sqlite3.Connection):
         if sqlite3.sqlite_version_info < LEAST_SQLITE:
             text = f"needs SQLite {'.'.join(map(str, LEAST_SQLITE))} or newer"
             raise DatabaseFailed(path, f"{text}, and Python has {sqlite3.sqlite_version}")
-        self._path, self._wal = path, f"{os.path.realpath(path)}-wal"
+        self._path, self._real = path, os.path.realpath(path)
+        self._wal = f"{self._real}-wal"
         self.owes_checkpoint = owes_checkpoint
         for name in sys.modules.keys() & _OTHER_LIBRARIES:
             _warn_of_second_sqlite(name)
         with wal.opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
-            self._wal_size = wal.size(self._wal)
             super().__init__(
                 f"{_uri(path)}?mode=rw",
                 timeout=0,
@@ -128,37 +124,40 @@ class Connection(sqlite3.Connection):
                 super().close()
 
     def _tidy(self) -> None:
-        """Empty the WAL if it was empty; else leave it no larger than need be."""
-        size, wrote = wal.size(self._wal), self.total_changes > 0
+        """Empty the WAL if it was empty.
+
+        Otherwise a checkpoint is left to others: what they wrote may belong to a file that was
+        there before, if a backup was copied over the database while they had it open.
+        """
+        wrote = self.total_changes > 0
         if self.owes_checkpoint or (wrote and self._found in (Wal.ABSENT, Wal.EMPTY)):
             # What stays in it would be replayed into a backup that is put in place now. Where a
             # reader stays attached, closing alone does not empty it.
             pauses = iter(_EMPTY_PAUSES)
-            while wal.size(self._wal) and (pause := next(pauses, None)) is not None:
+            while _size(self._wal) and (pause := next(pauses, None)) is not None:
                 time.sleep(pause)
-                self._checkpoint(CHECKPOINT)  # the slow part, without the write lock
-                self._checkpoint("PRAGMA wal_checkpoint(TRUNCATE)")
-            self.owes_checkpoint = wal.size(self._wal) > 0
-        elif wrote and size >= CHECKPOINT_BYTES and size > self._wal_size:
-            self._checkpoint(CHECKPOINT)
-
-    def _checkpoint(self, sql: str) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            self.execute(sql).close()
+                for sql in _EMPTY:  # the slow part first, without the write lock
+                    with contextlib.suppress(sqlite3.Error):
+                        self.execute(sql).close()
+            self.owes_checkpoint = _size(self._wal) > 0
 
     def _leaves_files(self) -> bool:
         """Whether -wal and -shm stay, even if this is the last connection.
 
         SQLite's last connection moves the WAL into the database and removes it. That is wrong for
         an empty -wal that was there before: a read-only server that opens the database at this
-        moment would find it locked. And whoever only reads leaves alone what a process that was
-        killed left behind, and what was put in place of a -wal that was removed.
+        moment would find it locked. And it is wrong for what others wrote, if they were killed
+        meanwhile: a backup may have been copied over the database. And whoever only reads leaves
+        alone what a process that was killed left behind, and what was put in place of a -wal that
+        was removed.
         """
         if self._has_lost_wal():
             return True
         if self._found is Wal.LEFT_BEHIND:
             return self.total_changes == 0
-        return self._found is Wal.EMPTY and not wal.size(self._wal)
+        if self._found is Wal.IN_USE:
+            return not wal.is_open_elsewhere(self._real)
+        return self._found is Wal.EMPTY and not _size(self._wal)
 
     def _close_not_as_last(self) -> None:
         """Close while a read-only connection is attached, which itself cannot remove anything.
@@ -257,6 +256,14 @@ def _is_shared(path: Path) -> bool:
     """Whether the files are there without which nobody can have a WAL database open."""
     real = os.path.realpath(path)
     return all(os.path.exists(f"{real}{side}") for side in ("-wal", "-shm"))
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes; 0 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

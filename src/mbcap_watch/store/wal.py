@@ -111,6 +111,11 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
     return Wal.IN_USE
 
 
+def is_open_elsewhere(real: str) -> bool:
+    """Whether another process has the database open; True where the kernel does not say."""
+    return not _CAN_ASK or _held_lock(real, _DATABASE_SHARED, fcntl.F_GETLK) != fcntl.F_UNLCK
+
+
 def _require_own_length(database: Path, real: str) -> None:
     """Raise ForeignWal if a file was copied over the database while somebody has it open.
 
@@ -147,14 +152,6 @@ def is_wal_database(database: Path) -> bool:
     return header.startswith(b"SQLite format 3\0") and header[18:20] == b"\2\2"
 
 
-def size(path: str) -> int:
-    """Return the size of a file in bytes; 0 if there is none."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
 def identity_of(file: str | int) -> tuple[int, int] | None:
     """Return which file is at a path or descriptor, as device and inode; None if there is none."""
     try:
@@ -164,14 +161,16 @@ def identity_of(file: str | int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _held_lock(path: str, span: tuple[int, int]) -> int:
-    """Return what kind of lock anybody holds in `span` of the file; `F_UNLCK` if none."""
+def _held_lock(path: str, span: tuple[int, int], ask: int | None = None) -> int:
+    """Return what kind of lock anybody holds in `span` of the file; `F_UNLCK` if none.
+
+    `F_GETLK` asks for other processes alone (fcntl(2)).
+    """
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
     descriptor = _descriptor(path)
     if descriptor is None:
         return fcntl.F_UNLCK
-    # Unlike F_GETLK, it tells of the locks of this process as well (fcntl(2)).
-    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+    answer = fcntl.fcntl(descriptor, ask or fcntl.F_OFD_GETLK, asked)
     kind: int = struct.unpack(_FLOCK, answer)[0]
     return kind
 
