@@ -64,7 +64,7 @@ NEIGHBOUR = """
 
 
 def ask(neighbour: subprocess.Popen[str], patience: int) -> None:
-    """Have it try for so many milliseconds; it must find all in order."""
+    """Let the neighbour try for so many milliseconds; it must find everything in order."""
     assert neighbour.stdin is not None
     neighbour.stdin.write(f"{patience}\n")
     neighbour.stdin.flush()

@@ -1,4 +1,4 @@
-"""A neighbour that is seldom without the write lock: every snapshot lands, and it never fails.
+"""A neighbour has the write lock for half of the time or more: no snapshot is lost, it never fails.
 
 A daemon and a bridge in a host serve one database, in which a real second process writes: with the
 lock for half of the time or nearly all of it, for six seconds at a time, or for a VACUUM.
@@ -94,7 +94,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
                 assert time.monotonic() < deadline, ("a snapshot did not land", *said)
                 time.sleep(0.005)
         assert writer.end() == 0, writer.said
-        # The other bridge may have written last: this one is still to find nothing to do.
+        # The other bridge may have written last. Then the daemon has yet to find nothing to do.
         deadline = time.monotonic() + PATIENCE
         while (status := ask(database)).returncode:
             assert time.monotonic() < deadline, status

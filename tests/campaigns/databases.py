@@ -152,7 +152,7 @@ def damaged(dice: random.Random, made: bytes, wal: bytes) -> tuple[bytes, bytes 
 
 
 def contents(database: Path) -> dict[tuple[str, str], tuple[Any, Any]] | None:
-    """Return what is beside the values in each row, and the values; None if it is not sound."""
+    """Return the other columns of each row, and its values; None if the database is not sound."""
     found: dict[tuple[str, str], tuple[Any, Any]] = {}
     try:  # without a -wal, and leaving none
         with connect(f"{database.as_uri()}?immutable=1", uri=True) as connection:
@@ -233,7 +233,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 async def both(settings: Settings, data: bytes) -> tuple[PersistResult, PersistResult]:
-    """Look what would be changed, which changes nothing, and then change it."""
+    """Preview what would be changed, which changes nothing; then change it."""
     with anyio.fail_after(DEADLINE):
         previewed, _ = await preview_once(settings)
         assert settings.database.read_bytes() == data

@@ -1,4 +1,4 @@
-"""Bytes of all kinds, led by which code they reach: no promise about what comes in is broken."""
+"""Fuzzing, led by coverage: whatever bytes come in, the promises about them hold (`targets`)."""
 
 from __future__ import annotations
 

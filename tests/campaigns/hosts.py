@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Enough(Exception):
-    """A bridge has told as much as its host wanted to hear."""
+    """The host has heard enough, and ends the call."""
 
 
 class Host:
@@ -32,7 +32,7 @@ class Host:
         self.last: PersistResult | None = None
 
     def hear(self, result: PersistResult) -> None:
-        """Publish again, until it is enough."""
+        """Publish again; raise `Enough` once it is over."""
         self.last = result
         if self.is_over:
             raise Enough

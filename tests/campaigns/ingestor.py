@@ -212,7 +212,7 @@ class Publisher:
                 await self.publish(statuses)
 
     async def storm(self) -> None:
-        """Have some of the truth change, and tell it together with what is wrong."""
+        """Change some of the truth, and publish it in turn with what is wrong."""
         for old, new in (("confirmed", "suspected"), ("suspected", "confirmed")):
             some = [key for key, status in self.truth.items() if status == old]
             self.truth.update(dict.fromkeys(self.dice.sample(some, min(len(some), 5)), new))

@@ -1,7 +1,9 @@
 """SIGKILL at any moment beside a busy writer: nothing is torn or lost, the next process goes on.
 
-The victims are forked from one process that has loaded everything, so that ten thousand of them
-take an hour.
+After each kill the judge (`published`) reads the rows with plain sqlite3. A round fails if a value
+is in no snapshot, if the database is not sound, if a new process does not finish the work, or if a
+row of the writer is missing. The victims are forked from one process that has loaded everything,
+so that ten thousand of them take an hour.
 """
 
 from __future__ import annotations
@@ -137,7 +139,7 @@ def busy_writer(database: Path, number: int) -> Iterator[Counter[str]]:
 
 
 def strike(pid: int, published: Published, dice: random.Random, seconds: float) -> str:
-    """Kill a victim at some moment; return which one."""
+    """Kill a victim at some moment; return what kind of moment it was."""
     moment, give_up = dice.random(), time.monotonic() + seconds
     if moment < 0.6:
         for pause in sorted(dice.uniform(0, seconds) for _ in range(dice.randrange(4))):

@@ -1,4 +1,4 @@
-"""A bridge at work beside another writer, and a model of the contract: the rows are the same."""
+"""A bridge beside another writer: after each sync, the rows are those of a model (`rules`)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Round:
         hold = self.settings["downgrade_hold"]
         self.model = Model(self.settings["downgrade"], hold)
         self.is_replaced = False  # whether the snapshot was, since the last sync
-        # Without a look at the clock, the model knows what comes of it.
+        # Then the outcome does not depend on the clock, and the model knows it exactly.
         self.is_timeless = self.model.downgrade != "hold" or hold == 3600
         self.path = make_database(base / "m.db", journal_mode=dice.choice(["wal", "wal", "delete"]))
         self.snapshot = snapshot_path(self.path)
@@ -55,7 +55,7 @@ class Round:
         self.steps, self.tally = deque[str](maxlen=30), Counter[str]()
 
     def connect(self) -> sqlite3.Connection:
-        """Open the database, and have it open: a look of the bridge may have left the -wal."""
+        """Open the database, and read, so that it is open: the bridge may have left the -wal."""
         connection = sqlite3.connect(self.path, isolation_level=None)
         connection.execute("SELECT count(*) FROM nodes").fetchall()
         return connection

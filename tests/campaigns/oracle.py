@@ -36,7 +36,7 @@ class Oracle:
         self.expected = {key: (sups[status], evidence) for key, status, evidence in written}
 
     def read(self, statement: str) -> list[tuple[Any, ...]]:
-        """Ask the database over a connection that is of no use to anybody else."""
+        """Ask the database over a connection of its own, which only reads."""
         connection = sqlite3.connect(f"file:{self.database}?mode=ro", uri=True, timeout=DEADLINE)
         with contextlib.closing(connection):
             return connection.execute(statement).fetchall()

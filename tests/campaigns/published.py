@@ -57,14 +57,14 @@ class Published:
         put(json.dumps({"entries": entries}).encode(), self.snapshot)
 
     def judge(self, connection: sqlite3.Connection) -> float:
-        """Every value is of a snapshot; return which part of the latest one has been written."""
+        """Require each value to be from a snapshot; return which share of the latest is there."""
         rows = read(connection)
         self._require_rows(rows)
         wanted = {place: self._must[place[1]] for place in self._may if place[1] in self._must}
         return sum(rows[place] == value for place, value in wanted.items()) / len(wanted)
 
     def require_latest(self, connection: sqlite3.Connection) -> None:
-        """Every row is as the latest snapshot says; what earlier ones said is over."""
+        """Require each row to be as the latest snapshot says; what earlier ones allowed is over."""
         rows = read(connection)
         self._require_rows(rows)
         for place in self._may:

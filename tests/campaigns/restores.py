@@ -1,7 +1,9 @@
 """Backups are restored in every order of steps: what is whole without us is whole with us.
 
-A round plays a few ways of restoring, each twice without us, and then with each kind of ours and a
-new snapshot before, after or not at all. Once all ways were played, it is the turn of all again.
+A round takes a few ways of restoring. Each is played twice without us: these are the controls. Then
+it is played with each program of ours, and with a new snapshot before, after or not at all. A round
+fails if a database is not whole where that of its control is. If the control's is not whole either,
+the order proves nothing, and only its result is counted. After all ways, all begin again.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ if TYPE_CHECKING:
 TURNS: Final = 20
 WAYS_OF_A_ROUND: Final = 4
 
-# Orders that are played at once. Each waits most of the time; of more, some wait for too long where
-# the machine has other work as well.
+# Orders that are played at once. Each waits most of the time. With more of them on a busy machine,
+# some would take too long.
 AT_ONCE: Final = 3
 
 
 def all_ways() -> list[list[Case]]:
-    """Return the orders of each way of restoring: their controls are the same two."""
+    """Return a list of orders for each way of restoring; the orders of a way share two controls."""
     axes: dict[str, tuple[Any, ...]] = {
         name: get_args(hint) for name, hint in get_type_hints(Case).items()
     }

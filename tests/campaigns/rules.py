@@ -13,9 +13,9 @@ class Times(NamedTuple):
     """When a sync was.
 
     Attributes:
-        began: before the first step after the sync before.
-        asked: before the sync.
-        ended: after the rows were read.
+        began: when the steps since the last sync began.
+        asked: when the sync was asked for.
+        ended: when the rows had been read.
 
     """
 
@@ -47,8 +47,8 @@ class Model:
         self.rows: Rows = {table: {} for table in TABLES}
         self.wanted: dict[str, Value] | None = None  # there is no snapshot to be read
         self.asks: dict[str, Ask] = {}
-        # What was asked for by the snapshot before, or of the bridge before, and from when on a
-        # sync that has not ended with it may have written that.
+        # The lowering that the last snapshot wanted, or the last bridge waited for; and from when
+        # on a sync that was still under way may have written it.
         self.former: dict[str, tuple[Value, float]] = {}
         self.touched: set[str] = set()
         self.lowered = 0
@@ -70,7 +70,7 @@ class Model:
                     self.former[key] = self.wanted[key], ask.earliest + self.hold
 
     def sync(self, times: Times, found: Rows) -> Rows:
-        """Note a sync; return what the rows have to be. Where they may be several, take `found`."""
+        """Note a sync; return what the rows have to be. If a row may be either, take `found`."""
         for key in self.touched & self.asks.keys():
             self.asks[key] = self.asks[key]._replace(latest=None)
         asks: dict[str, Ask] = {}

@@ -119,7 +119,7 @@ class Site:
         self.twin = self.twin or self.start_daemon("twin")
 
     def judge_writer(self) -> None:
-        """What it has told to be committed is there, and nothing is missing in between."""
+        """Each packet that the writer said it had committed is there, without a gap."""
         assert not self.writer.said, self.writer.said
         told = int(self.writer.lines[-1]) if self.writer.lines else 0
         [(count, last)] = self.oracle.read("SELECT count(*), coalesce(max(number), 0) FROM packets")

@@ -28,7 +28,7 @@ MAX_QUEUED: Final = Path("/proc/sys/fs/inotify/max_queued_events")
 
 
 class Trouble:
-    """None, as it is.
+    """No trouble; the others are made of it.
 
     Attributes:
         far: where things happen; `near` where the bridges see them.
@@ -40,7 +40,7 @@ class Trouble:
         self.far = self.near = base / "far"
         self.far.mkdir()
         self.dice, self.tally = dice, tally
-        # Root passes every door, unless it leaves its keys behind.
+        # Root may read every directory, unless it gives up these capabilities.
         without = "-dac_override,-dac_read_search"
         self.prefix = ["setpriv", f"--bounding-set={without}", "--inh-caps=-all", "--"]
         if os.geteuid() or subprocess.run([*self.prefix, "true"], check=False).returncode:
@@ -53,10 +53,10 @@ class Trouble:
         pass
 
     async def go_on(self, host: Process) -> None:
-        """Do it again and again beside the sequences, until this is cancelled."""
+        """Make trouble again and again beside the sequences, until this is cancelled."""
 
     async def then(self, host: Process, places: list[Place]) -> bool:
-        """Do it between the sequences, and publish meanwhile; return whether anything was done."""
+        """Make trouble between the sequences, and publish; return whether anything was done."""
         return False
 
 
