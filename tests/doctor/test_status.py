@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from support import (
     DEADLINE,
     NOBODY,
     document,
+    locked,
     make_database,
     offered,
     planted,
@@ -101,6 +103,29 @@ def test_from_the_start_to_the_end(database: Path) -> None:
     code, told = status(database)
     assert (code, told["state"], told["stats"]) == (1, "not running", None)
     assert codes(told) == ["not_running"]
+
+
+def test_remedies_over_http_name_the_file_of_settings(database: Path, tmp_path: Path) -> None:
+    config = tmp_path / "my settings.toml"
+    config.write_text("busy_deadline = '0s'\nsweep_interval = '100ms'\n")
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    remedies: list[str] = []
+
+    def is_told() -> bool:
+        try:
+            urllib.request.urlopen(f"http://{address}/healthz").close()
+        except urllib.error.HTTPError as told:
+            problems = json.load(told)["problems"]
+            remedies.extend(each["remedy"] for each in problems if each["code"] == "busy")
+        except OSError:
+            pass  # it does not listen yet
+        return bool(remedies)
+
+    with locked(database), daemon(database, "--config", str(config), "--http", address):
+        wait_until(is_told)
+    assert f" --config '{config}'`" in remedies[0]
 
 
 def test_killed_and_started_again(database: Path) -> None:

@@ -144,4 +144,4 @@ def endpoint_of(loaded: config.Config, sample: Callable[[], Stats]) -> Endpoint 
     except ModuleNotFoundError as exc:
         problem = f"needs {exc.name}: in the checkout, {sys.prefix}/bin/pip install '.[metrics]'"
         raise config.in_users_words(SettingsError("http", problem), loaded.origins) from exc
-    return Endpoint(loaded.http, sample)
+    return Endpoint(loaded.http, sample, str(loaded.file or ""))
