@@ -149,7 +149,7 @@ async def test_nothing_is_changed(tmp_path: Path, state: str) -> None:
             process.wait()
         before = everything_in(tmp_path)
         report = await report_on(database, wal_grace=0)
-        assert "1 rows would change" in report("preview", "ok")
+        assert "1 row would change; of 1 key 0 are" in report("preview", "ok")
         assert everything_in(tmp_path) == before
     worse = {"rollback": {("journal mode", "warning")}, "crashed": {("wal", "warning")}}
     assert report.worse == worse.get(state, set())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
+from mbcap_watch.doctor.findings import counted
 from mbcap_watch.errors import QUOTED, MbcapWatchError, printable, quoted
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def print_preview(
         before, after = ("/".join(map(quoted, value)) for value in (change.before, change.after))
         print_line(f"{table} {printable(change.public_key, QUOTED)} {before} -> {after}")
     if result.compared:
-        print_line(f"would change {len(changes)} rows; nothing was touched")
+        print_line(f"would change {counted(len(changes), 'row', 'rows')}; nothing was touched")
     elif result.outcome == "no_snapshot":
         print_line(NOTHING_TO_DO)
 

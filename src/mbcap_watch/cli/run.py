@@ -13,7 +13,7 @@ import anyio
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import run
 from mbcap_watch.cli import config, output
-from mbcap_watch.doctor.findings import Installation, catalogue
+from mbcap_watch.doctor.findings import Installation, catalogue, counted
 from mbcap_watch.doctor.health import explain
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
@@ -128,7 +128,8 @@ class _Printer:
 
     def _lost(self, count: int) -> None:
         data = {"data": {"lost": count}}
-        logger.warning("%d results are lost: nobody read standard output", count, extra=data)
+        results = counted(count, "result is", "results are")
+        logger.warning("%s lost: nobody read standard output", results, extra=data)
 
     def _fail(self, exc: OSError) -> None:
         self._error = exc

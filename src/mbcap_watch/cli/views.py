@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mbcap_watch.doctor.findings import ago, duration
+from mbcap_watch.doctor.findings import ago, counted, duration
 from mbcap_watch.errors import printable
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 
@@ -98,7 +98,7 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
     yield "rows changed", f"{changed}, {stats.failed_rows} refused, {stats.set_back} set back"
     if stats.held:
-        yield "held", f"{stats.held} downgrades wait"
+        yield "held", counted(stats.held, "downgrade waits", "downgrades wait")
     yield "lag", _summary(stats.lag_ms)
     yield "write lock", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _summary(lock.waits)

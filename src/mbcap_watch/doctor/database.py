@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
+from mbcap_watch.doctor.findings import Finding, Installation, counted, ok, quote, size
 from mbcap_watch.doctor.machine import (
     WAL_READERS,
     Place,
@@ -262,7 +262,8 @@ def _judge_triggers(here: Installation, connection: sqlite3.Connection) -> Itera
 
 
 def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> Finding:
-    text = ", ".join(f"{table} with {count:,} rows" for table, count in counts.items())
+    tables = (f"{table} with {counted(count, 'row', 'rows')}" for table, count in counts.items())
+    text = ", ".join(tables)
     if tally.waiting is None:
         return ok("tables", f"{text}, with all columns")
     text = f"{tally.waiting}; there is {text}"
@@ -273,7 +274,8 @@ def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> F
 def _judge_preview(here: Installation, tally: Tally, wanted: int, rows: int) -> Finding:
     """Judge what applying the snapshot would do."""
     changes, unmatched = tally.changed.total(), tally.unmatched
-    text = f"{changes:,} rows would change; of {wanted:,} keys {unmatched:,} are in no table"
+    text = f"{counted(changes, 'row', 'rows')} would change"
+    text += f"; of {counted(wanted, 'key', 'keys')} {unmatched:,} are in no table"
     if unmatched == wanted:
         none = "" if rows else ", which has no rows"
         text = f"not one of the {wanted:,} keys of the snapshot is in the database{none}"
