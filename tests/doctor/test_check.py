@@ -845,7 +845,7 @@ def test_mount_options(mount: Mount, codes: list[str]) -> None:
     ],
 )
 def test_filesystems(kind: str, level: str) -> None:
-    [finding] = machine.judge_filesystem(HERE, Mount(kind, "/", ()))
+    [finding] = database.judge_filesystem(HERE, Mount(kind, "/", ()))
     assert finding.severity == level
 
 
@@ -889,7 +889,7 @@ async def test_an_examination_that_fails_is_a_problem(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(machine, "examine", fail)
+    monkeypatch.setattr(check, "_examine_holders", fail)
     report = await report_on(installation)
     assert "ZeroDivisionError: of all things" in report("check", "problem")
     report("tables", "ok")

@@ -192,6 +192,30 @@ def test_other_settings_are_named(database: Path, tmp_path: Path) -> None:
         assert other["code"] == "other_settings"
 
 
+def test_a_link_to_the_database_is_seen_through(database: Path) -> None:
+    """The daemon with another path is found, and the work that is done twice is told."""
+    link = database.parent.with_name("link")
+    link.symlink_to(database.parent)
+    linked = link / database.name
+    with daemon(database) as first:
+        wait_until(lambda: is_running(linked))
+        with daemon(linked) as second:
+            wait_until(lambda: "several_bridges" in codes(status(database)[1]))
+            second.send_signal(signal.SIGSTOP)
+            code, told = status(linked)
+            second.send_signal(signal.SIGCONT)
+    assert (code, told["stats"]["pid"]) == (0, first.pid)
+    assert named(told, first.pid).endswith(": running, healthy")
+    assert named(told, second.pid) == f"pid {second.pid} (user {os.geteuid()}): paused"
+
+
+def named(told: dict[str, Any], pid: int) -> str:
+    """Return what is said of one of several bridges."""
+    [text] = [each["text"] for each in told["warnings"] if each["code"] == "several_bridges"]
+    [who] = [each for each in text.partition(": ")[2].split("; ") if f"pid {pid} " in each]
+    return str(who)
+
+
 # ------------------------------------------------------------------------------ no socket
 
 

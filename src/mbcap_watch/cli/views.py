@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
     """Return everything as JSON can hold it; ages are in seconds."""
-    moments: dict[str, float | None] = {}
-    if stats is not None:
-        moments = {
-            "start": stats.started_at,
-            "last_sync": stats.watch.last_sync,
-            "last_apply": stats.last_apply,
-            "last_result": stats.last_result_at,
-            "snapshot": stats.snapshot_time,
-            "last_error": stats.last_error.at if stats.last_error else None,
-        }
     return {
         "healthy": health.healthy,
         "state": health.state,
         "problems": msgspec.to_builtins(health.problems),
         "warnings": msgspec.to_builtins(health.warnings),
-        "ages": {
-            name: None if moment is None or stats is None else round(stats.sampled - moment, 3)
-            for name, moment in moments.items()
-        },
+        "ages": {} if stats is None else _ages(stats),
         "stats": msgspec.to_builtins(stats),
     }
+
+
+def _ages(stats: Stats) -> dict[str, float | None]:
+    moments = {
+        "start": stats.started_at,
+        "last_sync": stats.watch.last_sync,
+        "last_apply": stats.last_apply,
+        "last_result": stats.last_result_at,
+        "snapshot": stats.snapshot_time,
+        "last_error": stats.last_error.at if stats.last_error else None,
+    }
+    now = stats.sampled
+    return {name: None if at is None else round(now - at, 3) for name, at in moments.items()}
 
 
 def render(stats: Stats | None, health: Health, console: Console) -> None:

@@ -7,7 +7,7 @@ import os.path
 import shlex
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from mbcap_watch.settings import Settings
 
 Severity = Literal["ok", "warning", "problem"]
-
-# What a shell reads inside of double quotes.
-_SPECIAL: Final = frozenset('"$`\\!')
 
 
 class Kind(NamedTuple):
@@ -80,15 +77,9 @@ class Installation(NamedTuple):
     def finding(
         self, code: str, text: str = "", *, remedy: str = "", subject: str = "", **details: Any
     ) -> Finding:
-        """Return a finding of the catalogue. A text, remedy or subject given here replaces its own.
+        """Return a finding of the catalogue, with `details` for the names in braces.
 
-        Args:
-            code: its name there.
-            text: the sentence.
-            remedy: what to do.
-            subject: what was examined.
-            details: what stands for the names in braces.
-
+        A text, remedy or subject that is given replaces that of the catalogue.
         """
         kind = catalogue()[code]
         paths = self._asdict()
@@ -113,9 +104,7 @@ class Installation(NamedTuple):
 
 def quote(path: str | Path) -> str:
     """Return a path as a shell takes it, in quotes only where it must be."""
-    text = str(path)
-    plain = "'" in text and not _SPECIAL.intersection(text)
-    return f'"{text}"' if plain else shlex.quote(text)
+    return shlex.quote(str(path))
 
 
 def size(count: float) -> str:
