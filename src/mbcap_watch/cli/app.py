@@ -76,18 +76,13 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
     """
     loaded = load(given)
     logs.configure(loaded.log_level, loaded.log_format)
+    changes = None
     if dry_run:
         result, changes = anyio.run(preview_once, loaded.settings)
-        output.print_preview(result, changes, as_json=as_json)
     else:
         with output.progress(wanted=not as_json) as on_progress:
             result = anyio.run(partial(persist_once, loaded.settings, on_progress=on_progress))
-        if as_json:
-            output.print_line(result.to_json())
-        elif result.compared:
-            output.print_line(logs.summary(result))
-        elif result.outcome == "no_snapshot":
-            output.print_line(output.NOTHING_TO_DO)
+    output.print_result(result, changes, as_json=as_json)
     found = explain(result, Installation.of(loaded.settings, loaded.file))
     if result.error and found:
         logger.warning("%s: %s; %s", found.code, found.text, found.remedy)
@@ -216,17 +211,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run() -> int | None:
+def _run() -> int:
     try:
-        code: int | None = app.main(prog_name="mbcap-watch", standalone_mode=False)
+        return app.main(prog_name="mbcap-watch", standalone_mode=False) or 0
     except click.Abort:
         return 1
-    except SettingsError as exc:
-        problem = str(exc)
-    except click.ClickException as exc:
-        problem = exc.format_message()
-    else:
-        return code
+    except (SettingsError, click.ClickException) as exc:
+        problem = exc.format_message() if isinstance(exc, click.ClickException) else str(exc)
     output.say(problem)
     if {"apply", "--json"} <= set(sys.argv):  # an object even though there was no sync
         output.print_line(PersistResult(outcome="failed", reason="once", error=problem).to_json())
