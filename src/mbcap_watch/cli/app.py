@@ -130,17 +130,13 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)
-    fields = {
-        "path": str(settings.snapshot_dir / SNAPSHOT_NAME),
-        "entries": len(snapshot.entries),
-        "written_at": snapshot.written_at,
-    }
+    path, count = str(settings.snapshot_dir / SNAPSHOT_NAME), len(snapshot.entries)
     if as_json:
-        output.print_json(fields)
+        stamp = snapshot.written_at
+        output.print_json({"path": path, "entries": count, "written_at": stamp})
     else:
-        entries = counted(len(snapshot.entries), "entry", "entries")
-        where = fields["path"]
-        output.print_line(f"published {entries} to {where}, written at {snapshot.written_at}")
+        entries = counted(count, "entry", "entries")
+        output.print_line(f"published {entries} to {path}, written at {snapshot.written_at}")
 
 
 @command("demo", "mode", "poll_interval", configured=False)

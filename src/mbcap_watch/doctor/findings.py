@@ -7,7 +7,7 @@ import os.path
 import shlex
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -26,18 +26,14 @@ class Kind(NamedTuple):
     remedy: str
 
 
-@functools.cache
-def sections() -> dict[str, dict[str, Kind]]:
-    """Return the kinds of findings by code, by the sections of the troubleshooting page."""
-    text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
-    tables = tomllib.loads(text).items()
-    return {title: {code: Kind(*kind) for code, kind in t.items()} for title, t in tables}
+CATALOGUE: Final = Path(__file__).with_name("catalogue.toml")
 
 
 @functools.cache
 def catalogue() -> dict[str, Kind]:
     """Return the kinds of findings by code."""
-    return {code: kind for kinds in sections().values() for code, kind in kinds.items()}
+    sections = tomllib.loads(CATALOGUE.read_text(encoding="utf-8")).values()
+    return {code: Kind(*kind) for kinds in sections for code, kind in kinds.items()}
 
 
 class Finding(msgspec.Struct, frozen=True):
