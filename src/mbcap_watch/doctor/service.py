@@ -90,7 +90,7 @@ def survey(here: Installation, settings: Settings, environ: Mapping[str, str]) -
         if stats is not None:
             program = (believed and stats.embedded_in) or program
             paths = stats.database, stats.snapshot_dir
-        elif peer.named:
+        elif peer.named and not (program and peer.fate == "gone"):  # such a daemon is just ending
             paths = printable(here.database), printable(here.snapshot_dir)
         else:
             continue  # /proc may tell more
@@ -155,15 +155,15 @@ def look(
             return stats, Health((*findings, *several))
         if silent := [each for each in ours if each.believed and each.fate == "silent"]:
             return None, Health((_unheard(here, silent[0]), *several))
-        unseen = any(each.fate == "unseen" for each in ours)
+        is_unsure = any(each.fate in ("unseen", "odd") for each in ours)
         stats_of_all = [each.stats for each in bridges if each.believed and each.stats]
         others = {(stats.database, stats.snapshot_dir) for stats in stats_of_all}
-        if anyone and len(others) == 1 and not unseen:
+        if anyone and len(others) == 1 and not is_unsure:
             [(database, snapshot_dir)] = others
             here = here._replace(database=database, snapshot_dir=snapshot_dir)
             continue
         tries -= 1
-        if not unseen or not tries:
+        if not is_unsure or not tries:
             return None, Health((*_unanswered(here, bridges, ours), *several))
         time.sleep(_AGAIN_SECONDS)
 
