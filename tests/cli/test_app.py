@@ -123,6 +123,14 @@ def test_apply_prints_one_object_and_its_exit_code_tells(database: Path, tmp_pat
     assert (code, result["outcome"]) == (3, "refused")
 
 
+def test_one_row_is_no_rows(database: Path) -> None:
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    assert "would change 1 row;" in call("apply", "--dry-run", "--database", database).stdout
+    said = call("apply", "--database", database).stdout
+    assert said.startswith("applied: 1 row changed (1 active, 0 inactive) of 1 entry,")
+    assert call("apply", "--database", database).stdout.startswith("unchanged: 0 rows changed (")
+
+
 def test_a_dry_run_shows_each_change_and_touches_nothing(database: Path) -> None:
     put(document(("aa11", "confirmed", "advert"), ("bb22", "suspected")), snapshot_path(database))
     before = database.read_bytes()

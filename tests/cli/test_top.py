@@ -53,7 +53,7 @@ def make_stats(settings: Settings, results: int = 12, error: str | None = None) 
 
 
 def drawn(stats: Stats | None, width: int, height: int) -> list[str]:
-    found = health.Health("not running") if stats is None else health.judge(stats)
+    found = health.Health() if stats is None else health.judge(stats)
     text = io.StringIO()
     Console(file=text, width=width).print(top.frame(stats, found, width, height))
     return text.getvalue().splitlines()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 import mbcap_watch
-from mbcap_watch.doctor.findings import Installation, Severity, catalogue, quote, sections
+from mbcap_watch.doctor.findings import CATALOGUE, Installation, Severity, catalogue, quote
 from mbcap_watch.doctor.health import explain
 from mbcap_watch.errors import (
     Cause,
@@ -51,9 +52,10 @@ key that is wrong.
 def page() -> str:
     """Return the troubleshooting page."""
     lines = [INTRODUCTION]
-    for title, kinds in sections().items():
+    for title, kinds in tomllib.loads(CATALOGUE.read_text(encoding="utf-8")).items():
         lines += [f"## {title}", "", "| code | | what is wrong | what to do |", "|---|---|---|---|"]
-        for code, kind in kinds.items():
+        for code in kinds:
+            kind = catalogue()[code]
             severity = f"**{kind.severity}**" if kind.severity == "problem" else kind.severity
             cells = (f"`{code}`", severity, shown(kind.sentence), shown(kind.remedy))
             lines.append(f"| {' | '.join(cells)} |")
@@ -161,14 +163,14 @@ def test_commands_name_the_settings_that_were_given() -> None:
     remedy = here.finding("busy").remedy
     assert (
         "`mbcap-watch check --database '/my data/{x}.db' --snapshot-dir"
-        ' "/it\'s/mbcap-snapshot" --config /etc/m.toml`' in remedy
+        " '/it'\"'\"'s/mbcap-snapshot' --config /etc/m.toml`" in remedy
     )
     assert "--config" not in here._replace(config="").finding("busy").remedy
 
 
 @pytest.mark.parametrize(
     "path, quoted",
-    [("/a/b", "/a/b"), ("/a b", "'/a b'"), ("/it's", '"/it\'s"'), ("/$it's", "'/$it'\"'\"'s'")],
+    [("/a/b", "/a/b"), ("/a b", "'/a b'"), ("/$it's", "'/$it'\"'\"'s'")],
 )
 def test_paths_are_quoted_only_where_they_must_be(path: str, quoted: str) -> None:
     assert quote(path) == quoted

@@ -149,7 +149,7 @@ async def test_nothing_is_changed(tmp_path: Path, state: str) -> None:
             process.wait()
         before = everything_in(tmp_path)
         report = await report_on(database, wal_grace=0)
-        assert "1 rows would change" in report("preview", "ok")
+        assert "1 row would change; of 1 key 0 are" in report("preview", "ok")
         assert everything_in(tmp_path) == before
     worse = {"rollback": {("journal mode", "warning")}, "crashed": {("wal", "warning")}}
     assert report.worse == worse.get(state, set())
@@ -845,7 +845,7 @@ def test_mount_options(mount: Mount, codes: list[str]) -> None:
     ],
 )
 def test_filesystems(kind: str, level: str) -> None:
-    [finding] = machine.judge_filesystem(HERE, Mount(kind, "/", ()))
+    [finding] = database.judge_filesystem(HERE, Mount(kind, "/", ()))
     assert finding.severity == level
 
 
@@ -889,7 +889,7 @@ async def test_an_examination_that_fails_is_a_problem(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(machine, "examine", fail)
+    monkeypatch.setattr(check, "_examine_holders", fail)
     report = await report_on(installation)
     assert "ZeroDivisionError: of all things" in report("check", "problem")
     report("tables", "ok")

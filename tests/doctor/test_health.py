@@ -16,8 +16,8 @@ from rich.console import Console
 
 from mbcap_watch import Settings
 from mbcap_watch.cli.views import as_json, render
-from mbcap_watch.doctor.findings import Installation, catalogue, duration
-from mbcap_watch.doctor.health import Health, State, explain, judge
+from mbcap_watch.doctor.findings import Finding, Installation, catalogue, duration
+from mbcap_watch.doctor.health import STATES, Health, State, explain, judge
 from mbcap_watch.errors import Cause
 from mbcap_watch.results import Outcome, PersistResult, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
@@ -78,8 +78,10 @@ def test_all_is_well() -> None:
 
 
 def test_healthy_is_said_of_what_runs_alone() -> None:
-    for state in get_args(State):
-        assert ("healthy" in Health(state).verdict) == (state == "running")
+    for code, state in STATES.items():
+        assert Health((Finding(code, "problem", "service", "it"),)).verdict == state
+    assert {*STATES.values(), "running"} == {*get_args(State)}
+    assert Health().verdict == "running, healthy"
 
 
 def test_long_work_is_not_stuck() -> None:
@@ -469,7 +471,7 @@ def test_json_has_everything() -> None:
     assert made["ages"]["last_apply"] == 3
     assert made["stats"]["sampledAt"] == "2027-01-15T08:00:00Z"
     assert made["stats"]["mbcap_persist"]["contention_total"] == 0
-    assert as_json(None, Health("not running"))["stats"] is None
+    assert as_json(None, Health())["stats"] is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from support import (
     DEADLINE,
     NOBODY,
     document,
+    locked,
     make_database,
     offered,
     planted,
@@ -103,6 +105,29 @@ def test_from_the_start_to_the_end(database: Path) -> None:
     assert codes(told) == ["not_running"]
 
 
+def test_remedies_over_http_name_the_file_of_settings(database: Path, tmp_path: Path) -> None:
+    config = tmp_path / "my settings.toml"
+    config.write_text("busy_deadline = '0s'\nsweep_interval = '100ms'\n")
+    put(document(("aa11", "confirmed")), snapshot_path(database))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    remedies: list[str] = []
+
+    def is_told() -> bool:
+        try:
+            urllib.request.urlopen(f"http://{address}/healthz").close()
+        except urllib.error.HTTPError as told:
+            problems = json.load(told)["problems"]
+            remedies.extend(each["remedy"] for each in problems if each["code"] == "busy")
+        except OSError:
+            pass  # it does not listen yet
+        return bool(remedies)
+
+    with locked(database), daemon(database, "--config", str(config), "--http", address):
+        wait_until(is_told)
+    assert f" --config '{config}'`" in remedies[0]
+
+
 def test_killed_and_started_again(database: Path) -> None:
     with daemon(database) as process:
         wait_until(lambda: is_running(database))
@@ -165,6 +190,30 @@ def test_other_settings_are_named(database: Path, tmp_path: Path) -> None:
         assert codes(told) == ["not_running"]
         [other] = [w for w in told["warnings"] if f"process {process.pid} " in w["text"]]
         assert other["code"] == "other_settings"
+
+
+def test_a_link_to_the_database_is_seen_through(database: Path) -> None:
+    """The daemon with another path is found, and the work that is done twice is told."""
+    link = database.parent.with_name("link")
+    link.symlink_to(database.parent)
+    linked = link / database.name
+    with daemon(database) as first:
+        wait_until(lambda: is_running(linked))
+        with daemon(linked) as second:
+            wait_until(lambda: "several_bridges" in codes(status(database)[1]))
+            second.send_signal(signal.SIGSTOP)
+            code, told = status(linked)
+            second.send_signal(signal.SIGCONT)
+    assert (code, told["stats"]["pid"]) == (0, first.pid)
+    assert named(told, first.pid).endswith(": running, healthy")
+    assert named(told, second.pid) == f"pid {second.pid} (user {os.geteuid()}): paused"
+
+
+def named(told: dict[str, Any], pid: int) -> str:
+    """Return what is said of one of several bridges."""
+    [text] = [each["text"] for each in told["warnings"] if each["code"] == "several_bridges"]
+    [who] = [each for each in text.partition(": ")[2].split("; ") if f"pid {pid} " in each]
+    return str(who)
 
 
 # ------------------------------------------------------------------------------ no socket

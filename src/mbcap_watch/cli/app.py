@@ -76,18 +76,13 @@ def apply(*, as_json: bool, dry_run: bool, **given: Any) -> int:
     """
     loaded = load(given)
     logs.configure(loaded.log_level, loaded.log_format)
+    changes = None
     if dry_run:
         result, changes = anyio.run(preview_once, loaded.settings)
-        output.print_preview(result, changes, as_json=as_json)
     else:
         with output.progress(wanted=not as_json) as on_progress:
             result = anyio.run(partial(persist_once, loaded.settings, on_progress=on_progress))
-        if as_json:
-            output.print_line(result.to_json())
-        elif result.compared:
-            output.print_line(logs.summary(result))
-        elif result.outcome == "no_snapshot":
-            output.print_line(output.NOTHING_TO_DO)
+    output.print_result(result, changes, as_json=as_json)
     found = explain(result, Installation.of(loaded.settings, loaded.file))
     if result.error and found:
         logger.warning("%s: %s; %s", found.code, found.text, found.remedy)
@@ -135,17 +130,13 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
     except MbcapWatchError as exc:
         output.fail(str(exc), 1)
-    fields = {
-        "path": str(settings.snapshot_dir / SNAPSHOT_NAME),
-        "entries": len(snapshot.entries),
-        "written_at": snapshot.written_at,
-    }
+    path, count = str(settings.snapshot_dir / SNAPSHOT_NAME), len(snapshot.entries)
     if as_json:
-        output.print_json(fields)
+        stamp = snapshot.written_at
+        output.print_json({"path": path, "entries": count, "written_at": stamp})
     else:
-        entries = counted(len(snapshot.entries), "entry", "entries")
-        where = fields["path"]
-        output.print_line(f"published {entries} to {where}, written at {snapshot.written_at}")
+        entries = counted(count, "entry", "entries")
+        output.print_line(f"published {entries} to {path}, written at {snapshot.written_at}")
 
 
 @command("demo", "mode", "poll_interval", configured=False)
@@ -216,17 +207,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def _run() -> int | None:
+def _run() -> int:
     try:
-        code: int | None = app.main(prog_name="mbcap-watch", standalone_mode=False)
+        return app.main(prog_name="mbcap-watch", standalone_mode=False) or 0
     except click.Abort:
         return 1
-    except SettingsError as exc:
-        problem = str(exc)
-    except click.ClickException as exc:
-        problem = exc.format_message()
-    else:
-        return code
+    except (SettingsError, click.ClickException) as exc:
+        problem = exc.format_message() if isinstance(exc, click.ClickException) else str(exc)
     output.say(problem)
     if {"apply", "--json"} <= set(sys.argv):  # an object even though there was no sync
         output.print_line(PersistResult(outcome="failed", reason="once", error=problem).to_json())

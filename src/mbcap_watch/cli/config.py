@@ -104,11 +104,8 @@ def load(
 ) -> Config:
     """Merge all sources: option before environment before file before default.
 
-    Args:
-        options: values by setting name; None where the option was not given.
-        environ: the environment. An empty variable counts as not set.
-        config_file: a TOML file; else the one that `MBCAP_WATCH_CONFIG` names; else `CONFIG_FILE`
-            if it is there.
+    `options` are by setting, None if not given. An empty variable counts as not set. The TOML file
+    is `config_file`, else that of `MBCAP_WATCH_CONFIG`, else `CONFIG_FILE` if it is there.
 
     Raises:
         SettingsError: an unknown name or a bad value; names the option, the variable, or the

@@ -79,7 +79,7 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
         assert publisher.stdout is not None
         answers = BufferedByteReceiveStream(publisher.stdout)
         await anext(results)  # of the start: there was no snapshot yet
-        for number, snapshot in enumerate(series(nodes, snapshots, SEED), 1):
+        for number, snapshot in enumerate(series(nodes, snapshots), 1):
             await anyio.sleep(_PAUSE_SECONDS)
             await publisher.stdin.send(b"\n")
             renamed_at = int(await answers.receive_until(b"\n", 64))
@@ -168,10 +168,10 @@ def create_database(path: Path, nodes: int, seed: int) -> None:
             )
 
 
-def series(nodes: int, count: int, seed: int) -> Iterator[Snapshot]:
+def series(nodes: int, count: int) -> Iterator[Snapshot]:
     """Yield `count` snapshots; from one to the next about every hundredth node changes."""
-    source = random.Random(seed + 1)
-    changing = names = keys(nodes, seed)
+    source = random.Random(SEED + 1)
+    changing = names = keys(nodes, SEED)
     statuses: dict[str, tuple[str, str | None]] = {}
     for _ in range(count):
         statuses |= {key: source.choices(_STATUSES, _WEIGHTS)[0] for key in changing}
@@ -188,7 +188,7 @@ def publish(database: Path, nodes: int, count: int) -> None:
     Each snapshot is first written in full in another directory, so that the rename alone is timed.
     """
     staging = database.parent / "staging"
-    for _, snapshot in zip(sys.stdin, series(nodes, count, SEED), strict=False):
+    for _, snapshot in zip(sys.stdin, series(nodes, count), strict=False):
         write_snapshot(database, snapshot, snapshot_dir=staging)
         renamed_at = time.monotonic_ns()
         os.replace(staging / SNAPSHOT_NAME, snapshot_path(database))

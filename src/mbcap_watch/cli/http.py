@@ -1,8 +1,7 @@
 """`/metrics` and `/healthz` over HTTP, only when asked for; each answer is made at that moment.
 
-A small server in the daemon's own loop around WSGI applications: that of prometheus-client, and one
-for the verdict. Each connection is for one request. Slow ones hold up no other: when there are too
-many, the oldest is closed.
+A small server in the daemon's own loop. Each connection is for one request. Slow ones hold up no
+other: when there are too many, the oldest is closed.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ import os
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import make_wsgi_app
+from prometheus_client.exposition import choose_encoder
 
 from mbcap_watch.cli import views
-from mbcap_watch.doctor.health import judge
+from mbcap_watch.doctor.findings import Installation
+from mbcap_watch.doctor.health import Health, judge
 from mbcap_watch.telemetry.outputs import OutputState
 from mbcap_watch.telemetry.prometheus import registry_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from typing import Self
 
     from mbcap_watch.cli.config import Address
@@ -44,17 +44,15 @@ _RETRY_SECONDS: Final = 5.0
 class Endpoint:
     """A context within which an asyncio loop serves; until it can listen, it tries again.
 
-    `sample` makes the stats, in the loop, for each answer. `state` tells whether it listens.
+    `sample` makes the stats, in the loop, for each answer. `config` is the file that the settings
+    are from, for the commands in remedies. `state` tells whether it listens.
     """
 
-    def __init__(self, address: Address, sample: Callable[[], Stats]) -> None:
-        self._address, self._sample = address, sample
+    def __init__(self, address: Address, sample: Callable[[], Stats], config: str = "") -> None:
+        self._address, self._sample, self._config = address, sample, config
         cannot, on = f"http: cannot listen at {address}", "the bridge works on, and this is retried"
         self.state = OutputState(lambda problem: f"{cannot}: {problem}; {on}", "http: works now")
-        self._applications: dict[str, Any] = {
-            "/metrics": make_wsgi_app(registry_of(sample, _verdict)),
-            "/healthz": self._healthz,
-        }
+        self._registry = registry_of(sample, self._verdict)
         self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
 
     async def __aenter__(self) -> Self:
@@ -121,21 +119,35 @@ class Endpoint:
             if not writer.is_closing():
                 writer.transport.abort()
 
-    def _answer(self, head: bytes) -> bytes:
+    def _answer(self, request: bytes) -> bytes:
         """Return the answer to a request."""
-        environ = _environ(head)
-        if environ is None:
-            return _answer_of(_refusal(HTTPStatus.BAD_REQUEST), {})
-        application = self._applications.get(environ["PATH_INFO"], _refusal(HTTPStatus.NOT_FOUND))
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            application = _refusal(HTTPStatus.METHOD_NOT_ALLOWED, ("Allow", "GET, HEAD"))
-        if not self._is_host(environ.get("HTTP_HOST", "localhost")):
-            application = _refusal(HTTPStatus.MISDIRECTED_REQUEST)
-        try:
-            return _answer_of(application, environ)
-        except Exception:  # noqa: BLE001 - prometheus-client stumbles over some headers
-            plain = {key: environ[key] for key in ("REQUEST_METHOD", "PATH_INFO")}
-            return _answer_of(application, plain)
+        first, *lines = request.decode("latin-1").split("\r\n")
+        method, _, rest = first.partition(" ")
+        target, _, version = rest.partition(" ")
+        fields = (line.partition(":") for line in lines)
+        asked = {name.strip().lower(): value.strip() for name, _, value in fields}
+        path = target.partition("?")[0]
+        code, kind, body, more = HTTPStatus.OK, "text/plain", b"", ""
+        if not method.isalpha() or not target.startswith("/") or not version.startswith("HTTP/1."):
+            code = HTTPStatus.BAD_REQUEST
+        elif not self._is_host(asked.get("host", "localhost")):
+            code = HTTPStatus.MISDIRECTED_REQUEST
+        elif method not in ("GET", "HEAD"):
+            code, more = HTTPStatus.METHOD_NOT_ALLOWED, "Allow: GET, HEAD\r\n"
+        elif path == "/metrics":
+            kind, body = self._metrics(asked.get("accept", ""))
+        elif path == "/healthz":
+            stats = self._sample()
+            health = self._judge(stats)
+            code = HTTPStatus.OK if health.healthy else HTTPStatus.SERVICE_UNAVAILABLE
+            kind, body = "application/json", json.dumps(views.as_json(stats, health)).encode()
+        else:
+            code = HTTPStatus.NOT_FOUND
+        status = f"{code.value} {code.phrase}"
+        body = body or f"{status}\n".encode()
+        more += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close"
+        head = f"HTTP/1.1 {status}\r\n{more}\r\n\r\n".encode("latin-1")
+        return head if method == "HEAD" else head + body
 
     def _is_host(self, host: str) -> bool:
         """Whether a `Host` is ours: a name that somebody else's DNS points here is not."""
@@ -146,50 +158,18 @@ class Endpoint:
             return bool(ipaddress.ip_address(name.strip("[]")))
         return False
 
-    def _healthz(self, _: dict[str, str], start: Callable[..., object]) -> Iterable[bytes]:
-        stats = self._sample()
-        health = judge(stats)
-        code = HTTPStatus.OK if health.healthy else HTTPStatus.SERVICE_UNAVAILABLE
-        start(f"{code.value} {code.phrase}", [("Content-Type", "application/json")])
-        return [json.dumps(views.as_json(stats, health)).encode()]
+    def _metrics(self, accept: str) -> tuple[str, bytes]:
+        """Return the metrics in a format that the client accepts, and its name."""
+        try:
+            encode, kind = choose_encoder(accept)
+        except Exception:  # noqa: BLE001 - prometheus-client stumbles over some headers
+            encode, kind = choose_encoder("")
+        return kind, encode(self._registry)
 
+    def _judge(self, stats: Stats) -> Health:
+        here = Installation(stats.database, stats.snapshot_dir, self._config)
+        return judge(stats, here=here)
 
-def _verdict(stats: Stats) -> tuple[bool, list[str]]:
-    health = judge(stats)
-    return health.healthy, [each.code for each in health.problems]
-
-
-def _refusal(code: HTTPStatus, *headers: tuple[str, str]) -> Any:
-    """Return the application that answers with this code."""
-
-    def application(_: dict[str, str], start: Callable[..., object]) -> Iterable[bytes]:
-        start(f"{code.value} {code.phrase}", [("Content-Type", "text/plain"), *headers])
-        return [f"{code.value} {code.phrase}\n".encode()]
-
-    return application
-
-
-def _environ(head: bytes) -> dict[str, str] | None:
-    """Return what WSGI wants to know of a request; None if it is none."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    method, _, rest = first.partition(" ")
-    target, _, version = rest.partition(" ")
-    if not method.isalpha() or not target.startswith("/") or not version.startswith("HTTP/1."):
-        return None
-    path, _, query = target.partition("?")
-    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
-    for line in lines:
-        name, _, value = line.partition(":")
-        environ["HTTP_" + name.strip().upper().replace("-", "_")] = value.strip()
-    return environ
-
-
-def _answer_of(application: Any, environ: dict[str, str]) -> bytes:
-    """Run a WSGI application; return its response."""
-    started: list[Any] = []
-    asked = environ | {"REQUEST_METHOD": "GET"}  # prometheus-client knows no HEAD
-    body = b"".join(application(asked, lambda *arguments: started.append(arguments)))
-    line, headers = started[0][:2]
-    headers = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
-    head = "\r\n".join([f"HTTP/1.1 {line}", *(f"{name}: {value}" for name, value in headers)])
-    return head.encode("latin-1") + b"\r\n\r\n" + body * (environ.get("REQUEST_METHOD") != "HEAD")
+    def _verdict(self, stats: Stats) -> tuple[bool, list[str]]:
+        health = self._judge(stats)
+        return health.healthy, [each.code for each in health.problems]

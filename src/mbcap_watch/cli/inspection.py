@@ -12,7 +12,7 @@ import msgspec
 
 from mbcap_watch.cli import config, output
 from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
-from mbcap_watch.settings import SETTING_NAMES, Duration, Settings
+from mbcap_watch.settings import SETTING_NAMES, Duration
 
 if TYPE_CHECKING:
     from mbcap_watch.doctor.health import Health
@@ -155,19 +155,9 @@ def show_plot(*, out: str | None, **given: Any) -> None:
 def _look(loaded: config.Config, max_age: float | None = None) -> tuple[Stats | None, Health]:
     """Ask the bridge with these settings; if they name no database, else the only one there is."""
     from mbcap_watch.doctor import service
-    from mbcap_watch.telemetry.ask import ask
 
-    stats, health = service.look(loaded.settings, os.environ, max_age, loaded.file)
-    if health.state == "not running" and {loaded.origins[name] for name in PATHS} == {"default"}:
-        others = {
-            (peer.stats.database, peer.stats.snapshot_dir)
-            for peer in ask(loaded.settings, os.environ, everyone=True)
-            if peer.stats and peer.uid in (0, os.geteuid())  # anybody can offer a socket
-        }
-        if len(others) == 1:
-            its = Settings(*others.pop())
-            return service.look(its, os.environ, max_age, loaded.file)
-    return stats, health
+    unnamed = {loaded.origins[name] for name in PATHS} == {"default"}
+    return service.look(loaded.settings, os.environ, max_age, loaded.file, anyone=unnamed)
 
 
 COMMANDS: Final = (show_config, status, check, show_top, show_plot)

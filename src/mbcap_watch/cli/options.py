@@ -60,15 +60,10 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 def command(
     name: str, *settings: str, configured: bool = True
 ) -> Callable[[Callable[..., int | None]], click.Command]:
-    """Make a command of a function; its docstring is the help.
+    """Make a command of a function, with options for `settings`; its docstring is the help.
 
-    All from "Examples:" on stands below the options, as it is written.
-
-    Args:
-        name: of the command.
-        settings: it has options for these.
-        configured: whether they may come from the environment and a file, too.
-
+    All from "Examples:" on stands below the options, as it is written. `configured`: settings may
+    come from the environment and a file, too.
     """
 
     def make(function: Callable[..., int | None]) -> click.Command:

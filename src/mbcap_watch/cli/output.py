@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
+from mbcap_watch.doctor.findings import counted
 from mbcap_watch.errors import QUOTED, MbcapWatchError, printable, quoted
+from mbcap_watch.telemetry.logs import summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from mbcap_watch.doctor.findings import Finding
     from mbcap_watch.results import Outcome, PersistResult
     from mbcap_watch.store.plan import Change
-
-NOTHING_TO_DO: Final = "there is no snapshot yet: nothing to do"
 
 EXIT_USAGE: Final = 2
 EXIT_BAD_SNAPSHOT: Final = 3
@@ -94,31 +94,36 @@ def print_config(values: Mapping[str, Any], origins: Mapping[str, str], *, as_js
         console.print(table)
 
 
-def print_preview(
-    result: PersistResult, changes: list[tuple[str, Change]], *, as_json: bool
+def print_result(
+    result: PersistResult, changes: list[tuple[str, Change]] | None, *, as_json: bool
 ) -> None:
-    """Print what `apply` would have done."""
+    """Print what `apply` has done; with `changes`, those that it would make."""
     if as_json:
         fields = result.to_dict()
-        fields["dry_run"] = True
-        fields["changes"] = [
-            {
-                "table": table,
-                "public_key": _as_json(c.public_key),
-                "from": [_as_json(value) for value in c.before],
-                "to": [_as_json(value) for value in c.after],
-            }
-            for table, c in changes
-        ]
+        if changes is not None:
+            fields |= {"dry_run": True, "changes": [_as_json(*each) for each in changes]}
         print_json(fields)
         return
-    for table, change in changes:
+    for table, change in changes or ():
         before, after = ("/".join(map(quoted, value)) for value in (change.before, change.after))
         print_line(f"{table} {printable(change.public_key, QUOTED)} {before} -> {after}")
-    if result.compared:
-        print_line(f"would change {len(changes)} rows; nothing was touched")
-    elif result.outcome == "no_snapshot":
-        print_line(NOTHING_TO_DO)
+    if result.outcome == "no_snapshot":
+        print_line("there is no snapshot yet: nothing to do")
+    elif result.compared and changes is not None:
+        print_line(f"would change {counted(len(changes), 'row', 'rows')}; nothing was touched")
+    elif result.compared:
+        print_line(summary(result))
+
+
+def _as_json(table: str, change: Change) -> dict[str, Any]:
+    def visible(value: object) -> object:  # any column may hold bytes or infinity
+        if isinstance(value, str):
+            return printable(value, QUOTED)
+        return value if value is None or isinstance(value, int) else quoted(value)
+
+    before, after = ([visible(each) for each in row] for row in (change.before, change.after))
+    key = visible(change.public_key)
+    return {"table": table, "public_key": key, "from": before, "to": after}
 
 
 _STYLES: Final = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -155,13 +160,6 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
         if (number := sum(each.severity == severity for each in findings))
     ]
     show(", ".join(counts) or "everything is in order")
-
-
-def _as_json(value: object) -> object:
-    """Return a column's value as JSON can hold it: any column may hold bytes or infinity."""
-    if isinstance(value, str):
-        return printable(value, QUOTED)
-    return value if value is None or isinstance(value, int) else quoted(value)
 
 
 class OutputError(MbcapWatchError):

@@ -141,9 +141,10 @@ def svg(stats: Stats) -> str:
     ]
     marks = []
     for each in results:
+        rows = f"{each.changed} row{'s' * (each.changed != 1)}"
         for kind, value in (("lag", each.lag_ms), ("hold", each.hold_ms)):
             if value is not None:
-                tip = f"{_moment(each.at):%H:%M:%S}: {kind} {value:g} ms, {each.changed} rows"
+                tip = f"{_moment(each.at):%H:%M:%S}: {kind} {value:g} ms, {rows}"
                 place = right(each.at), up(math.log10(max(value, _LEAST_MS)))
                 marks.append(_dot(kind, *place, tip))
     return chart(title, notes, legend, (_times(right), decades(up)), marks)

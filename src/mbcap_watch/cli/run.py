@@ -6,14 +6,14 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import run
 from mbcap_watch.cli import config, output
-from mbcap_watch.doctor.findings import Installation, catalogue
+from mbcap_watch.doctor.findings import Installation, catalogue, counted
 from mbcap_watch.doctor.health import explain
 from mbcap_watch.errors import SettingsError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mbcap_watch.cli.signals import Stop
     from mbcap_watch.results import PersistResult, WatchState
     from mbcap_watch.telemetry.stats import Stats
-
-T = TypeVar("T")
 
 logger = logging.getLogger("mbcap_watch")
 
@@ -58,20 +56,26 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
     state_log = logs.StateLog(remedy=here.finding("stuck", last="").remedy)
     notifier = Notifier(os.environ, settings)  # says nothing where nobody listens
     stop.on_stop(notifier.stopping)
-    # None of them waits for anybody.
-    hooks: list[Callable[[PersistResult], object]] = [result_log, notifier.on_result]
-    state_hooks: list[Callable[[WatchState], object]] = [state_log]
-    if (printer := _Printer(stop) if as_json else None) is not None:
-        hooks.append(printer.print)
+    printer = _Printer(stop) if as_json else None
     if (answers := Ack(settings) if loaded.ack else None) is not None:
-        hooks.append(answers.on_result)
-        state_hooks.append(lambda _: answers.retry())
         control.outputs["ack"] = answers.state.output
     if (endpoint := endpoint_of(loaded, control.sample)) is not None:
         control.outputs["http"] = endpoint.state.output
 
-    state_hooks.append(notifier.on_state)  # last: nothing that hangs may be taken for progress
-    on_result, on_state = _one_of(hooks), _one_of(state_hooks)
+    def on_result(result: PersistResult) -> None:  # nothing here waits for anybody
+        result_log(result)
+        notifier.on_result(result)
+        if printer is not None:
+            printer.print(result)
+        if answers is not None:
+            answers.on_result(result)
+
+    def on_state(state: WatchState) -> None:
+        state_log(state)
+        if answers is not None:
+            answers.retry()
+        notifier.on_state(state)  # last: nothing that hangs may be taken for progress
+
     snapshot = settings.snapshot_dir / SNAPSHOT_NAME
     logger.info("mbcap-watch %s: %s into %s", __version__, snapshot, settings.database)
 
@@ -88,14 +92,6 @@ def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
         printer.end()
     logger.info("stopped")
     stop.ignore_more()
-
-
-def _one_of(hooks: list[Callable[[T], object]]) -> Callable[[T], None]:
-    def hook(news: T) -> None:
-        for each in hooks:
-            each(news)
-
-    return hook
 
 
 def _require_database(loaded: config.Config) -> None:
@@ -128,7 +124,8 @@ class _Printer:
 
     def _lost(self, count: int) -> None:
         data = {"data": {"lost": count}}
-        logger.warning("%d results are lost: nobody read standard output", count, extra=data)
+        results = counted(count, "result is", "results are")
+        logger.warning("%s lost: nobody read standard output", results, extra=data)
 
     def _fail(self, exc: OSError) -> None:
         self._error = exc
@@ -144,4 +141,4 @@ def endpoint_of(loaded: config.Config, sample: Callable[[], Stats]) -> Endpoint 
     except ModuleNotFoundError as exc:
         problem = f"needs {exc.name}: in the checkout, {sys.prefix}/bin/pip install '.[metrics]'"
         raise config.in_users_words(SettingsError("http", problem), loaded.origins) from exc
-    return Endpoint(loaded.http, sample)
+    return Endpoint(loaded.http, sample, str(loaded.file or ""))

@@ -24,13 +24,9 @@ _STOP_SECONDS: Final = 4.0
 
 
 class Stop:
-    """SIGTERM and SIGINT end the daemon cleanly, at any moment and however often they come.
+    """SIGTERM, SIGINT and `also` end the program cleanly, whenever and however often they come.
 
     The handlers stay until the process has ended: asyncio's own would be gone while it closes.
-
-    Args:
-        also: other signals that end it.
-
     """
 
     def __init__(self, *also: signal.Signals) -> None:

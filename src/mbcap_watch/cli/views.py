@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mbcap_watch.doctor.findings import ago, duration
+from mbcap_watch.doctor.findings import ago, counted, duration
 from mbcap_watch.errors import printable
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
     """Return everything as JSON can hold it; ages are in seconds."""
-    moments: dict[str, float | None] = {}
-    if stats is not None:
-        moments = {
-            "start": stats.started_at,
-            "last_sync": stats.watch.last_sync,
-            "last_apply": stats.last_apply,
-            "last_result": stats.last_result_at,
-            "snapshot": stats.snapshot_time,
-            "last_error": stats.last_error.at if stats.last_error else None,
-        }
     return {
         "healthy": health.healthy,
         "state": health.state,
         "problems": msgspec.to_builtins(health.problems),
         "warnings": msgspec.to_builtins(health.warnings),
-        "ages": {
-            name: None if moment is None or stats is None else round(stats.sampled - moment, 3)
-            for name, moment in moments.items()
-        },
+        "ages": {} if stats is None else _ages(stats),
         "stats": msgspec.to_builtins(stats),
     }
+
+
+def _ages(stats: Stats) -> dict[str, float | None]:
+    moments = {
+        "start": stats.started_at,
+        "last_sync": stats.watch.last_sync,
+        "last_apply": stats.last_apply,
+        "last_result": stats.last_result_at,
+        "snapshot": stats.snapshot_time,
+        "last_error": stats.last_error.at if stats.last_error else None,
+    }
+    now = stats.sampled
+    return {name: None if at is None else round(now - at, 3) for name, at in moments.items()}
 
 
 def render(stats: Stats | None, health: Health, console: Console) -> None:
@@ -98,7 +98,7 @@ def rows(stats: Stats) -> Iterator[tuple[str, str]]:
     changed = f"{stats.changed_active} active, {stats.changed_inactive} inactive"
     yield "rows changed", f"{changed}, {stats.failed_rows} refused, {stats.set_back} set back"
     if stats.held:
-        yield "held", f"{stats.held} downgrades wait"
+        yield "held", counted(stats.held, "downgrade waits", "downgrades wait")
     yield "lag", _summary(stats.lag_ms)
     yield "write lock", f"count {lock.count}, contention_total {lock.contention_total}"
     yield "lock waits", _summary(lock.waits)

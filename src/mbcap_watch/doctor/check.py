@@ -7,7 +7,9 @@ seconds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,9 +20,10 @@ import msgspec
 from mbcap_watch.bridge.thread import in_daemon_thread
 from mbcap_watch.doctor import database, machine, service, snapshot
 from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote
+from mbcap_watch.doctor.health import CLOCK_SECONDS
 from mbcap_watch.errors import QUOTED, printable
 from mbcap_watch.limits import require_descriptors
-from mbcap_watch.telemetry import ask as sockets
+from mbcap_watch.store.errors import SIDES
 from mbcap_watch.watcher.mounts import UNKNOWN, mount_table
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ _DESCRIPTORS: Final = 24
 # Where the control sockets may be, for the line about a filesystem that does not answer.
 _RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
 
+# After so long without a write, a database may be an old copy.
+_SILENT_SECONDS: Final = 3600.0
+
 # What an examination of the files cannot see.
 _UNSEEN: Final = {
     *("blocked", "gone", "limit", "no_apply", "no_sync", "not_permitted", "not_trusted", "paused"),
@@ -46,7 +52,9 @@ _UNSEEN: Final = {
 }
 
 # What only a daemon knows, or only shows where one runs.
-_TOLD_BY_DAEMON: Final = {"ack_failed", "http_down", "log_unread", "other_snapshot_dir", "set_back"}
+_TOLD_BY_DAEMON: Final = {
+    *("ack_failed", "http_down", "log_unread", "other_snapshot_dir", "set_back", "several_bridges"),
+}
 
 # What is not wrong with an installation.
 _HARMLESS: Final = {"not_asked", "not_running", "starting"}
@@ -73,7 +81,7 @@ async def examine(
     if not _hangs(outside):
         for found in await asyncio.gather(
             ask(DATA_SECONDS, here.database, database.examine_contents, settings, values),
-            ask(FILE_SECONDS, here.database, machine.examine),
+            ask(FILE_SECONDS, here.database, _examine_holders),
             ask(DATA_SECONDS, here.database, _examine_daemons, settings, environ),
         ):
             findings += found
@@ -126,7 +134,50 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return int(any(finding.severity == "problem" for finding in findings))
 
 
-# ------------------------------------------------------------------------------ the daemon
+# ------------------------------------------------------------------------------ who is there
+
+
+def _examine_holders(here: Installation) -> Iterator[Finding]:
+    """Examine who has the database open, and whether anybody writes it. Blocks."""
+    file = machine.place(Path(os.path.realpath(here.database)))
+    sides = [machine.place(Path(f"{file.path}{side}")) for side in SIDES]
+    written = [each.status.st_mtime for each in (file, *sides) if each.status]
+    silence = time.time() - max(written, default=time.time())
+    if silence > _SILENT_SECONDS:
+        yield here.finding("no_activity", silence=duration(silence))
+    elif silence < -CLOCK_SECONDS:
+        yield here.finding("clock", later=duration(-silence))
+    if not os.path.isdir("/proc/self"):
+        yield here.finding("no_proc")
+        return
+    holders, strays = set[str](), set[str]()
+    for pid in machine.running():
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                    _note_holder(pid, f"/proc/{pid}/fd/{number}", file, holders, strays)
+    if strays:
+        yield here.finding("database_replaced", who=", ".join(sorted(strays)))
+    nobody = "nobody that this user may see; other containers cannot be seen"
+    yield ok("open by", ", ".join(sorted(holders)) or nobody)
+
+
+def _note_holder(
+    pid: int, descriptor: str, file: machine.Place, holders: set[str], strays: set[str]
+) -> None:
+    """Note a process that has the database open, or one that was deleted or replaced."""
+    link = os.readlink(descriptor)
+    name = link.removesuffix(" (deleted)")
+    if name != link and name in (str(file.path), f"{file.path}-wal"):
+        strays.add(machine.described(pid))
+    # By name first: to ask for the status of just any file could block. In a container the
+    # directory may have another name.
+    elif (
+        os.path.basename(name) == file.path.name
+        and file.status
+        and os.path.samestat(os.stat(descriptor), file.status)
+    ):
+        holders.add(machine.described(pid))
 
 
 def _examine_service(
@@ -154,21 +205,18 @@ def _examine_service(
 def _examine_daemons(
     here: Installation, settings: Settings, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Judge how many bridges serve the database, and as whom. Blocks."""
+    """Name the bridges that run; judge as whom the one of the database does. Blocks."""
     if not os.path.isdir("/proc/self"):
-        return []  # `machine.examine` has reported it
-    peers = sockets.ask(settings, environ, everyone=True)
-    uids = service.trusted_users(here, peers)
-    found = service.daemons(settings.database, [each for each in peers if each.uid in uids])
-    ours = [each for each in found if each.same]
-    named = [f"pid {each.pid} (user {each.uid}, {each.database}, {each.program})" for each in ours]
-    who = ", ".join(named)
-    if len(ours) > 1:
-        return [service.several(here, named)]
-    for one in ours:
-        if machine.is_paused(one.pid):
-            return [here.finding("paused", pid=one.pid)]
-        if one.uid != os.geteuid():
-            return [here.finding("other_user", who=who, uid=one.uid)]
-    others = [f"pid {each.pid} for {each.database}" for each in found if not each.same]
-    return [ok("daemons", ", ".join([who or "none runs for this database", *others]))]
+        return []  # `_examine_holders` has reported it
+    found = [each for each in service.survey(here, settings, environ) if each.program]
+    ours = [each for each in found if each.has_database(here)]
+    named = (f"pid {each.pid} (user {each.uid}, {each.database}, {each.program})" for each in ours)
+    who = ", ".join(named) or "none runs for this database"
+    if len(ours) == 1:  # `look` names several
+        if machine.is_paused(ours[0].pid):
+            return [here.finding("paused", pid=ours[0].pid)]
+        if ours[0].uid != os.geteuid():
+            return [here.finding("other_user", who=who, uid=ours[0].uid)]
+    hidden = "a database that only root may know"
+    others = [f"pid {each.pid} for {each.database or hidden}" for each in found if each not in ours]
+    return [ok("daemons", ", ".join([who, *others]))]

@@ -15,14 +15,14 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
+from mbcap_watch.doctor.findings import Finding, Installation, counted, ok, quote, size
 from mbcap_watch.doctor.machine import (
     WAL_READERS,
     Place,
     beyond_mode,
     blocked_way,
     holder,
-    judge_filesystem,
+    is_remote,
     judge_lock,
     judge_space,
     mode_of,
@@ -42,7 +42,7 @@ from mbcap_watch.store.native import HAS_RESET_BUG, open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import TABLES, preview_steps
 from mbcap_watch.store.wal import Wal, is_wal_database, release
-from mbcap_watch.watcher.mounts import mount_of, mount_table
+from mbcap_watch.watcher.mounts import INOTIFY_FILESYSTEMS, UNKNOWN, Mount, mount_of, mount_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -56,6 +56,8 @@ BUSY_SECONDS: Final = 2.0
 _TRIES: Final = 5
 
 _LARGE_WAL: Final = 64 << 20
+
+_LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
 
 
 # ------------------------------------------------------------------------------ from outside
@@ -156,6 +158,17 @@ def judge_owner(
         yield here.finding("foreign_owner", owner=owner, uid=uid)
 
 
+def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
+    """Judge whether SQLite's locks and shared memory work (sqlite.org/wal.html, "Overview", 6)."""
+    where = f"the database is on {mount.type} ({mount.mount_point})"
+    if is_remote(mount):
+        yield here.finding("network_filesystem", where=where)
+    elif mount.type in _LOCAL:
+        yield ok("filesystem", where)
+    elif mount != UNKNOWN:  # else `no_proc` says why
+        yield here.finding("unknown_filesystem", where=where)
+
+
 # ------------------------------------------------------------------------------ from inside
 
 
@@ -254,15 +267,14 @@ _ON_UPDATE: Final = re.compile(r"^\s*CREATE(?:(?!\bON\b).)*\bUPDATE\b", re.IGNOR
 def _judge_triggers(here: Installation, connection: sqlite3.Connection) -> Iterator[Finding]:
     """Name what may refuse, or change, what is written. CoreScope's own schema has none."""
     sql = "SELECT name, tbl_name, sql FROM sqlite_master WHERE type = 'trigger'"
-    query = quote("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
     for name, table, text in connection.execute(sql).fetchall():
         if table.lower() in TABLES and _ON_UPDATE.search(text):
-            about = {"trigger": printable(name, QUOTED), "table": table, "query": query}
-            yield here.finding("trigger", **about)
+            yield here.finding("trigger", trigger=printable(name, QUOTED), table=table)
 
 
 def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> Finding:
-    text = ", ".join(f"{table} with {count:,} rows" for table, count in counts.items())
+    tables = (f"{table} with {counted(count, 'row', 'rows')}" for table, count in counts.items())
+    text = ", ".join(tables)
     if tally.waiting is None:
         return ok("tables", f"{text}, with all columns")
     text = f"{tally.waiting}; there is {text}"
@@ -273,7 +285,8 @@ def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> F
 def _judge_preview(here: Installation, tally: Tally, wanted: int, rows: int) -> Finding:
     """Judge what applying the snapshot would do."""
     changes, unmatched = tally.changed.total(), tally.unmatched
-    text = f"{changes:,} rows would change; of {wanted:,} keys {unmatched:,} are in no table"
+    text = f"{counted(changes, 'row', 'rows')} would change"
+    text += f"; of {counted(wanted, 'key', 'keys')} {unmatched:,} are in no table"
     if unmatched == wanted:
         none = "" if rows else ", which has no rows"
         text = f"not one of the {wanted:,} keys of the snapshot is in the database{none}"

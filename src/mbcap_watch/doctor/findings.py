@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 Severity = Literal["ok", "warning", "problem"]
 
-# What a shell reads inside of double quotes.
-_SPECIAL: Final = frozenset('"$`\\!')
-
 
 class Kind(NamedTuple):
     """A kind of finding, as `catalogue.toml` explains it."""
@@ -29,18 +26,14 @@ class Kind(NamedTuple):
     remedy: str
 
 
-@functools.cache
-def sections() -> dict[str, dict[str, Kind]]:
-    """Return the kinds of findings by code, by the sections of the troubleshooting page."""
-    text = Path(__file__).with_name("catalogue.toml").read_text(encoding="utf-8")
-    tables = tomllib.loads(text).items()
-    return {title: {code: Kind(*kind) for code, kind in t.items()} for title, t in tables}
+CATALOGUE: Final = Path(__file__).with_name("catalogue.toml")
 
 
 @functools.cache
 def catalogue() -> dict[str, Kind]:
     """Return the kinds of findings by code."""
-    return {code: kind for kinds in sections().values() for code, kind in kinds.items()}
+    sections = tomllib.loads(CATALOGUE.read_text(encoding="utf-8")).values()
+    return {code: Kind(*kind) for kinds in sections for code, kind in kinds.items()}
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -80,15 +73,9 @@ class Installation(NamedTuple):
     def finding(
         self, code: str, text: str = "", *, remedy: str = "", subject: str = "", **details: Any
     ) -> Finding:
-        """Return a finding of the catalogue. A text, remedy or subject given here replaces its own.
+        """Return a finding of the catalogue, with `details` for the names in braces.
 
-        Args:
-            code: its name there.
-            text: the sentence.
-            remedy: what to do.
-            subject: what was examined.
-            details: what stands for the names in braces.
-
+        A text, remedy or subject that is given replaces that of the catalogue.
         """
         kind = catalogue()[code]
         paths = self._asdict()
@@ -113,9 +100,7 @@ class Installation(NamedTuple):
 
 def quote(path: str | Path) -> str:
     """Return a path as a shell takes it, in quotes only where it must be."""
-    text = str(path)
-    plain = "'" in text and not _SPECIAL.intersection(text)
-    return f'"{text}"' if plain else shlex.quote(text)
+    return shlex.quote(str(path))
 
 
 def size(count: float) -> str:

@@ -45,12 +45,26 @@ _OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"
 
 State = Literal["starting", "running", "stuck", "paused", "not running", "unknown"]
 
+# With the first finding of these, the process is in another state than `running`.
+STATES: Final[dict[str, State]] = {
+    "starting": "starting",
+    **dict.fromkeys(("stuck", "no_sync", "blocked"), "stuck"),
+    "paused": "paused",
+    **dict.fromkeys(("not_running", "gone"), "not running"),
+    **dict.fromkeys(("no_proc", "not_asked", "not_trusted", "not_understood"), "unknown"),
+}
+
 
 class Health(msgspec.Struct, frozen=True):
-    """The verdict on a daemon: the state of the process, as far as it is known, and findings."""
+    """The verdict on a daemon, by all that was found."""
 
-    state: State
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def state(self) -> State:
+        """The state of the process, as far as it is known."""
+        known = (STATES[each.code] for each in self.findings if each.code in STATES)
+        return next(known, "running")
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -78,18 +92,13 @@ class Health(msgspec.Struct, frozen=True):
 
 
 def judge(stats: Stats, max_age: float | None = None, here: Installation | None = None) -> Health:
-    """Judge a daemon by its stats.
+    """Judge a daemon by stats that were made just now.
 
-    Args:
-        stats: made just now.
-        max_age: with more seconds since the database was last compared, it is unhealthy. None:
-            see `_RESYNCS`.
-        here: what the findings are about, if more is known than the stats say.
-
+    It is unhealthy if the last comparison is more than `max_age` seconds ago; None: see `_RESYNCS`.
+    `here` is what the findings are about, if more is known than the stats say.
     """
     here = here or Installation(stats.database, stats.snapshot_dir)
-    stuck = tuple(_stuck(stats, here))
-    findings = [*stuck, *_about_result(stats, here)]
+    findings = [*_of_process(stats, here), *_about_result(stats, here)]
     if not any(each.severity == "problem" for each in findings):
         findings += _overdue(stats, here, max_age)
     if stats.snapshot_time is not None:
@@ -98,15 +107,10 @@ def judge(stats: Stats, max_age: float | None = None, here: Installation | None 
         findings.append(here.finding("no_inotify", why=stats.watch.why))
     findings += _of_late(stats, here)
     findings += _about_outputs(stats, here)
-    state: State = "stuck" if stuck else "running"
-    if not stuck and stats.watch.last_sync is None:
-        state = "starting"
-        when = ago(stats.sampled - stats.started_at)
-        findings.insert(0, here.finding("starting", pid=stats.pid, when=when))
-    return Health(state, tuple(findings))
+    return Health(tuple(findings))
 
 
-def _stuck(stats: Stats, here: Installation) -> Iterator[Finding]:
+def _of_process(stats: Stats, here: Installation) -> Iterator[Finding]:
     watch, now = stats.watch, stats.sampled
     idle = now - max(watch.last_sync or 0, watch.last_progress or 0, stats.started_at)
     last = "no sync has ended yet"
@@ -116,6 +120,9 @@ def _stuck(stats: Stats, here: Installation) -> Iterator[Finding]:
         yield here.finding("stuck", last=last)
     elif idle > _SYNC_INTERVALS * stats.sweep_interval + _SYNC_SECONDS:
         yield here.finding("no_sync", last=last, interval=duration(stats.sweep_interval))
+    elif watch.last_sync is None:
+        when = ago(now - stats.started_at)
+        yield here.finding("starting", pid=stats.pid, when=when)
 
 
 def _about_result(stats: Stats, here: Installation) -> Iterator[Finding]:

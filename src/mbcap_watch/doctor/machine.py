@@ -9,26 +9,26 @@ import os
 import stat
 import struct
 import time
+import tomllib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from mbcap_watch import settings
 from mbcap_watch.doctor.findings import Finding, Installation, duration, ok, quote, size
-from mbcap_watch.doctor.health import CLOCK_SECONDS
+from mbcap_watch.errors import printable
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
-from mbcap_watch.store.errors import SIDES
-from mbcap_watch.watcher.mounts import INOTIFY_FILESYSTEMS, UNKNOWN, Mount, mount_table
+from mbcap_watch.watcher.mounts import Mount, mount_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
 _SPACE_NEEDED: Final = 16 << 20
 
-_LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
-_REMOTE: Final = ("9p", "afs", "ceph", "cifs", "lustre", "nfs", "smb", "vboxsf", "virtiofs")
-_REMOTE_FUSE: Final = ("fuse.sshfs", "fuse.rclone", "fuse.gluster")
-
-_SILENT_SECONDS: Final = 3600.0
+_REMOTE: Final = (
+    *("9p", "afs", "ceph", "cifs", "lustre", "nfs", "smb", "vboxsf", "virtiofs"),
+    *("fuse.sshfs", "fuse.rclone", "fuse.gluster"),
+)
 
 # For how long a lock is watched.
 LOCK_SECONDS: Final = 2.0
@@ -133,18 +133,7 @@ def mode_of(status: os.stat_result, uid: int, groups: Iterable[int]) -> int:
 
 def is_remote(mount: Mount) -> bool:
     """Whether a mount is a network filesystem."""
-    return mount.type.startswith((*_REMOTE, *_REMOTE_FUSE))
-
-
-def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
-    """Judge whether SQLite's locks and shared memory work (sqlite.org/wal.html, "Overview", 6)."""
-    where = f"the database is on {mount.type} ({mount.mount_point})"
-    if is_remote(mount):
-        yield here.finding("network_filesystem", where=where)
-    elif mount.type in _LOCAL:
-        yield ok("filesystem", where)
-    elif mount != UNKNOWN:  # else `no_proc` says why
-        yield here.finding("unknown_filesystem", where=where)
+    return mount.type.startswith(_REMOTE)
 
 
 def judge_space(
@@ -163,84 +152,40 @@ def judge_space(
 # ------------------------------------------------------------------------------ processes
 
 
-def examine(here: Installation) -> Iterator[Finding]:
-    """Examine who has the database open, and whether anybody writes it. Blocks."""
-    real = Path(os.path.realpath(here.database))
-    file, statuses = place(real), [place(Path(f"{real}{side}")).status for side in ("", *SIDES)]
-    silence = time.time() - max((each.st_mtime for each in statuses if each), default=time.time())
-    if silence > _SILENT_SECONDS:
-        yield here.finding("no_activity", silence=duration(silence))
-    elif silence < -CLOCK_SECONDS:
-        yield here.finding("clock", later=duration(-silence))
-    if not os.path.isdir("/proc/self"):
-        yield here.finding("no_proc")
-        return
-    holders, strays = set[str](), set[str]()
-    for pid in processes():
-        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(FileNotFoundError):  # it was closed just now
-                    _sort(pid, f"/proc/{pid}/fd/{number}", file, holders, strays)
-    if strays:
-        yield here.finding("database_replaced", who=", ".join(sorted(strays)))
-    nobody = "nobody that this user may see; other containers cannot be seen"
-    yield ok("open by", ", ".join(sorted(holders)) or nobody)
-
-
-def _sort(pid: int, descriptor: str, file: Place, holders: set[str], strays: set[str]) -> None:
-    """Note a process that has the database open, or one that was deleted or replaced."""
-    link = os.readlink(descriptor)
-    name = link.removesuffix(" (deleted)")
-    if name != link and name in (str(file.path), f"{file.path}-wal"):
-        strays.add(described(pid))
-    # By name first: to ask for the status of just any file could block. In a container the
-    # directory may have another name.
-    elif (
-        os.path.basename(name) == file.path.name
-        and file.status
-        and os.path.samestat(os.stat(descriptor), file.status)
-    ):
-        holders.add(described(pid))
-
-
-def processes() -> list[int]:
+def running() -> list[int]:
     """Return all other processes."""
-    return [
-        int(name) for name in os.listdir("/proc") if name.isdigit() and name != str(os.getpid())
-    ]
+    pids = {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    return sorted(pids - {os.getpid()})
 
 
 def described(pid: int) -> str:
     """Return a process for people: its number and the start of its command line."""
     command = "?"
     with contextlib.suppress(OSError):
-        command = " ".join(arguments_of(pid))[:80]
+        command = " ".join(_arguments_of(pid))[:80]
     return f"pid {pid} ({command})"
 
 
-def arguments_of(pid: int) -> list[str]:
+def _arguments_of(pid: int) -> list[str]:
     """Return the command line of a process."""
     data = Path(f"/proc/{pid}/cmdline").read_bytes()
     return [os.fsdecode(part) for part in data.rstrip(b"\0").split(b"\0")]
 
 
-def is_daemon(arguments: list[str]) -> bool:
-    """Whether a command line is that of `mbcap-watch run`."""
-    names = [os.path.basename(argument).replace("_", "-") for argument in arguments[:4]]
-    return ("mbcap-watch", "run") in itertools.pairwise(names)
+def is_paused(pid: int) -> bool:
+    """Whether a process is stopped or traced."""
+    return _stat_of(pid)[0] in ("T", "t")
 
 
-def option(arguments: list[str], name: str) -> str | None:
-    """Return the value of an option on a command line."""
-    for word, following in itertools.pairwise([*arguments, ""]):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return None
+def age_of(pid: int) -> float:
+    """Return for how many seconds a process has run; 0 if it is gone."""
+    with contextlib.suppress(IndexError):
+        started = int(_stat_of(pid)[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    return 0.0
 
 
-def stat_of(pid: int) -> list[str]:
+def _stat_of(pid: int) -> list[str]:
     """Return what /proc/PID/stat says from the state on (proc_pid_stat(5)); "X" if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
@@ -249,9 +194,61 @@ def stat_of(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()
 
 
-def is_paused(pid: int) -> bool:
-    """Whether a process is stopped or traced."""
-    return stat_of(pid)[0] in ("T", "t")
+def leads_to(pid: int, its: str, ours: str) -> bool:
+    """Whether a path of a process, which may be in a container, leads where ours does."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/root{its}", ours)
+    except OSError:
+        return printable(its) == printable(ours)
+
+
+# ------------------------------------------------------------------------------ daemons
+
+
+DAEMON: Final = "mbcap-watch run"
+
+
+def daemons() -> dict[int, tuple[int, str | None]]:
+    """Return whose each `mbcap-watch run` is, and its database if that can be told. Blocks."""
+    found = {}
+    for pid in running():
+        with contextlib.suppress(OSError):  # it has just ended
+            if is_daemon(arguments := _arguments_of(pid)):
+                found[pid] = os.stat(f"/proc/{pid}").st_uid, _database_of(pid, arguments)
+    return found
+
+
+def is_daemon(arguments: list[str]) -> bool:
+    """Whether a command line is that of `mbcap-watch run`."""
+    names = [os.path.basename(argument).replace("_", "-") for argument in arguments[:4]]
+    return ("mbcap-watch", "run") in itertools.pairwise(names)
+
+
+def _database_of(pid: int, arguments: list[str]) -> str | None:
+    """Return the database of a daemon; None if only root can tell."""
+    named = _option(arguments, "--database")  # a command line is public
+    try:
+        variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+        environ = dict(variable.partition("=")[::2] for variable in variables)
+        here = os.readlink(f"/proc/{pid}/cwd")
+        names = settings.ENV_PREFIX + "DATABASE", settings.DATABASE_VARIABLE
+        path = named or next(filter(None, map(environ.get, names)), None)
+        config = _option(arguments, "--config") or environ.get(settings.CONFIG_VARIABLE)
+        toml = Path(f"/proc/{pid}/root" + os.path.join(here, config or settings.CONFIG_FILE))
+        if config or toml.exists():
+            path = path or tomllib.loads(toml.read_text(encoding="utf-8")).get("database")
+        return os.path.normpath(os.path.join(here, path or settings.DEFAULT_DATABASE))
+    except (OSError, ValueError):
+        return named
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """Return the value of an option on a command line."""
+    for word, following in itertools.pairwise([*arguments, ""]):
+        option, _, value = word.partition("=")
+        if option == name:
+            return value or following
+    return None
 
 
 # ------------------------------------------------------------------------------ locks

@@ -1,4 +1,4 @@
-"""The running bridge: `look` asks it, or looks for a daemon in /proc, and judges."""
+"""The running bridges: `survey` finds them by their sockets and in /proc, `look` judges one."""
 
 from __future__ import annotations
 
@@ -6,29 +6,19 @@ import contextlib
 import os
 import threading
 import time
-import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ago, duration
 from mbcap_watch.doctor.health import Health, judge
-from mbcap_watch.doctor.machine import Place, cut_off, place
 from mbcap_watch.errors import QUOTED, printable
-from mbcap_watch.settings import (
-    CONFIG_FILE,
-    CONFIG_VARIABLE,
-    DATABASE_VARIABLE,
-    DEFAULT_DATABASE,
-    ENV_PREFIX,
-)
 from mbcap_watch.telemetry.ask import SILENT_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from mbcap_watch.settings import Settings
-    from mbcap_watch.telemetry.ask import Peer
     from mbcap_watch.telemetry.stats import Stats
 
 T = TypeVar("T")
@@ -50,46 +40,77 @@ _FILE_SECONDS: Final = 1.0
 _DELETED: Final = {"database_missing", "no_database", "no_snapshot", "snapshot_vanished"}
 
 
-def look(
-    settings: Settings,
-    environ: Mapping[str, str],
-    max_age: float | None = None,
-    config: str | Path | None = None,
-) -> tuple[Stats | None, Health]:
-    """Ask the bridge with these settings for its stats, and judge. Takes a few seconds at most.
+# ------------------------------------------------------------------------------ finding them
 
-    Of several, a healthy one is preferred, and all are named. `config` is the file that the
-    settings are from, for the commands in remedies.
+
+class Bridge(NamedTuple):
+    """A bridge, as its socket and /proc tell of it.
+
+    Attributes:
+        pid: of the process; `uid` whose it is.
+        believed: whether what that user's socket says is believed.
+        program: which program it is, by /proc or by a word that is believed; else empty.
+        database: its database: our path if that leads to the same; None: only root can tell.
+        snapshot_dir: likewise; None if that cannot be told.
+        fate: as of `Peer`; `unseen` if it has no socket that can be reached from here.
+        stats: what it answered.
+
     """
-    here, tries, everyone = Installation.of(settings, config), _TRIES, False
-    while True:
-        peers = ask(settings, environ, everyone=everyone)
-        trusted = trusted_users(here, peers)
-        same = [peer for peer in peers if _is_for(peer, here) and peer.uid in trusted]
-        if answered := [peer.stats for peer in same if peer.stats is not None]:
-            known = [peer.stats for peer in peers if peer.stats and peer.uid in trusted]
-            return _judge_answers(here, answered, known, max_age)
-        if silent := [peer for peer in same if peer.fate == "silent"]:
-            return None, _judge_silent(here, silent[0])
-        if not everyone:
-            everyone = True
-            continue
-        pids = {peer.pid for peer in peers if peer.stats is not None}
-        found = _within(lambda: daemons(settings.database), list[Daemon]())
-        unasked = [each for each in found if each.same and each.pid not in pids]
-        tries -= 1
-        if not unasked or not tries:
-            break
-        time.sleep(_AGAIN_SECONDS)
-    return None, _judge_unanswered(here, peers, same, found, unasked, trusted)
+
+    pid: int
+    uid: int
+    believed: bool
+    program: str
+    database: str | None
+    snapshot_dir: str | None = None
+    fate: str = "unseen"
+    stats: Stats | None = None
+
+    def is_for(self, here: Installation) -> bool:
+        """Whether it runs with these settings, as far as that can be told."""
+        is_same = self.snapshot_dir in (None, printable(here.snapshot_dir))
+        return is_same and self.has_database(here)
+
+    def has_database(self, here: Installation) -> bool:
+        """Whether it is for this database."""
+        return self.database == printable(here.database)
 
 
-def trusted_users(here: Installation, peers: Sequence[Peer]) -> set[int]:
-    """Return the users whose sockets are believed; for root, the database's owner is among them."""
-    uids = {0, os.geteuid()}
-    if os.geteuid() == 0 and any(peer.uid for peer in peers):
-        uids.add(_within(lambda: os.stat(here.database).st_uid, 0))
-    return uids
+def survey(here: Installation, settings: Settings, environ: Mapping[str, str]) -> list[Bridge]:
+    """Return every bridge that a socket or /proc tells of. Takes a few seconds at most."""
+    peers = ask(settings, environ, everyone=True)
+    trusted = {0, os.geteuid()}
+    if os.geteuid() == 0:
+        trusted.add(_within(lambda: os.stat(here.database).st_uid, 0))
+    daemons: dict[int, tuple[int, str | None]] = _within(machine.daemons, {})
+    bridges = []
+    for peer in peers:
+        believed, stats = peer.uid in trusted, peer.stats
+        program = machine.DAEMON if peer.pid in daemons else ""
+        if stats is not None:
+            program = (believed and stats.embedded_in) or program
+            paths = stats.database, stats.snapshot_dir
+        elif peer.named and not (program and peer.fate == "gone"):  # such a daemon is just ending
+            paths = printable(here.database), printable(here.snapshot_dir)
+        else:
+            continue  # /proc may tell more
+        bridges.append(Bridge(peer.pid, peer.uid, believed, program, *paths, peer.fate, stats))
+    for pid in daemons.keys() - {each.pid for each in bridges}:
+        uid, database = daemons[pid]
+        bridges.append(Bridge(pid, uid, uid in trusted, machine.DAEMON, database))
+    return _within(lambda: [_with_our_paths(each, here) for each in bridges], bridges)
+
+
+def _with_our_paths(bridge: Bridge, here: Installation) -> Bridge:
+    """Return a bridge with our paths in place of its own that lead to the same files."""
+
+    def seen(its: str | None, ours: str) -> str | None:
+        leads_there = its is not None and machine.leads_to(bridge.pid, its, ours)
+        return printable(ours) if leads_there else its
+
+    database = seen(bridge.database, here.database)
+    snapshot_dir = seen(bridge.snapshot_dir, here.snapshot_dir)
+    return bridge._replace(database=database, snapshot_dir=snapshot_dir)
 
 
 def _within(function: Callable[[], T], otherwise: T) -> T:
@@ -107,41 +128,60 @@ def _within(function: Callable[[], T], otherwise: T) -> T:
     return answer[0]
 
 
-def _is_for(peer: Peer, here: Installation) -> bool:
-    """Whether a socket is of a daemon with these settings: by its own word, else by its name."""
-    if peer.stats is None:
-        return peer.named
-    paths = printable(here.database), printable(here.snapshot_dir)
-    return paths == (peer.stats.database, peer.stats.snapshot_dir)
-
-
 # ------------------------------------------------------------------------------ judging
 
 
+def look(
+    settings: Settings,
+    environ: Mapping[str, str],
+    max_age: float | None = None,
+    config: str | Path | None = None,
+    *,
+    anyone: bool = False,
+) -> tuple[Stats | None, Health]:
+    """Ask the bridge with these settings for its stats, and judge. Takes a few seconds at most.
+
+    Of several, a healthy one is preferred, and all are named. `config` is the file that the
+    settings are from, for the commands in remedies. `anyone`: if none has these settings, ask the
+    only one that there is.
+    """
+    here, tries = Installation.of(settings, config), _TRIES
+    while True:
+        bridges = survey(here, settings, environ)
+        ours = [each for each in bridges if each.is_for(here)]
+        several = _several(here, bridges)
+        if answered := [each.stats for each in ours if each.believed and each.stats]:
+            stats, findings = _judge_answers(here, answered, max_age)
+            return stats, Health((*findings, *several))
+        if silent := [each for each in ours if each.believed and each.fate == "silent"]:
+            return None, Health((_unheard(here, silent[0]), *several))
+        is_unsure = any(each.fate in ("unseen", "odd") for each in ours)
+        stats_of_all = [each.stats for each in bridges if each.believed and each.stats]
+        others = {(stats.database, stats.snapshot_dir) for stats in stats_of_all}
+        if anyone and len(others) == 1 and not is_unsure:
+            [(database, snapshot_dir)] = others
+            here = here._replace(database=database, snapshot_dir=snapshot_dir)
+            continue
+        tries -= 1
+        if not is_unsure or not tries:
+            return None, Health((*_unanswered(here, bridges, ours), *several))
+        time.sleep(_AGAIN_SECONDS)
+
+
 def _judge_answers(
-    here: Installation, answered: Sequence[Stats], known: Sequence[Stats], max_age: float | None
-) -> tuple[Stats, Health]:
+    here: Installation, answered: Sequence[Stats], max_age: float | None
+) -> tuple[Stats, list[Finding]]:
     judged = [(stats, judge(stats, max_age, here)) for stats in answered]
     stats, health = max(judged, key=lambda each: (each[1].healthy, each[0].started_at))
     found = list(health.findings)
     if health.state == "running":
         found = _within(lambda: _with_files(here, found), found)
-    bridges = [each for each in known if each.database == stats.database]
-    if len(bridges) > 1:
-        alike = len({each.snapshot_dir for each in bridges}) == 1
-        who = [f"{each.process}, {each.snapshot_dir}: {judge(each).verdict}" for each in bridges]
-        found.append(several(here, who, "several_bridges" if alike else "two_snapshots"))
-    return stats, Health(health.state, tuple(found))
-
-
-def several(here: Installation, who: Sequence[str], code: str = "several_bridges") -> Finding:
-    """Return the finding that so many processes write one database."""
-    return here.finding(code, count=len(who), who="; ".join(who[:_MOST_NAMED]))
+    return stats, found
 
 
 def _with_files(here: Installation, found: list[Finding]) -> list[Finding]:
     """Add what no sync has met yet, or never will; leave out what comes of it."""
-    cut = cut_off(here)
+    cut = machine.cut_off(here)
     if any(each.code == "deleted_mount" for each in cut):
         return cut + [each for each in found if each.code not in _DELETED]
     found = found + cut
@@ -153,70 +193,64 @@ def _with_files(here: Installation, found: list[Finding]) -> list[Finding]:
     return found
 
 
-def _judge_silent(here: Installation, peer: Peer) -> Health:
-    if machine.is_paused(peer.pid):
-        return Health("paused", (here.finding("paused", pid=peer.pid),))
-    silence = duration(SILENT_SECONDS)
-    who = f"{machine.described(peer.pid)} (user {peer.uid})"
-    blocked = here.finding("blocked", pid=peer.pid, who=who, silence=silence)
-    return Health("stuck", (blocked,))
+def _several(here: Installation, bridges: Sequence[Bridge]) -> list[Finding]:
+    """Name the bridges with this database if they are several; also those that do not answer."""
+    who, snapshots = list[str](), set[str]()
+    for each in bridges:
+        if not each.has_database(here) or each.fate == "gone":
+            continue
+        if each.believed and each.stats:
+            where, verdict = each.stats.snapshot_dir, judge(each.stats).verdict
+            who.append(f"pid {each.stats.process}, {where}: {verdict}")
+            snapshots.add(str(each.snapshot_dir))
+        elif each.believed or each.program:
+            state = Health((_unheard(here, each),)).state
+            who.append(f"pid {each.pid} (user {each.uid}): {state}")
+    if len(who) <= 1:
+        return []
+    code = "several_bridges" if len(snapshots) <= 1 else "two_snapshots"
+    return [here.finding(code, count=len(who), who="; ".join(who[:_MOST_NAMED]))]
 
 
-def _judge_unasked(here: Installation, daemon: Daemon) -> Health:
-    """Judge a daemon of which only /proc tells."""
-    pid, fields, age = daemon.pid, machine.stat_of(daemon.pid), 0.0
+def _unheard(here: Installation, bridge: Bridge) -> Finding:
+    """Judge a bridge that has not answered, by its process."""
+    pid, uid = bridge.pid, bridge.uid
     if machine.is_paused(pid):
-        return Health("paused", (here.finding("paused", pid=pid),))
-    with contextlib.suppress(IndexError):  # it has just ended
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    if age < _YOUNG_SECONDS:
+        return here.finding("paused", pid=pid)
+    if bridge.fate == "silent":
+        who = f"{machine.described(pid)} (user {uid})"
+        return here.finding("blocked", pid=pid, who=who, silence=duration(SILENT_SECONDS))
+    if (age := machine.age_of(pid)) < _YOUNG_SECONDS:
         text = f"process {pid} was started {ago(age)}, and has no control socket yet"
-        return Health("starting", (here.finding("starting", text),))
-    return Health("running", (here.finding("unasked", pid=pid, uid=daemon.uid),))
+        return here.finding("starting", text)
+    return here.finding("unasked", pid=pid, uid=uid)
 
 
-def _judge_unanswered(
-    here: Installation,
-    peers: Sequence[Peer],
-    same: Sequence[Peer],
-    found: Sequence[Daemon],
-    unasked: Sequence[Daemon],
-    trusted: set[int],
-) -> Health:
-    """Judge where no daemon with these settings has answered, as `same` or `found` in /proc."""
-    me = os.geteuid()
+def _unanswered(
+    here: Installation, bridges: Sequence[Bridge], ours: Sequence[Bridge]
+) -> list[Finding]:
+    """Judge where no bridge with these settings has answered; `ours` have them."""
     if not os.path.isdir("/proc/self"):
         text = "/proc is not mounted: whether mbcap-watch runs cannot be told"
-        return Health("unknown", (here.finding("no_proc", text),))
-    if me:
-        trusted = {me}  # root's socket may be there, and closed to this user
-    if mine := [each for each in unasked if each.uid in trusted]:
-        return _judge_unasked(here, mine[0])
-    if unknown := tuple(_why_unknown(here, peers, unasked, trusted)):
-        return Health("unknown", unknown)
-    if not same and (hidden := [each for each in found if each.same is None]):
-        pid, uid = hidden[0].pid, hidden[0].uid
+        return [here.finding("no_proc", text)]
+    unknown = list[Finding]()
+    for each in ours:
+        me, pid, uid = os.geteuid(), each.pid, each.uid
+        # To others than root, root's socket may be closed.
+        if not (each.believed if me == 0 else uid == me):
+            code, said = ("not_trusted", _verdict(each.stats)) if each.stats else ("not_asked", "")
+            if each.fate != "gone":
+                unknown.append(here.finding(code, pid=pid, uid=uid, me=me, said=said))
+        elif each.fate == "unseen":
+            return [_unheard(here, each)]
+        elif each.fate == "odd":
+            unknown.append(here.finding("not_understood", pid=pid))
+    hidden = [each for each in bridges if each.database is None]
+    if hidden and not unknown and not any(each.believed for each in ours):
+        pid, uid, me = hidden[0].pid, hidden[0].uid, os.geteuid()
         text = f"only user {uid} or root can tell which database process {pid} is for"
-        return Health("unknown", (here.finding("not_asked", text, pid=pid, uid=uid, me=me),))
-    return Health("not running", tuple(_absent(here, peers, same)))
-
-
-def _why_unknown(
-    here: Installation, peers: Sequence[Peer], unasked: Sequence[Daemon], trusted: set[int]
-) -> Iterator[Finding]:
-    """Name daemons with these settings whose answer is refused, not believed, not understood."""
-    found = {each.pid: (each.uid, "", False) for each in unasked}
-    for peer in peers:
-        if _is_for(peer, here) and peer.fate != "gone":
-            said = _verdict(peer.stats) if peer.stats else ""
-            found[peer.pid] = (peer.uid, said, peer.fate == "odd")
-    for pid, (uid, said, odd) in found.items():
-        if uid not in trusted:
-            code = "not_trusted" if said else "not_asked"
-            yield here.finding(code, pid=pid, uid=uid, me=os.geteuid(), said=said)
-        elif odd:
-            yield here.finding("not_understood", pid=pid)
+        return [here.finding("not_asked", text, pid=pid, uid=uid, me=me)]
+    return unknown or list(_absent(here, bridges, ours))
 
 
 def _verdict(stats: Stats) -> str:
@@ -225,65 +259,13 @@ def _verdict(stats: Stats) -> str:
     return printable(f"{health.verdict}{why}", 2 * QUOTED)
 
 
-def _absent(here: Installation, peers: Sequence[Peer], same: Sequence[Peer]) -> Iterator[Finding]:
-    gone = [here.finding("gone", pid=peer.pid) for peer in same if peer.fate == "gone"]
-    yield from gone or [here.finding("not_running")]
-    for peer in peers:
-        if (stats := peer.stats) is not None and peer not in same:
-            others = stats.database != printable(here.database)
-            code = "other_settings" if others else "other_snapshot_dir"
+def _absent(
+    here: Installation, bridges: Sequence[Bridge], ours: Sequence[Bridge]
+) -> Iterator[Finding]:
+    gone = [each.pid for each in ours if each.believed and each.fate == "gone"]
+    yield from [here.finding("gone", pid=pid) for pid in gone] or [here.finding("not_running")]
+    for each in bridges:
+        if (stats := each.stats) is not None and each not in ours:
+            code = "other_snapshot_dir" if each.has_database(here) else "other_settings"
             about = {"its_database": stats.database, "its_snapshot_dir": stats.snapshot_dir}
-            yield here.finding(code, pid=peer.pid, uid=peer.uid, **about)
-
-
-# ------------------------------------------------------------------------------ in /proc
-
-
-class Daemon(NamedTuple):
-    """A running bridge, its database, and whether that is the one asked for, if known."""
-
-    pid: int
-    uid: int
-    database: str
-    same: bool | None
-    program: str = "mbcap-watch run"
-
-
-def daemons(database: Path, peers: Sequence[Peer] = ()) -> list[Daemon]:
-    """Return every `mbcap-watch run` that /proc shows, and of `peers` the embedded ones. Blocks."""
-    file, found = place(Path(os.path.realpath(database))), list[Daemon]()
-    for pid in machine.processes():
-        with contextlib.suppress(OSError):  # it has just ended
-            if machine.is_daemon(arguments := machine.arguments_of(pid)):
-                uid = os.stat(f"/proc/{pid}").st_uid
-                found.append(_daemon(pid, uid, arguments, file, database))
-    for peer in peers:
-        if (stats := peer.stats) is not None and stats.embedded_in is not None:
-            same = _is_same(peer.pid, stats.database, file, database)
-            found.append(Daemon(peer.pid, peer.uid, stats.database, same, stats.embedded_in))
-    return found
-
-
-def _daemon(pid: int, uid: int, arguments: list[str], file: Place, ours: Path) -> Daemon:
-    named = machine.option(arguments, "--database")  # a command line is public
-    try:
-        variables = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
-        environ = dict(variable.partition("=")[::2] for variable in variables)
-        here = os.readlink(f"/proc/{pid}/cwd")
-        path = named or environ.get(f"{ENV_PREFIX}DATABASE") or environ.get(DATABASE_VARIABLE)
-        config = machine.option(arguments, "--config") or environ.get(CONFIG_VARIABLE)
-        toml = Path(f"/proc/{pid}/root" + os.path.join(here, config or CONFIG_FILE))
-        if config or toml.exists():
-            path = path or tomllib.loads(toml.read_text(encoding="utf-8")).get("database")
-        path = os.path.normpath(os.path.join(here, path or DEFAULT_DATABASE))
-    except (OSError, ValueError):
-        same = None if named is None else named == str(ours)
-        return Daemon(pid, uid, named or "a database that only root may know", same)
-    return Daemon(pid, uid, path, _is_same(pid, path, file, ours))
-
-
-def _is_same(pid: int, path: str, file: Place, ours: Path) -> bool:
-    inside = place(Path(f"/proc/{pid}/root{path}")).status  # as it sees it, be it in a container
-    if inside and file.status:
-        return os.path.samestat(inside, file.status)
-    return path == str(ours)
+            yield here.finding(code, pid=each.pid, uid=each.uid, **about)

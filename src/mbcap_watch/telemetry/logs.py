@@ -110,10 +110,11 @@ class UnblockedHandler(logging.Handler):
         self.writer.flush(_FLUSH_SECONDS)
 
     def _lost(self, count: int) -> str:
-        text = "%d lines of the log are lost: nobody read standard error"
+        lines = _counted(count, "line of the log is", "lines of the log are")
         data = {"data": {"lost": count}}
         at = logger.name, logging.WARNING, __file__, 0
-        return self.format(logger.makeRecord(*at, text, (count,), None, extra=data))
+        text = "%s lost: nobody read standard error"
+        return self.format(logger.makeRecord(*at, text, (lines,), None, extra=data))
 
 
 def configure(level: str, style: str, handler: logging.Handler | None = None) -> None:
@@ -221,7 +222,8 @@ class ResultLog:
             level = logging.INFO if waits else logging.WARNING
             logger.log(level, "%s", f"{start}: {text}" if text else start, extra=data)
         elif news and result.outcome != "applied":  # that line says it already
-            but = f", but for {result.held} downgrades that wait" if result.held else ""
+            held = _counted(result.held, "downgrade that waits", "downgrades that wait")
+            but = f", but for {held}" if result.held else ""
             logger.info("recovered: the database is as the snapshot says%s", but, extra=data)
 
     def end(self) -> None:
@@ -234,13 +236,18 @@ def summary(result: PersistResult) -> str:
     failed = f", {result.failed_rows} refused" if result.failed_rows else ""
     held = f", {result.held} held" if result.held else ""
     return (
-        f"{result.outcome}: {result.changed} rows changed ({result.changed_active} active,"
-        f" {result.changed_inactive} inactive{failed}) of {result.entries} entries,"
+        f"{result.outcome}: {_counted(result.changed, 'row', 'rows')} changed"
+        f" ({result.changed_active} active, {result.changed_inactive} inactive{failed})"
+        f" of {_counted(result.entries, 'entry', 'entries')},"
         f" {result.skipped_unknown} unknown, {result.skipped_unrecognized} unrecognized,"
         f" {result.unmatched} unmatched{held}; {result.seconds * 1000:.1f} ms, lock held for at"
         f" most {result.lock_seconds * 1000:.1f} ms; {result.reason}, written at"
         f" {result.written_at}"
     )
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 class StateLog:
