@@ -354,7 +354,9 @@ async def test_a_text_factory_that_is_not_str_is_refused(database: Path) -> None
         assert (result.outcome, "text_factory" in str(result.error)) == ("failed", True)
 
 
-@pytest.mark.parametrize("name, value", [("batch_rows", 0), ("batch_rows", -1), ("downgrade", "Allow")])
+@pytest.mark.parametrize(
+    "name, value", [("batch_rows", 0), ("batch_rows", -1), ("downgrade", "Allow")]
+)
 async def test_what_no_setting_may_be_is_refused_at_once(
     database: Path, name: str, value: Any
 ) -> None:

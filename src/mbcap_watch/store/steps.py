@@ -228,8 +228,7 @@ _COLUMNS: Final = ("id", "key", "sup", "evidence")
 _AS_TEXT: Final = f"SELECT {', '.join(f'json_group_array({c})' for c in _COLUMNS)} FROM ({{sql}})"
 # Text has the encoding of the database, as a BLOB, too.
 _typed = [
-    f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}),"
-    f" iif(typeof({c}) = 'text', encoding, NULL)"
+    f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), iif(typeof({c}) = 'text', encoding, NULL)"
     for c in _COLUMNS
 ]
 _AS_BYTES: Final = f"SELECT {', '.join(_typed)} FROM ({{sql}}), pragma_encoding"
