@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -146,6 +146,24 @@ async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
     result = await apply(database)
     assert (result.outcome, result.cause) == ("foreign_wal", "wal_left_behind")
     assert database.read_bytes() == before
+
+
+def test_the_last_connection_is_closed_during_the_question(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite removes the -wal then: 2 of 4,000 questions beside a program that comes and goes."""
+    ask = wal._held_lock
+
+    def closed_meanwhile(*question: Any) -> int:
+        answer = ask(*question)
+        release()
+        return answer
+
+    with connect(database) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        release = connection.close
+        monkeypatch.setattr(wal, "_held_lock", closed_meanwhile)
+        assert require_own_wal(database, 60.0) is Wal.ABSENT
 
 
 def test_a_file_that_is_replaced_between_the_question_and_the_opening(

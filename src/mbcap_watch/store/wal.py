@@ -80,25 +80,21 @@ def require_own_wal(database: Path, grace: float) -> Wal:
             if _CAN_ASK:
                 _require_own_length(database, real)
             return Wal.EMPTY
-    except FileNotFoundError:
+        return _judge(database, real, grace) if _CAN_ASK else Wal.IN_USE
+    except FileNotFoundError:  # or no longer: somebody closes the last connection just now
         return Wal.ABSENT
     except OSError as exc:
-        problem = f"its -wal cannot be reached: {exc.strerror}"
+        problem = f"the kernel does not say whose its -wal is: {exc.strerror}"
         raise DatabaseFailed(database, problem, cause_of(exc)) from exc
-    return _judge(database, real, grace) if _CAN_ASK else Wal.IN_USE
 
 
 def _judge(database: Path, real: str, grace: float) -> Wal:
-    """Tell by the locks whose the `-wal` is; raise as `require_own_wal`."""
-    try:
-        attached = _held_lock(database, f"{real}-shm", _SHM_ALIVE)
-        opened = _held_lock(database, real, _DATABASE_SHARED)
-        # When the database was put there (ctime), and its -wal written (mtime). A reader changes
-        # neither time. It changes the -shm and, as root, the owner of the -wal.
-        age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
-    except OSError as exc:
-        problem = f"the kernel does not say who has it open: {exc.strerror}"
-        raise DatabaseFailed(database, problem, cause_of(exc)) from exc
+    """Tell by the locks whose the `-wal` is; raise as `require_own_wal`, or an OSError."""
+    attached = _held_lock(database, f"{real}-shm", _SHM_ALIVE)
+    opened = _held_lock(database, real, _DATABASE_SHARED)
+    # When the database was put there (ctime), and its -wal written (mtime). A reader changes
+    # neither time. It changes the -shm and, as root, the owner of the -wal.
+    age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
