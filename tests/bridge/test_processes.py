@@ -12,7 +12,7 @@ import pytest
 
 from mbcap_watch import Entry, Snapshot, write_snapshot
 from mbcap_watch.store import wal
-from support import DEADLINE, make_database, read_rows
+from support import DEADLINE, connect, make_database, read_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -171,3 +171,28 @@ def test_a_child_does_not_inherit_that_a_database_is_being_opened(tmp_path: Path
         if (child := os.fork()) == 0:
             os._exit(0 if wal.opening_lock(tmp_path).acquire(blocking=False) else 1)
         assert os.waitpid(child, 0) == (child, 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_a_child_that_closes_all_descriptors_keeps_its_own(tmp_path: Path) -> None:
+    """As one that becomes a daemon. A number that the parent had kept may be its connection's."""
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
+    with connect(database) as connection:
+        connection.execute("UPDATE nodes SET name = 'in the wal'")
+        wal.require_own_wal(database, 60.0)
+        wal.release(database)  # in vain: the host has it open
+    number, _ = wal._kept[wal.identity_of(str(database)) or (0, 0)]
+    if (child := os.fork()) == 0:
+        try:
+            os.closerange(3, 256)
+            while os.open(os.devnull, os.O_RDONLY) < number - 1:
+                pass
+            with connect(database) as connection:
+                assert os.readlink(f"/proc/self/fd/{number}") == str(database)
+                wal.release(database)
+                connection.execute("SELECT * FROM nodes").fetchall()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    wal.release(database)
+    assert os.waitpid(child, 0) == (child, 0)

@@ -45,7 +45,6 @@ class Wal(enum.Enum):
 
 
 _opening: Final[dict[str, threading.Lock]] = {}
-os.register_at_fork(after_in_child=_opening.clear)  # one that was held then would be so for ever
 
 
 def opening_lock(database: Path) -> threading.Lock:
@@ -73,14 +72,14 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     """
     real = os.path.realpath(database)
     try:
-        if _CAN_ASK:
-            _release(database, replaced=True)
-            _require_own_shm(database, real)
-        if not os.stat(f"{real}-wal").st_size:
-            if _CAN_ASK:
-                _require_own_length(database, real)
-            return Wal.EMPTY
-        return _judge(database, real, grace) if _CAN_ASK else Wal.IN_USE
+        if not _CAN_ASK:
+            return Wal.IN_USE if os.stat(f"{real}-wal").st_size else Wal.EMPTY
+        _release(database, replaced=True)
+        _require_own_shm(database, real)
+        if os.stat(f"{real}-wal").st_size:
+            return _judge(database, real, grace)
+        _require_own_length(database, real)
+        return Wal.EMPTY
     except FileNotFoundError:  # or no longer: somebody closes the last connection just now
         return Wal.ABSENT
     except OSError as exc:
@@ -124,9 +123,7 @@ def _require_own_length(database: Path, real: str) -> None:
         return
     _, _, is_initialized, page_size, frames, pages = index
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
-        problem = (
-            "another file was copied over it while it is open, as the length in its -shm tells"
-        )
+        problem = "another file was copied over it while it is open: its -shm has another length"
         raise ForeignWal(database, problem, "wal_replaced")
 
 
@@ -163,10 +160,9 @@ def identity_of(file: str | int) -> tuple[int, int] | None:
 
 def _held_lock(database: Path, path: str, span: tuple[int, int]) -> int:
     """Return what kind of lock anybody holds in `span` of the file; `F_UNLCK` if none."""
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
-    descriptor = _descriptor(database, path)
-    if descriptor is None:
+    if (descriptor := _descriptor(database, path)) is None:
         return fcntl.F_UNLCK
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
     # Unlike F_GETLK, it tells of the locks of this process as well (fcntl(2)).
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
     return int(struct.unpack(_FLOCK, answer)[0])
@@ -194,6 +190,18 @@ def _descriptor(database: Path, path: str) -> int | None:
         return None
     _kept[identity_of(opened) or identity] = opened, {path, str(database)}
     return opened
+
+
+def _forget() -> None:
+    """Begin anew in a forked child, which may close all descriptors, and use their numbers anew."""
+    for identity, (descriptor, _) in _kept.items():
+        if identity_of(descriptor) == identity:
+            close_reader(descriptor)
+    _kept.clear()
+    _opening.clear()  # a lock that was held then would be so for ever
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def release(database: Path) -> None:
@@ -279,11 +287,8 @@ def _is_open_here(path: str) -> bool:
 
 def _fdinfo(descriptor: int) -> tuple[bytes, bytes | None]:
     """Return the mount and the inode of a descriptor; before Linux 5.14 no inode."""
-    file = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        words = os.read(file, 200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
-    finally:
-        close_reader(file)
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:
+        words = file.read(200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
     return words[5], words[7] if words[6:7] == [b"ino:"] else None
 
 
