@@ -8,6 +8,7 @@ import os
 import sqlite3
 import stat
 import sys
+import threading
 import time
 from functools import cache, partial
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -59,6 +60,45 @@ _EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
 # How long one that only reads waits for a lock that keeps readers out.
 _READ_SECONDS: Final = 0.1
 
+# How long os.fork() waits for connections to be closed. A sync takes milliseconds, mostly.
+_FORK_SECONDS: Final = 1.0
+
+
+class _Forks:
+    """Has os.fork() wait while a bridge has a connection open.
+
+    A fork copies what SQLite knows of an open file, and no locks. Nothing in the child can use that
+    database any more: it takes no locks, or finds it locked (sqlite.org/howtocorrupt.html, 2.6).
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._open = threading.Condition(), 0
+        release = self._changed.release
+        os.register_at_fork(before=self._begin, after_in_parent=release, after_in_child=self._end)
+
+    def _begin(self) -> None:
+        self._changed.acquire()
+        self._changed.wait_for(lambda: self._open <= 0, _FORK_SECONDS)
+
+    def _end(self) -> None:
+        self._open = 0
+        self._changed.release()
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        """Have forks wait within the context."""
+        with self._changed:
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._open -= 1
+                self._changed.notify_all()
+
+
+forks: Final = _Forks()
+
 
 class Connection(sqlite3.Connection):
     """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
@@ -79,12 +119,9 @@ class Connection(sqlite3.Connection):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
             self._wal_size = wal.size(self._wal)
+            uri = f"{_uri(path)}?mode=rw"
             super().__init__(
-                f"{_uri(path)}?mode=rw",
-                timeout=0,
-                isolation_level=None,
-                check_same_thread=False,
-                uri=True,
+                uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
             )
             try:
                 _attach(self)
@@ -207,7 +244,7 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
 
     """
     identity = file_identity(path)
-    with as_database_errors(path), contextlib.ExitStack() as stack:
+    with as_database_errors(path), forks.wait(), contextlib.ExitStack() as stack:
         with wal.opening_lock(path):
             found = wal.require_own_wal(path, grace)
             before = _stamp(path)
@@ -255,8 +292,7 @@ def _uri(path: Path) -> str:
 
 def _is_shared(path: Path) -> bool:
     """Whether the files are there without which nobody can have a WAL database open."""
-    real = os.path.realpath(path)
-    return all(os.path.exists(f"{real}{side}") for side in ("-wal", "-shm"))
+    return all(os.path.exists(os.path.realpath(path) + side) for side in ("-wal", "-shm"))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

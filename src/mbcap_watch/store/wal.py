@@ -76,10 +76,10 @@ def require_own_wal(database: Path, grace: float) -> Wal:
             return Wal.IN_USE if os.stat(f"{real}-wal").st_size else Wal.EMPTY
         _release(database, replaced=True)
         _require_own_shm(database, real)
-        if os.stat(f"{real}-wal").st_size:
-            return _judge(database, real, grace)
-        _require_own_length(database, real)
-        return Wal.EMPTY
+        if not os.stat(f"{real}-wal").st_size:
+            _require_own_length(database, real)
+            return Wal.EMPTY
+        return _judge(database, real, grace)
     except FileNotFoundError:  # or no longer: somebody closes the last connection just now
         return Wal.ABSENT
     except OSError as exc:
@@ -143,10 +143,9 @@ def is_wal_database(database: Path) -> bool:
 
 def size(path: str) -> int:
     """Return the size of a file in bytes; 0 if there is none."""
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(path).st_size
-    except OSError:
-        return 0
+    return 0
 
 
 def identity_of(file: str | int) -> tuple[int, int] | None:
