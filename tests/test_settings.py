@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,8 @@ BAD: list[tuple[str, object]] = [
     *(("snapshot_dir", value) for value in NO_PATH if value is not None),
     ("database", "a\0b"),
     ("snapshot_dir", "a\0b"),
+    ("database", "a\ud800b"),
+    ("snapshot_dir", "a\ud800b"),
 ]
 
 
@@ -188,6 +192,15 @@ def test_a_later_chdir_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_tilde_is_the_shells_business() -> None:
     # The publishing half does not expand it either: both must mean the same directory.
     assert make(database="~/meshcore.db").database == Path.cwd() / "~" / "meshcore.db"
+
+
+def test_a_path_that_file_names_here_cannot_have_says_so() -> None:
+    script = "from mbcap_watch import Settings; Settings('/\\xe9.db')"
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last == r"mbcap_watch.errors.SettingsError: database: /\xe9.db is no file name in ascii"
 
 
 def test_a_directory_that_is_called_like_the_default_is_no_default(

@@ -115,7 +115,10 @@ class Location(Setting[str | os.PathLike[str] | None, Path]):
         if not (text := os.fspath(value)) or not isinstance(text, str) or "\0" in text:
             raise ValueError
         try:
+            os.fsencode(text)
             return Path(os.path.abspath(text))
+        except UnicodeEncodeError as exc:
+            raise SettingsError(self._name, f"{text} is no file name in {exc.encoding}") from exc
         except OSError as exc:
             problem = f"{text} is relative to a directory that is gone"
             raise SettingsError(self._name, problem) from exc

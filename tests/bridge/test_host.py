@@ -19,6 +19,7 @@ from mbcap_watch import (
     Entry,
     EventLoopError,
     PersistResult,
+    SettingsError,
     Snapshot,
     TransactionOpen,
     Trigger,
@@ -29,6 +30,7 @@ from mbcap_watch import (
 )
 from mbcap_watch.bridge.loop import Bridge
 from support import (
+    DEADLINE,
     at_rest,
     bridge,
     connect,
@@ -350,6 +352,17 @@ async def test_a_text_factory_that_is_not_str_is_refused(database: Path) -> None
         connection.text_factory = bytes
         result = await apply_snapshot(connection, WANTED, lock=asyncio.Lock())
         assert (result.outcome, "text_factory" in str(result.error)) == ("failed", True)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("batch_rows", 0), ("batch_rows", -1), ("downgrade", "Allow")]
+)
+async def test_what_no_setting_may_be_is_refused_at_once(
+    database: Path, name: str, value: Any
+) -> None:
+    async with host_connection(database) as connection:
+        with anyio.fail_after(DEADLINE), pytest.raises(SettingsError, match=f"^{name}: "):
+            await apply_snapshot(connection, WANTED, lock=asyncio.Lock(), **{name: value})
 
 
 # ------------------------------------------------------------------------------ types

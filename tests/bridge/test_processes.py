@@ -6,16 +6,16 @@ import os
 import subprocess
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from mbcap_watch import Entry, Snapshot, write_snapshot
 from mbcap_watch.store import wal
-from support import DEADLINE, make_database, read_rows
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from mbcap_watch.store.native import open_to_read
+from support import DEADLINE, connect, make_database, other_process, read_line, read_rows
 
 pytestmark = pytest.mark.system
 
@@ -29,12 +29,13 @@ PREAMBLE = """
     settings = Settings(database)
 
     def publish(text):
-        write_snapshot(database, Snapshot((Entry("aa11", "confirmed", text),)))
+        return write_snapshot(database, Snapshot((Entry("aa11", "confirmed", text),)))
 
     async def step(results, text):
-        publish(text)
-        while (result := await anext(results)).outcome != "applied":
-            assert result.outcome in ("no_snapshot", "unchanged"), result
+        published, result = publish(text), None
+        while result is None or result.written_at != published.written_at:
+            result = await anext(results)
+            assert result.outcome in ("no_snapshot", "applied", "unchanged"), result
 
     def leave(child):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -171,3 +172,57 @@ def test_a_child_does_not_inherit_that_a_database_is_being_opened(tmp_path: Path
         if (child := os.fork()) == 0:
             os._exit(0 if wal.opening_lock(tmp_path).acquire(blocking=False) else 1)
         assert os.waitpid(child, 0) == (child, 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_a_child_that_closes_all_descriptors_keeps_its_own(tmp_path: Path) -> None:
+    """As one that becomes a daemon. A number that the parent had kept may be its connection's."""
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
+    with connect(database) as connection:
+        connection.execute("UPDATE nodes SET name = 'in the wal'")
+        wal.require_own_wal(database, 60.0)
+        wal.release(database)  # in vain: the host has it open
+    number, _ = wal._kept[wal.identity_of(str(database)) or (0, 0)]
+    if (child := os.fork()) == 0:
+        try:
+            os.closerange(3, 256)
+            while os.open(os.devnull, os.O_RDONLY) < number - 1:
+                pass
+            with connect(database) as connection:
+                assert os.readlink(f"/proc/self/fd/{number}") == str(database)
+                wal.release(database)
+                connection.execute("SELECT * FROM nodes").fetchall()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    wal.release(database)
+    assert os.waitpid(child, 0) == (child, 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as above
+def test_a_fork_waits_until_no_connection_is_open(tmp_path: Path) -> None:
+    """Else a connection of the child takes no lock on the database, ever."""
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
+    opened = threading.Event()
+
+    def look() -> None:
+        with open_to_read(database, 60.0) as (connection, _):
+            connection.execute("SELECT * FROM nodes").fetchall()
+            opened.set()
+            time.sleep(0.2)
+
+    script = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]);"
+    script += " c.execute('SELECT * FROM nodes').fetchall(); print('open', flush=True); input()"
+    with other_process(script, str(database)) as process:
+        assert read_line(process) == "open"  # so that a look takes locks
+        thread = threading.Thread(target=look)
+        thread.start()
+        assert opened.wait(DEADLINE)
+        if (child := os.fork()) == 0:
+            with connect(database) as connection:
+                connection.execute("SELECT * FROM nodes").fetchall()
+                lines = Path("/proc/locks").read_text().splitlines()
+                own = [line for line in lines if f" {os.getpid()} " in line]
+                os._exit(0 if any(" 1073741826 " in line for line in own) else 1)
+        assert os.waitpid(child, 0) == (child, 0)
+        thread.join()

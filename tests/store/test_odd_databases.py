@@ -485,6 +485,31 @@ async def test_text_that_is_not_utf8_is_in_nobodys_way_on_the_hosts_connection(
     assert {key for (key,) in rows} == {"aa11", "cc33"}
 
 
+@pytest.mark.parametrize("encoding", ["UTF-16le", "UTF-16be"])
+async def test_a_blob_beside_text_in_utf16(tmp_path: Path, encoding: str) -> None:
+    """The page is read as bytes, which are not UTF-8; half a surrogate pair is no text at all."""
+    database = tmp_path / "m.db"
+    with connect(database) as connection:
+        connection.execute(f"PRAGMA encoding = '{encoding}'")
+        connection.execute("CREATE TABLE other (x)")  # from now on it is kept
+    half = bytes.fromhex("d800" if encoding == "UTF-16be" else "00d8")
+    keys = ["aa11", "\xe9\U0001f600", "inactive", b"aa11"]
+    table = f"CREATE TABLE nodes (public_key TEXT PRIMARY KEY, {COLUMNS})"
+    make(database, table, INACTIVE, keys=keys)
+    with connect(database) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES (CAST(? AS TEXT))", (half,))
+    entries = [(key, "confirmed", "advert") for key in keys[:2] if isinstance(key, str)]
+
+    result = await apply(database, *entries)
+
+    assert (result.outcome, result.matched_active, result.changed_active) == ("applied", 2, 2)
+    async with aiosqlite.connect(database) as connection:
+        snapshot = Snapshot(tuple(Entry(*entry) for entry in [*entries, ("inactive", "suspected")]))
+        result = await apply_snapshot(connection, snapshot, lock=asyncio.Lock())
+        assert (result.matched_active, result.changed_active, result.failed_rows) == (3, 1, 0)
+    assert (await apply(database, *entries)).outcome == "unchanged"
+
+
 async def test_a_read_that_the_host_did_not_finish_is_named(database: Path) -> None:
     snapshot = Snapshot((Entry("aa11", "confirmed"),))
     lock = asyncio.Lock()

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +28,7 @@ from support import (
     other_process,
     put,
     read_line,
+    until,
     wait_until,
 )
 
@@ -147,6 +148,24 @@ async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
     assert database.read_bytes() == before
 
 
+def test_the_last_connection_is_closed_during_the_question(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite removes the -wal then: 2 of 4,000 questions beside a program that comes and goes."""
+    ask = wal._held_lock
+
+    def closed_meanwhile(*question: Any) -> int:
+        answer = ask(*question)
+        release()
+        return answer
+
+    with connect(database) as connection:
+        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
+        release = connection.close
+        monkeypatch.setattr(wal, "_held_lock", closed_meanwhile)
+        assert require_own_wal(database, 60.0) is Wal.ABSENT
+
+
 def test_a_file_that_is_replaced_between_the_question_and_the_opening(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +215,24 @@ async def test_a_descriptor_to_ask_with_is_kept_while_the_bridge_runs(
             pass
         assert open_here(database) == []
     assert open_here(database) == []
+
+
+async def test_nothing_is_kept_of_a_file_that_a_link_no_longer_leads_to(tmp_path: Path) -> None:
+    """Else the room of one that is deleted would not be free before the process ends."""
+    link, new = tmp_path / "link.db", tmp_path / "new.db"
+    put(document(("aa11", "confirmed")), snapshot_path(link))
+    versions = [make_database(tmp_path / f"{number}.db", ROWS) for number in range(3)]
+    with contextlib.ExitStack() as stack:
+        for version in versions:
+            stack.enter_context(held(version))
+        link.symlink_to(versions[0])
+        async with watch(Settings(link, sweep_interval="0.05s", resync="0.1s")):
+            for number, version in enumerate(versions):
+                new.symlink_to(version)
+                os.replace(new, link)
+                await until(lambda: sorted(open_here(version)) == ["", "-shm"])  # noqa: B023
+                await until(lambda: not any(map(open_here, versions[:number])))  # noqa: B023
+        assert not any(map(open_here, versions))
 
 
 async def test_the_descriptors_are_closed_at_the_end_of_the_bridge(database: Path) -> None:

@@ -23,6 +23,7 @@ import msgspec
 import pytest
 import trio
 
+from fuse import fuse
 from mbcap_watch import Control, EventLoopError, Settings, Timings, WatchState, run, watch
 from mbcap_watch.bridge import service
 from mbcap_watch.bridge.report import SyncReport
@@ -134,6 +135,19 @@ def test_it_is_found_however_it_was_started(root: Path, place: str) -> None:
     with offered(SETTINGS, {"RUNTIME_DIRECTORY": str(root / place)}, sample, root):
         [peer] = asked(root)
     assert (peer.fate, peer.named) == ("answered", True)
+
+
+@pytest.mark.system
+def test_a_filesystem_in_run_that_is_gone_is_in_nobodys_way(root: Path, tmp_path: Path) -> None:
+    for near in ("run/gone", "run/user/1000"):
+        (root / near).mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        for near in ("run/gone", "run/user/1000"):
+            process = stack.enter_context(fuse("bindfs", tmp_path, root / near))
+            process.kill()
+            process.wait()
+        with offered(SETTINGS, {}, sample, root):
+            assert [peer.fate for peer in asked(root)] == ["answered"]
 
 
 def test_the_path_may_be_longer_than_that_of_a_socket(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -240,6 +241,25 @@ def test_a_file_whose_stamp_is_known_is_not_read(
         loading.load(settings, first.fingerprint, stamp=first.stamp).fingerprint
         != first.fingerprint
     )
+
+
+def test_a_file_elsewhere_than_its_directory_is_always_read(database: Path) -> None:
+    """`stat` may be late by 20 seconds where its link leads (sshfs); the watch does not know."""
+    path = snapshot_path(database)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if os.stat(elsewhere).st_dev == os.stat(path.parent).st_dev:
+            pytest.skip("needs a second filesystem")
+        far, near = Path(elsewhere, "far.json"), path.with_name("near.json")
+        put(entry("aa"), far)
+        put(entry("aa"), near)
+
+        def stamp_of(target: Path) -> object:
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
+            return loading.load(Settings(database)).stamp
+
+        wait_until(lambda: stamp_of(near) is not None)
+        assert stamp_of(far) is None  # although it is older
 
 
 def test_a_sweep_relies_on_stat_where_inotify_does_and_nowhere_else(database: Path) -> None:

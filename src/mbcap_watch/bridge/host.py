@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from mbcap_watch.errors import (
     EventLoopError,
     TransactionOpen,
 )
+from mbcap_watch.settings import MAX_BATCH_ROWS, Settings
 from mbcap_watch.store import plan
 from mbcap_watch.store.errors import as_database_errors, refuses_rows
 from mbcap_watch.store.reconcile import Pages, Tally, reconcile
@@ -83,10 +85,13 @@ async def apply_snapshot(
 
     Raises:
         EventLoopError: not running on asyncio.
+        SettingsError: `batch_rows` or `downgrade` is out of range.
         TransactionOpen: the connection is in a transaction although the lock was free.
 
     """
     asyncio_loop()
+    rows = min(batch_rows, MAX_BATCH_ROWS)
+    settings = Settings(os.devnull, batch_rows=rows, downgrade=downgrade)  # checks them
     started, tally = time.perf_counter(), Tally()
     try:
         desired = await in_daemon_thread(plan.desired_state, snapshot.entries)
@@ -98,8 +103,8 @@ async def apply_snapshot(
         database,
         desired.values,
         tally,
-        batch_rows=batch_rows,
-        downgrade=downgrade,
+        batch_rows=settings.batch_rows,
+        downgrade=settings.downgrade,
         pages=HOST_PAGES,
     )
     try:

@@ -79,7 +79,9 @@ def load(
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
     database, now = wal.identity_of(str(settings.database)), _stamp_of(path)
-    if now and time.time() - now[-1] / 1e9 < _STAMP_SECONDS:
+    # The watch knows the directory's filesystem. On another, behind a link, `stat` may be late.
+    here = _stamp_of(path.parent)
+    if now and (time.time() - now[-1] / 1e9 < _STAMP_SECONDS or not here or here[0] != now[0]):
         now = None
     if known and known.database == database and stamp is not None and now == stamp:
         return LoadedSnapshot(known, stamp=now)

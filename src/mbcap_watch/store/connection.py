@@ -15,6 +15,7 @@ import anyio
 
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
+from mbcap_watch.store.forks import forks
 from mbcap_watch.store.native import Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
 
@@ -132,7 +133,7 @@ async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator
             block, as which SQLite's own errors leave it.
 
     """
-    with as_database_errors(path):
+    with as_database_errors(path), forks.wait():
         require_descriptors(_DESCRIPTORS)
         opened, connection = await when_free(lambda: _connect(path, grace, tally))
         try:

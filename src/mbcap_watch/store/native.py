@@ -16,6 +16,7 @@ from urllib.parse import quote
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 from mbcap_watch.store import wal
 from mbcap_watch.store.errors import as_database_errors, cause_of
+from mbcap_watch.store.forks import forks
 from mbcap_watch.store.wal import Wal
 
 if TYPE_CHECKING:
@@ -75,12 +76,9 @@ class Connection(sqlite3.Connection):
         with wal.opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
+            uri = f"{_uri(path)}?mode=rw"
             super().__init__(
-                f"{_uri(path)}?mode=rw",
-                timeout=0,
-                isolation_level=None,
-                check_same_thread=False,
-                uri=True,
+                uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
             )
             try:
                 _attach(self)
@@ -156,7 +154,7 @@ class Connection(sqlite3.Connection):
         if self._found is Wal.LEFT_BEHIND:
             return self.total_changes == 0
         if self._found is Wal.IN_USE:
-            return not wal.is_open_elsewhere(self._real)
+            return not wal.is_open_elsewhere(self._path, self._real)
         return self._found is Wal.EMPTY and not _size(self._wal)
 
     def _close_not_as_last(self) -> None:
@@ -206,7 +204,7 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
 
     """
     identity = file_identity(path)
-    with as_database_errors(path), contextlib.ExitStack() as stack:
+    with as_database_errors(path), forks.wait(), contextlib.ExitStack() as stack:
         with wal.opening_lock(path):
             found = wal.require_own_wal(path, grace)
             before = _stamp(path)
@@ -254,8 +252,7 @@ def _uri(path: Path) -> str:
 
 def _is_shared(path: Path) -> bool:
     """Whether the files are there without which nobody can have a WAL database open."""
-    real = os.path.realpath(path)
-    return all(os.path.exists(f"{real}{side}") for side in ("-wal", "-shm"))
+    return all(os.path.exists(os.path.realpath(path) + side) for side in ("-wal", "-shm"))
 
 
 def _size(path: str) -> int:

@@ -226,8 +226,12 @@ def preview_steps(steps: Steps, connection: sqlite3.Connection) -> list[tuple[st
 
 _COLUMNS: Final = ("id", "key", "sup", "evidence")
 _AS_TEXT: Final = f"SELECT {', '.join(f'json_group_array({c})' for c in _COLUMNS)} FROM ({{sql}})"
-_typed = [f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), typeof({c})" for c in _COLUMNS]
-_AS_BYTES: Final = f"SELECT {', '.join(_typed)} FROM ({{sql}})"
+# Text has the encoding of the database, as a BLOB, too.
+_typed = [
+    f"iif(typeof({c}) = 'text', CAST({c} AS BLOB), {c}), iif(typeof({c}) = 'text', encoding, NULL)"
+    for c in _COLUMNS
+]
+_AS_BYTES: Final = f"SELECT {', '.join(_typed)} FROM ({{sql}}), pragma_encoding"
 # Nothing else is in a column: from 3.45 on, SQLite takes a BLOB such as x'0b' for a JSON list.
 _decode = msgspec.json.Decoder(list[int | float | str | None]).decode
 
@@ -256,5 +260,7 @@ async def read_page(
     return Page(*zip(*(map(_text, row[::2], row[1::2]) for row in rows), strict=True))
 
 
-def _text(value: Any, kind: str) -> Any:
-    return value.decode("utf-8", "surrogateescape") if kind == "text" else value
+def _text(value: Any, encoding: str | None) -> Any:
+    if encoding is None:
+        return value
+    return value.decode(encoding, "surrogateescape" if encoding == "UTF-8" else "replace")

@@ -45,7 +45,6 @@ class Wal(enum.Enum):
 
 
 _opening: Final[dict[str, threading.Lock]] = {}
-os.register_at_fork(after_in_child=_opening.clear)  # one that was held then would be so for ever
 
 
 def opening_lock(database: Path) -> threading.Lock:
@@ -73,31 +72,28 @@ def require_own_wal(database: Path, grace: float) -> Wal:
     """
     real = os.path.realpath(database)
     try:
-        if _CAN_ASK:
-            _release(real, replaced=True)
-            _require_own_shm(database, real)
+        if not _CAN_ASK:
+            return Wal.IN_USE if os.stat(f"{real}-wal").st_size else Wal.EMPTY
+        _release(database, replaced=True)
+        _require_own_shm(database, real)
         if not os.stat(f"{real}-wal").st_size:
-            if _CAN_ASK:
-                _require_own_length(database, real)
+            _require_own_length(database, real)
             return Wal.EMPTY
-    except FileNotFoundError:
+        return _judge(database, real, grace)
+    except FileNotFoundError:  # or no longer: somebody closes the last connection just now
         return Wal.ABSENT
     except OSError as exc:
-        problem = f"its -wal cannot be reached: {exc.strerror}"
+        problem = f"the kernel does not say whose its -wal is: {exc.strerror}"
         raise DatabaseFailed(database, problem, cause_of(exc)) from exc
-    return _judge(database, real, grace) if _CAN_ASK else Wal.IN_USE
 
 
 def _judge(database: Path, real: str, grace: float) -> Wal:
-    """Tell by the locks whose the `-wal` is; raise as `require_own_wal`."""
-    try:
-        attached, opened = _held_lock(f"{real}-shm", _SHM_ALIVE), _held_lock(real, _DATABASE_SHARED)
-        # When the database was put there (ctime), and its -wal written (mtime). A reader changes
-        # neither time. It changes the -shm and, as root, the owner of the -wal.
-        age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
-    except OSError as exc:
-        problem = f"the kernel does not say who has it open: {exc.strerror}"
-        raise DatabaseFailed(database, problem, cause_of(exc)) from exc
+    """Tell by the locks whose the `-wal` is; raise as `require_own_wal`, or an OSError."""
+    attached = _held_lock(database, f"{real}-shm", _SHM_ALIVE)
+    opened = _held_lock(database, real, _DATABASE_SHARED)
+    # When the database was put there (ctime), and its -wal written (mtime). A reader changes
+    # neither time. It changes the -shm and, as root, the owner of the -wal.
+    age = time.time() - max(os.stat(real).st_ctime, os.stat(f"{real}-wal").st_mtime)
     if attached == fcntl.F_UNLCK:
         if opened == fcntl.F_WRLCK:  # locking_mode=EXCLUSIVE needs no -shm
             raise DatabaseBusy(database, "is locked by another connection")
@@ -111,9 +107,10 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
     return Wal.IN_USE
 
 
-def is_open_elsewhere(real: str) -> bool:
+def is_open_elsewhere(database: Path, real: str) -> bool:
     """Whether another process has the database open; True where the kernel does not say."""
-    return not _CAN_ASK or _held_lock(real, _DATABASE_SHARED, fcntl.F_GETLK) != fcntl.F_UNLCK
+    kind = _held_lock(database, real, _DATABASE_SHARED, fcntl.F_GETLK) if _CAN_ASK else None
+    return kind != fcntl.F_UNLCK
 
 
 def _require_own_length(database: Path, real: str) -> None:
@@ -123,31 +120,29 @@ def _require_own_length(database: Path, real: str) -> None:
     because the file is too short, and succeeds once it has grown. Ask only beside an empty `-wal`.
     """
     try:
-        if _held_lock(f"{real}-shm", _SHM_ALIVE) == fcntl.F_UNLCK:
+        if _held_lock(database, f"{real}-shm", _SHM_ALIVE) == fcntl.F_UNLCK:
             return
-        index, length = _index(real), os.stat(real).st_size
-        if index is None or index != _index(real):  # somebody writes
+        index, length = _index(database, real), os.stat(real).st_size
+        if index is None or index != _index(database, real):  # somebody writes
             return
     except PermissionError:  # SQLite may not open it either, and says so
         return
     _, _, is_initialized, page_size, frames, pages = index
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
-        problem = (
-            "another file was copied over it while it is open, as the length in its -shm tells"
-        )
+        problem = "another file was copied over it while it is open: its -shm has another length"
         raise ForeignWal(database, problem, "wal_replaced")
 
 
-def _index(real: str) -> tuple[int, int, bool, int, int, int] | None:
+def _index(database: Path, real: str) -> tuple[int, int, bool, int, int, int] | None:
     """Return the start of the `-shm`; None if there is none."""
-    descriptor = _descriptor(f"{real}-shm")
+    descriptor = _descriptor(database, f"{real}-shm")
     start = b"" if descriptor is None else os.pread(descriptor, struct.calcsize(_INDEX), 0)
     return struct.unpack(_INDEX, start) if len(start) == struct.calcsize(_INDEX) else None
 
 
 def is_wal_database(database: Path) -> bool:
     """Whether its header says that it is in WAL mode (sqlite.org/fileformat2.html, 1.3)."""
-    descriptor = _descriptor(os.path.realpath(database))
+    descriptor = _descriptor(database, os.path.realpath(database))
     header = os.pread(descriptor, 20, 0) if descriptor is not None else b""
     return header.startswith(b"SQLite format 3\0") and header[18:20] == b"\2\2"
 
@@ -161,26 +156,21 @@ def identity_of(file: str | int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _held_lock(path: str, span: tuple[int, int], ask: int | None = None) -> int:
-    """Return what kind of lock anybody holds in `span` of the file; `F_UNLCK` if none.
-
-    `F_GETLK` asks for other processes alone (fcntl(2)).
-    """
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
-    descriptor = _descriptor(path)
-    if descriptor is None:
+def _held_lock(database: Path, path: str, span: tuple[int, int], ask: int | None = None) -> int:
+    """Return what kind of lock anybody (`F_GETLK`: another process) holds there, or `F_UNLCK`."""
+    if (descriptor := _descriptor(database, path)) is None:
         return fcntl.F_UNLCK
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
     answer = fcntl.fcntl(descriptor, ask or fcntl.F_OFD_GETLK, asked)
-    kind: int = struct.unpack(_FLOCK, answer)[0]
-    return kind
+    return int(struct.unpack(_FLOCK, answer)[0])
 
 
-# Descriptors to ask with, and the path of each, by file.
-_kept: Final[dict[tuple[int, int], tuple[int, str]]] = {}
+# Descriptors to ask with, by file; each with its path, and that of the database, perhaps a link.
+_kept: Final[dict[tuple[int, int], tuple[int, set[str]]]] = {}
 
 
-def _descriptor(path: str) -> int | None:
-    """Return a descriptor of the file, to ask with; None if there is no file.
+def _descriptor(database: Path, path: str) -> int | None:
+    """Return a descriptor of a file of the database, to ask with; None if there is no file.
 
     Closing a descriptor drops every lock that the process holds on its file (fcntl(2), "record
     locks"), also one that a host's connection has got a moment ago. And what a connection has
@@ -195,34 +185,48 @@ def _descriptor(path: str) -> int | None:
         opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError:
         return None
-    _kept[identity_of(opened) or identity] = opened, path
+    _kept[identity_of(opened) or identity] = opened, {path, str(database)}
     return opened
+
+
+def _forget() -> None:
+    """Begin anew in a forked child, which may close all descriptors, and use their numbers anew."""
+    for identity, (descriptor, _) in _kept.items():
+        if identity_of(descriptor) == identity:
+            close_reader(descriptor)
+    _kept.clear()
+    _opening.clear()  # a lock that was held then would be so for ever
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def release(database: Path) -> None:
     """Close the descriptors that were kept to ask with; for the end of a bridge."""
     with opening_lock(database):
-        _release(os.path.realpath(database))
+        _release(database)
 
 
-def _release(real: str, *, replaced: bool = False) -> None:
-    """Close the descriptors of the database's files, or only of those that were replaced.
+def _release(database: Path, *, replaced: bool = False) -> None:
+    """Close the descriptors of the database's files, or only of those that it no longer has.
 
-    Where a connection of this process has the file open, its descriptor stays.
+    They were replaced, or its path is a link that leads elsewhere now. Where a connection of this
+    process has the file open, its descriptor stays.
     """
-    for identity, (descriptor, path) in list(_kept.items()):
-        if path not in (real, f"{real}-shm"):
+    paths = [os.path.realpath(database) + side for side in ("", "-shm")]
+    present = set(map(identity_of, paths)) if replaced else set()
+    for identity, (descriptor, names) in list(_kept.items()):
+        if names.isdisjoint((*paths, str(database))):
             continue
         found = identity_of(descriptor)
         if found is None and os.path.lexists(f"/proc/self/fd/{descriptor}"):
             continue  # the kernel does not say, now, which file it is
-        if found == identity:  # a host may have closed all that it does not know
-            if replaced and identity_of(path) == identity:
-                continue
-            if _is_open_here(f"/proc/self/fd/{descriptor}"):
-                continue
+        still_ours = found == identity  # a host may have closed all that it does not know
+        if still_ours and (identity in present or _is_open_here(f"/proc/self/fd/{descriptor}")):
+            continue
+        # Two paths may lead to one file: whoever takes it from there closes it.
+        if _kept.pop(identity, None) and still_ours:
             close_reader(descriptor)
-        del _kept[identity]
 
 
 def _require_own_shm(database: Path, real: str) -> None:
@@ -280,11 +284,8 @@ def _is_open_here(path: str) -> bool:
 
 def _fdinfo(descriptor: int) -> tuple[bytes, bytes | None]:
     """Return the mount and the inode of a descriptor; before Linux 5.14 no inode."""
-    file = os.open(f"/proc/self/fdinfo/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        words = os.read(file, 200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
-    finally:
-        close_reader(file)
+    with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:
+        words = file.read(200).split()  # pos: 0 flags: 02 mnt_id: 24 ino: 3
     return words[5], words[7] if words[6:7] == [b"ino:"] else None
 
 

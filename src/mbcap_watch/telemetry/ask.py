@@ -7,6 +7,7 @@ socket is.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -59,8 +60,10 @@ def homes(environ: _Environ, root: Path) -> Iterator[Path]:
 def places(environ: _Environ, root: Path) -> list[Path]:
     """Return every directory that may hold the socket of a bridge, whoever has started it."""
     parents = ("run/user/*", "run/*", *_PUBLIC)
-    found = [each for parent in parents for each in sorted(root.glob(f"{parent}/mbcap-watch*"))]
-    return list(dict.fromkeys([*homes(environ, root), *found]))
+    # Unlike Path.glob before Python 3.12, it passes by what cannot be listed, as a dead FUSE mount.
+    found = [glob.glob(f"{parent}/mbcap-watch*", root_dir=root) for parent in parents]
+    paths = [root / each for some in found for each in sorted(some)]
+    return list(dict.fromkeys([*homes(environ, root), *paths]))
 
 
 def digest_of(settings: Settings) -> str:
