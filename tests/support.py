@@ -68,10 +68,17 @@ CREATE TABLE {table} (public_key TEXT PRIMARY KEY, name TEXT, last_seen TEXT,
 
 @contextlib.contextmanager
 def connect(database: Path | str, **options: Any) -> Iterator[sqlite3.Connection]:
-    """Open a connection of another program: autocommit, and closed at the end."""
+    """Open a connection of another program: autocommit, and closed at the end.
+
+    As the ingestor, it empties the -wal that it has filled. Closing does so only where nobody else
+    has the database open, and a bridge may at this moment: it would find a -wal left behind.
+    """
     connection = sqlite3.connect(database, isolation_level=None, **options)
     with contextlib.closing(connection):
         yield connection
+        if connection.total_changes:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def make_database(path: Path, rows: Iterable[Row] = (), *, journal_mode: str = "wal") -> Path:

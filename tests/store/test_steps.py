@@ -203,8 +203,8 @@ def test_a_batch_is_one_statement_of_any_size(database: Path, rows: int, downgra
 async def test_a_blob_that_sqlite_takes_for_json_is_read_as_it_is(looks_like: str) -> None:
     """From 3.45 on, SQLite does so with one that looks like its binary JSON, as x'0b' does."""
     as_text = ("[1,2]", f'["aa11",{looks_like}]', "[0,0]", "[null,null]")
-    rest = (0, "integer", None, "null")
-    as_bytes = [(1, "integer", b"aa11", "text", *rest), (2, "integer", b"\x0b", "blob", *rest)]
+    rest = (0, None, None, None)
+    as_bytes = [(1, None, b"aa11", "UTF-8", *rest), (2, None, b"\x0b", None, *rest)]
     answers: Iterator[list[Any]] = iter([[as_text], as_bytes])
 
     async def fetch(*_: object) -> list[Any]:

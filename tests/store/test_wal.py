@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mbcap_watch import Settings, persist_once, snapshot_path
+from mbcap_watch.errors import DatabaseBusy
+from mbcap_watch.store import wal
 from mbcap_watch.store.native import Connection, has_reset_bug
 from processes import apply, neighbour, running, start_daemon
 from restores import BACKUP_PACKETS, judge, make_packets, remove_wal, snapshot
@@ -413,6 +415,27 @@ def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:
         assert process.end(signal.SIGTERM) == 0
     [line] = [line for line in process.said.splitlines() if "wal_left_behind" in line]
     assert names_the_wal(line, meshcore)
+
+
+# ------------------------------------------------------------------------------ not at rest
+
+
+def test_a_neighbour_that_opens_and_closes_is_no_false_alarm(meshcore: Path) -> None:
+    """One file is asked about after the other, and the neighbour may be anywhere between."""
+    script = """
+        import contextlib, sqlite3, sys
+        print("ready", flush=True)
+        while True:
+            connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
+            with contextlib.closing(connection):
+                connection.execute("UPDATE nodes SET last_seen = random()")
+    """
+    with other_process(script, str(meshcore)) as process:
+        assert read_line(process) == "ready"
+        for _ in range(1_000):
+            # A connection that is being closed does have it for itself alone.
+            with wal.opening_lock(meshcore), contextlib.suppress(DatabaseBusy):
+                wal.require_own_wal(meshcore, HOUR)
 
 
 # ------------------------------------------------------------------------------ noticing

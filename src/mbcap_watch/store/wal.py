@@ -18,7 +18,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, ForeignWal
+from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, ForeignWal
 from mbcap_watch.limits import close_reader
 from mbcap_watch.store.errors import cause_of
 
@@ -29,6 +29,9 @@ _SHM_ALIVE: Final = (128, 1)
 _DATABASE_SHARED: Final = (1073741826, 510)
 # Only Linux answers without harm. Elsewhere a -wal is taken to be the database's own.
 _CAN_ASK: Final = hasattr(fcntl, "F_OFD_GETLK")
+# One file is asked about after the other, and others open and close them meanwhile. So what stands
+# in the way is believed when it still does so after each of these pauses.
+_PAUSES: Final = (0.01, 0.05, 0.1)
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid (fcntl(2))
 # The start of the -shm: version, changes, initialized, page size, frames in the -wal, pages of the
 # database (https://www.sqlite.org/walformat.html, 2.1).
@@ -70,12 +73,22 @@ def require_own_wal(database: Path, grace: float) -> Wal:
         DatabaseFailed: the kernel does not say who holds the locks.
 
     """
+    for pause in _PAUSES:
+        with contextlib.suppress(DatabaseError):
+            return _ask(database, grace)
+        time.sleep(pause)
+    return _ask(database, grace)
+
+
+def _ask(database: Path, grace: float) -> Wal:
     real = os.path.realpath(database)
     try:
         if not _CAN_ASK:
             return Wal.IN_USE if os.stat(f"{real}-wal").st_size else Wal.EMPTY
         _release(database, replaced=True)
-        _require_own_shm(database, real)
+        if _has_removed_shm(real):
+            problem = "it is open here with a -shm that was removed; restart this process"
+            raise ForeignWal(database, problem, "wal_replaced")
         if not os.stat(f"{real}-wal").st_size:
             _require_own_length(database, real)
             return Wal.EMPTY
@@ -229,22 +242,11 @@ def _release(database: Path, *, replaced: bool = False) -> None:
             close_reader(descriptor)
 
 
-def _require_own_shm(database: Path, real: str) -> None:
-    """Raise ForeignWal if a connection of this process has a `-shm` open that was removed.
-
-    SQLite shares one `-shm` among the connections of a process. Ours would lock the removed one,
-    and everybody else the new one: what either of them writes could be lost.
-    """
-    # A connection that is being closed removes it as well, a moment before it is gone.
-    for pause in (0, 0.01, 0.05, 0.1):
-        time.sleep(pause)
-        if not _has_removed_shm(real):
-            return
-    problem = "it is open here with a -shm that was removed; restart this process"
-    raise ForeignWal(database, problem, "wal_replaced")
-
-
 def _has_removed_shm(real: str) -> bool:
+    """Whether a connection of this process has a `-shm` open that was removed.
+
+    SQLite would share it with ours. Everybody else locks the new one: writes could be lost.
+    """
     ours = {f"/proc/self/fd/{descriptor}" for descriptor, _ in _kept.values()}
     for link in set(glob.iglob("/proc/self/fd/*")) - ours:
         with contextlib.suppress(OSError):  # closed meanwhile
