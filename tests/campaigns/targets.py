@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -58,7 +59,7 @@ class Feed:
         """Return a value of any type that JSON and TOML have, mostly an extreme one."""
         kind = self.number(12)
         if kind < 5:
-            return self.choice(EXTREMES)
+            return copy.deepcopy(self.choice(EXTREMES))  # what takes it may put something inside
         if kind < 7:
             return self.text()
         if kind < 9:

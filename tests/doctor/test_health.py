@@ -337,6 +337,16 @@ HOUR = 3600.0
             "slow_holds",
             "for over 0.5 s (1 time)",
         ),
+        (
+            {
+                "contended_at": NOW - 60,
+                "mbcap_persist": msgspec.structs.replace(
+                    well().stats.mbcap_persist, wait_ms_p95=300.0
+                ),
+            },
+            "contention",
+            "5 % of the waits for the write lock take over 0.3 s",
+        ),
     ],
 )
 def test_what_is_over_is_told_for_an_hour(fields: dict[str, Any], code: str, words: str) -> None:

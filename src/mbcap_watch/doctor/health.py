@@ -233,7 +233,8 @@ def _of_late(stats: Stats, here: Installation) -> Iterator[Finding]:
         times = counted(len(slow), "time", "times")
         seconds = duration(SLOW_HOLD_SECONDS)
         yield here.finding("slow_holds", seconds=seconds, times=times)
-    if lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
+    contended = stats.contended_at is not None and now - stats.contended_at < _LATELY_SECONDS
+    if contended and lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
         yield here.finding("contention", wait=duration(lock.wait_ms_p95 / 1000))
 
 

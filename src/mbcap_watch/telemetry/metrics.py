@@ -45,7 +45,7 @@ _ERROR_LENGTH: Final = 5_000
 
 # Which fields are times; within `Metrics` they are our clock's.
 _TIMES: Final[dict[type, tuple[str, ...]]] = {
-    Stats: ("started_at", "last_apply", "last_result_at", "last_set_back_at"),
+    Stats: ("started_at", "last_apply", "last_result_at", "last_set_back_at", "contended_at"),
     LastError: ("since", "at"),
     HistoryEntry: ("at",),
     WatchState: ("armed_since", "last_sync", "last_progress", "last_sweep_hit", "stuck_since"),
@@ -142,7 +142,9 @@ class Metrics:
         """Count the waits, the holds and the lag of the sync whose result came last."""
         self._waits.extend(timings.waits)
         self._holds.extend(timings.holds)
-        self._contended += sum(wait > CONTENDED_SECONDS for wait in timings.waits)
+        if contended := sum(wait > CONTENDED_SECONDS for wait in timings.waits):
+            self._contended += contended
+            self._stats = replace(self._stats, contended_at=self._clock())
         self._slow += sum(hold > SLOW_HOLD_SECONDS for hold in timings.holds)
         if timings.lag is not None:
             self._lags.extend([timings.lag])

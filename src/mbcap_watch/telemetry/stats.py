@@ -145,6 +145,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         failed_rows: rows refused, counted at every try.
         set_back: rows that somebody had set back between two syncs of one snapshot, counted at
             every sync; `last_set_back` how many the last such sync found, `last_set_back_at` when.
+        contended_at: when the write lock was last waited for, for longer than `CONTENDED_SECONDS`.
         held: keys with a lowering that waited when the database was last compared.
         last_error: None if no sync has had an error.
         history: the last `HISTORY` results, the oldest first.
@@ -178,6 +179,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     set_back: int = 0
     last_set_back: int = 0
     last_set_back_at: float | None = None
+    contended_at: float | None = None
     held: int = 0
     last_result: PersistResult | None = None
     last_result_at: float | None = None
