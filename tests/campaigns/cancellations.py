@@ -261,8 +261,8 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="a host cancels what it called at every turn of its loop: nothing left, only published"
-    " values, the next call goes on",
+    about="a host cancels a call at any turn of its loop: nothing is left behind, each row holds a"
+    " published value, and the next call works",
     unit="cancellations",
     full=TURNS * len(COMBINATIONS),
     short=70,

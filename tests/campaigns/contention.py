@@ -141,7 +141,8 @@ def values(connection: sqlite3.Connection) -> list[tuple[int, str]]:
 
 
 CAMPAIGN = Campaign(
-    about="contention: each snapshot lands, nothing is dropped, the neighbour is never locked out",
+    about="a neighbour has the write lock nearly always: each snapshot arrives, no report is"
+    " dropped, the neighbour is never refused",
     unit="syncs",
     full=10_000,
     short=4,

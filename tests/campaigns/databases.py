@@ -241,7 +241,8 @@ async def both(settings: Settings, data: bytes) -> tuple[PersistResult, PersistR
 
 
 CAMPAIGN = Campaign(
-    about="damaged databases: an outcome, never an exit; untouched, or if sound, as they should be",
+    about="damaged databases: each call returns an outcome; a database that was not written is"
+    " untouched, a sound one holds the values",
     unit="databases",
     full=50_000,
     short=50,

@@ -387,7 +387,8 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="an ingestor's traffic and a storm of downgrades: none early, each in time, nothing lost",
+    about="an ingestor's traffic and a storm of downgrades: none comes early, each in time, no"
+    " packet is lost",
     unit="seconds",
     full=FULL,
     short=1,

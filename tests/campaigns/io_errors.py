@@ -243,7 +243,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="I/O errors at every call, full and read-only disks: told, no exit, healed within 5 s",
+    about="an I/O error at every call, full and read-only disks: told, no exit, healed within 5 s",
     unit="combinations",
     full=sum(len(kind.errors) for kind in KINDS),
     short=2,

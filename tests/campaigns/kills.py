@@ -200,8 +200,8 @@ def require_sound(connection: sqlite3.Connection, dice: random.Random) -> None:
 
 
 CAMPAIGN = Campaign(
-    about="SIGKILL at any moment beside a busy writer: sound, only published values, nothing of the"
-    " writer lost, a fresh process converges",
+    about="SIGKILL at any moment beside a busy writer: the database is sound, the writer loses"
+    " nothing, a fresh process converges",
     unit="kills",
     full=10_000,
     short=12,

@@ -272,7 +272,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="mishaps of the directory, on FUSE, with limits reached: the last snapshot arrives",
+    about="mishaps of the directory, on FUSE and at exhausted limits: the last snapshot arrives",
     unit="sequences",
     full=5_000,
     short=10,

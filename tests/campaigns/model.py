@@ -264,7 +264,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="a bridge beside another writer: after each sync, the rows are those of a model",
+    about="random changes by us and another writer: after each sync the rows are those of a model",
     unit="steps",
     full=100_000,
     short=200,

@@ -241,7 +241,7 @@ def require_allowed(connection: sqlite3.Connection, files: Files) -> None:
 
 
 CAMPAIGN = Campaign(
-    about="careless publishers on one temporary name: the last valid content arrives, none torn",
+    about="careless publishers on one temporary name: the last valid content arrives, nothing torn",
     unit="finals",
     full=1_000,
     short=3,

@@ -85,7 +85,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="backups restored in every order of steps: whole without us, whole with us",
+    about="backups restored in every order of steps: what is whole without us is whole with us",
     unit="restores",
     full=TURNS * sum(map(len, WAYS)),
     short=2,

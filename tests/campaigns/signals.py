@@ -180,8 +180,7 @@ def require_good(end: End) -> None:
 
 
 CAMPAIGN = Campaign(
-    about="SIGTERM and SIGINT, once or more, at any moment from the first instruction on: exit 0"
-    " within 5 s",
+    about="SIGTERM and SIGINT at any moment from the first instruction on: exit 0 within 5 s",
     unit="daemons",
     full=2_000,
     short=4,

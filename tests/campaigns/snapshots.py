@@ -262,8 +262,8 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="corrupted and hostile snapshots: read as the contract says, nothing written of bad ones,"
-    " memory within ten times the size",
+    about="corrupted and hostile snapshots: read as the contract says, nothing is written of a bad"
+    " one, memory stays within ten times the size",
     unit="documents",
     full=10_000_000,
     short=5_000,

@@ -277,7 +277,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="three renames a second, kills: all arrive, nothing is lost, no memory is gained",
+    about="three renames a second and kills: all arrive, nothing is lost, memory does not grow",
     unit="seconds",
     full=7_200,
     short=1,

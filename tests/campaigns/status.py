@@ -157,7 +157,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
 
 
 CAMPAIGN = Campaign(
-    about="status at random moments, while a daemon starts, ends, waits and is killed: the truth",
+    about="`status` at random moments of a daemon's life: it tells the truth",
     unit="questions",
     full=1_000,
     short=2,
