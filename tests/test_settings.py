@@ -200,7 +200,14 @@ def test_a_path_that_file_names_here_cannot_have_says_so() -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
-    assert last == r"mbcap_watch.errors.SettingsError: database: /\xe9.db is no file name in ascii"
+    assert last.endswith(r"SettingsError: database: '/\xe9.db' is no file name in ascii")
+
+
+def test_a_path_that_is_no_text_is_shown_safely() -> None:
+    with pytest.raises(SettingsError) as caught:
+        make(database="\ud800" + "x" * 9999)
+    assert caught.value.problem.isprintable()
+    assert len(caught.value.problem) < 200
 
 
 def test_a_directory_that_is_called_like_the_default_is_no_default(

@@ -118,9 +118,11 @@ class Location(Setting[str | os.PathLike[str] | None, Path]):
             os.fsencode(text)
             return Path(os.path.abspath(text))
         except UnicodeEncodeError as exc:
-            raise SettingsError(self._name, f"{text} is no file name in {exc.encoding}") from exc
+            raise SettingsError(
+                self._name, f"{quoted(text)} is no file name in {exc.encoding}"
+            ) from exc
         except OSError as exc:
-            problem = f"{text} is relative to a directory that is gone"
+            problem = f"{quoted(text)} is relative to a directory that is gone"
             raise SettingsError(self._name, problem) from exc
 
 
