@@ -159,7 +159,7 @@ def test_the_last_connection_is_closed_during_the_question(
         release()
         return answer
 
-    with connect(database) as connection:
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
         connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
         release = connection.close
         monkeypatch.setattr(wal, "_held_lock", closed_meanwhile)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mbcap_watch import Settings, persist_once, snapshot_path
+from mbcap_watch import DatabaseFailed, Settings, persist_once, snapshot_path
 from mbcap_watch.errors import DatabaseBusy
 from mbcap_watch.store import wal
 from mbcap_watch.store.native import Connection, has_reset_bug
@@ -296,6 +296,19 @@ def test_a_wal_whose_writer_is_killed_while_we_have_it_open(meshcore: Path, sql:
         before, size = meshcore.stat().st_mtime_ns, wal_of(meshcore).stat().st_size
         ours.close()
     assert (meshcore.stat().st_mtime_ns, wal_of(meshcore).stat().st_size) == (before, size)
+
+
+@pytest.mark.parametrize("side", ["-wal", "-shm"])
+def test_nothing_is_written_once_a_file_beside_is_removed(meshcore: Path, side: str) -> None:
+    """An operator removes one after the other, and the bridge opens the database in between."""
+    ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+    ours.execute("UPDATE nodes SET multibyte_sup = 2")
+    os.unlink(f"{meshcore}{side}")
+    before = meshcore.stat().st_mtime_ns
+    with pytest.raises(DatabaseFailed, match=f"had its {side} removed while it was open"):
+        ours.require_same_files()
+    ours.close()
+    assert meshcore.stat().st_mtime_ns == before
 
 
 # ------------------------------------------------------------------------------ left behind

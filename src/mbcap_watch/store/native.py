@@ -82,14 +82,15 @@ class Connection(sqlite3.Connection):
             )
             try:
                 _attach(self)
-                if self.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
+                self._is_wal = self.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+                if self._is_wal:
                     # Do not flush to disk or checkpoint while holding the lock. In WAL mode, NORMAL
                     # cannot corrupt a database; a power cut may lose the last commits, which the
                     # sync at the next start repeats
                     # (https://www.sqlite.org/pragma.html#pragma_synchronous).
                     self.execute("PRAGMA synchronous = NORMAL")
                     self.execute("PRAGMA wal_autocheckpoint = 0")
-                self._wal_identity = wal.identity_of(self._wal)
+                self._beside = self._find_beside()
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
                 self._close_not_as_last()
@@ -104,16 +105,27 @@ class Connection(sqlite3.Connection):
         """
         if file_identity(self._path) != self._identity:
             raise DatabaseFailed(self._path, "was replaced while it was open")
-        if self._has_lost_wal():
-            raise DatabaseFailed(self._path, "had its -wal removed while it was open")
+        if lost := self._lost():
+            raise DatabaseFailed(self._path, f"had its {lost} removed while it was open")
 
-    def _has_lost_wal(self) -> bool:
-        return wal.identity_of(self._wal) != self._wal_identity
+    def _lost(self) -> str:
+        """Return which file beside the database was removed or replaced, if one was.
+
+        Without the -shm, everybody who opens the database now has another one, and no lock of ours.
+        """
+        now = self._find_beside()
+        for side, was in self._beside.items():
+            if now[side] != was or (was is None and self._is_wal):
+                return side
+        return ""
+
+    def _find_beside(self) -> dict[str, tuple[int, int] | None]:
+        return {side: wal.identity_of(f"{self._real}{side}") for side in ("-wal", "-shm")}
 
     def close(self) -> None:
         """Close, and leave the WAL as it was found."""
         try:
-            if not self._has_lost_wal():
+            if not self._lost():
                 self._tidy()
         finally:
             if self._leaves_files():
@@ -149,7 +161,7 @@ class Connection(sqlite3.Connection):
         alone what a process that was killed left behind, and what was put in place of a -wal that
         was removed.
         """
-        if self._has_lost_wal():
+        if self._lost():
             return True
         if self._found is Wal.LEFT_BEHIND:
             return self.total_changes == 0
