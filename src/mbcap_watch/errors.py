@@ -154,7 +154,7 @@ class SnapshotNotFound(SnapshotError):
 class SnapshotMalformed(SnapshotError):
     """The bytes are not a snapshot as a whole; no part of it is applied."""
 
-    hint = "the database stays as it is and the file is read again when it changes"
+    hint = "the database stays as it is and the file is read again"
 
 
 class SnapshotRefused(SnapshotError):
