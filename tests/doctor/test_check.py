@@ -374,7 +374,7 @@ async def test_a_database_replaced_under_the_ingestor(installation: Path, tmp_pa
         os.replace(backup, installation)
         said = (await report_on(installation))("open by", "problem")
     assert str(process.pid) in said
-    assert "restart it" in said
+    assert "restart that process" in said
 
 
 @contextlib.contextmanager

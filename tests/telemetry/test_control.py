@@ -28,7 +28,7 @@ from mbcap_watch import Control, EventLoopError, Settings, Timings, WatchState, 
 from mbcap_watch.bridge import service
 from mbcap_watch.bridge.report import SyncReport
 from mbcap_watch.telemetry import control as control_socket
-from mbcap_watch.telemetry.ask import SILENT_SECONDS, Peer, ask, digest_of
+from mbcap_watch.telemetry.ask import _MOST_SOCKETS, SILENT_SECONDS, Peer, ask, digest_of
 from mbcap_watch.telemetry.control import ControlSocket
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY
@@ -163,8 +163,15 @@ def test_other_settings_have_another_name(root: Path) -> None:
         [peer] = asked(root)
         assert (peer.fate, peer.named) == ("answered", False)  # it may be a twin
         another = Settings(Path("/other/meshcore.db"))
-        assert ask(another, {}, root) == []
-        assert [each.fate for each in ask(another, {}, root, everyone=True)] == ["answered"]
+        assert [(each.fate, each.named) for each in ask(another, {}, root)] == [("answered", False)]
+
+
+def test_a_bridge_is_found_among_more_than_are_asked(root: Path) -> None:
+    with offered(SETTINGS, {}, sample, root):
+        [home] = {peer.path.parent for peer in asked(root)}
+        for number in range(_MOST_SOCKETS):
+            (home / f"{number:016x}-1-{number:08x}.sock").touch()
+        assert [peer.fate for peer in asked(root) if peer.named] == ["answered"]
 
 
 def test_the_largest_answer_arrives_whole(root: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def outputs(database: Path) -> dict[str, Output]:
-    [peer] = ask(Settings(database), os.environ)
+    [peer] = [each for each in ask(Settings(database), os.environ) if each.named]
     assert peer.stats is not None
     return peer.stats.outputs
 

@@ -109,12 +109,9 @@ class Peer(NamedTuple):
     stats: Stats | None = None
 
 
-def ask(
-    settings: Settings, environ: _Environ, root: Path = ROOT, *, everyone: bool = False
-) -> list[Peer]:
-    """Ask the bridges with this database, or `everyone`; takes `SILENT_SECONDS` at most."""
+def ask(settings: Settings, environ: _Environ, root: Path = ROOT) -> list[Peer]:
+    """Ask every bridge, those with these settings first; takes `SILENT_SECONDS` at most."""
     deadline, digest = time.monotonic() + SILENT_SECONDS, digest_of(settings)
-    start = "" if everyone else digest[: len(digest) // 2]
     asked = []
     with contextlib.ExitStack() as stack:
         for place in places(environ, root):
@@ -122,7 +119,7 @@ def ask(
             with contextlib.suppress(OSError):
                 directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, directory)
-                for peer, connection in connected(directory, place, start):
+                for peer, connection in connected(directory, place, digest):
                     stack.enter_context(connection)
                     asked.append((peer, connection))
         peers = [_receive(peer, connection, deadline) for peer, connection in asked]
@@ -131,9 +128,9 @@ def ask(
     return [*{(peer.pid, peer.uid, peer.path.name): peer for peer in found}.values()]
 
 
-def connected(directory: int, place: Path, start: str = "") -> Iterator[tuple[Peer, socket.socket]]:
-    """Connect to the sockets in a directory whose names begin so; yield what came of it."""
-    names = sorted(name for name in os.listdir(directory) if name.startswith(start))
+def connected(directory: int, place: Path, first: str = "") -> Iterator[tuple[Peer, socket.socket]]:
+    """Connect to the sockets in a directory, `first` to those whose names begin so; yield each."""
+    names = sorted(os.listdir(directory), key=lambda name: (not name.startswith(first), name))
     for match in [*filter(None, map(_NAME.fullmatch, names))][:_MOST_SOCKETS]:
         connection = socket.socket(socket.AF_UNIX)
         try:

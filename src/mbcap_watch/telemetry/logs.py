@@ -247,6 +247,7 @@ def summary(result: PersistResult) -> str:
 
 
 def _counted(count: int, one: str, several: str) -> str:
+    """Return a count as programs read it as well: without separators of thousands."""
     return f"{count} {one if count == 1 else several}"
 
 
