@@ -100,7 +100,7 @@ class PersistResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return exactly the fields of the JSON, in the order above."""
-        fields = dataclasses.asdict(self)
+        fields: dict[str, Any] = msgspec.to_builtins(self)
         del fields["cause"]
         return fields
 

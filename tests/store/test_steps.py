@@ -16,7 +16,7 @@ from mbcap_watch.store import reconcile as algorithm
 from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import PROBE, Query, Table, Write, Written, read_page
-from support import connect, document, put, read_rows
+from support import TIMES, blocks_kept, connect, document, put, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -213,6 +213,17 @@ async def test_a_blob_that_sqlite_takes_for_json_is_read_as_it_is(looks_like: st
     page = await read_page(fetch, Query("SELECT", is_page=True))
 
     assert page == Page((1, 2), ("aa11", b"\x0b"), (0, 0), (None, None))
+
+
+def test_a_page_leaves_no_memory_behind() -> None:
+    async def fetch(*_: object) -> list[Any]:
+        return [("[1]", '["aa11"]', "[0]", "[null]")]
+
+    def read() -> None:
+        with contextlib.suppress(StopIteration):
+            read_page(fetch, Query("SELECT", is_page=True)).send(None)
+
+    assert blocks_kept(read) < TIMES / 10
 
 
 async def refuse_by_fail(database: Path) -> PersistResult:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter, _TextFormatter, summary
-from support import result, result_log
+from support import TIMES, blocks_kept, result, result_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -249,6 +250,13 @@ def test_the_way_of_watching(
         for state in states:
             log(state)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == lines
+
+
+def test_what_is_told_leaves_no_memory_behind() -> None:
+    log = StateLog()
+    log(POLLING)
+    for tell in (APPLIED.to_dict, partial(log, POLLING)):
+        assert blocks_kept(tell) < TIMES / 10
 
 
 # ------------------------------------------------------------------------------ formats

@@ -249,7 +249,7 @@ async def read_page(
         return await fetch(step.sql, step.parameters)
     try:
         [columns] = await fetch(_AS_TEXT.format(sql=step.sql), step.parameters)
-        return Page(*map(_decode, columns))
+        return Page(*[_decode(column) for column in columns])
     except (sqlite3.OperationalError, msgspec.DecodeError) as exc:
         code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         if code not in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG):

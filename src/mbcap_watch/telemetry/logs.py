@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -266,7 +265,7 @@ class StateLog:
 
     def __call__(self, state: WatchState) -> None:
         """Log what of it is news."""
-        now, data = self._clock(), {"data": dataclasses.asdict(state)}
+        now, data = self._clock(), {"data": msgspec.to_builtins(state)}
         if self._watching.is_news((state.mode, state.why, state.rearms), "watching", now):
             rearmed = state.rearms > self._said_rearms
             self._said_rearms = state.rearms
