@@ -311,6 +311,42 @@ def test_nothing_is_written_once_a_file_beside_is_removed(meshcore: Path, side: 
     assert meshcore.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("role", ["server", None])
+@pytest.mark.parametrize("size", ["smaller", "larger", "equal"])
+@pytest.mark.parametrize("sql", ["SELECT * FROM nodes", "UPDATE nodes SET multibyte_sup = 2"])
+def test_nothing_is_written_once_a_backup_is_copied_over_it(
+    meshcore: Path, sql: str, size: str, role: str | None
+) -> None:
+    """What we have read by then is of the file before, and would be written into the backup."""
+    backup = meshcore.with_name("backup.db")
+    if size == "equal":
+        shutil.copyfile(meshcore, backup)
+        with connect(backup) as connection:
+            connection.execute("UPDATE nodes SET name = 'backup'")
+    else:
+        make_packets(backup, "backup", BACKUP_PACKETS[size])
+    with running(neighbour(role, meshcore)) if role else contextlib.nullcontext():
+        ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+        ours.execute(sql).fetchall()
+        shutil.copyfile(backup, meshcore)
+        if sql.startswith("SELECT"):
+            with pytest.raises(DatabaseBusy, match="was overwritten by another process"):
+                ours.require_same_files()
+        ours.close()
+        assert meshcore.read_bytes() == backup.read_bytes()
+
+
+def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:
+    ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+    with connect(meshcore) as writer:
+        writer.execute("UPDATE nodes SET multibyte_sup = 1")
+        writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        ours.require_same_files()
+        ours.execute("UPDATE nodes SET multibyte_sup = 2")
+        ours.close()
+        assert wal_of(meshcore).stat().st_size == 0
+
+
 # ------------------------------------------------------------------------------ left behind
 
 

@@ -76,6 +76,7 @@ class Connection(sqlite3.Connection):
         with wal.opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
+            self._stamp = _stamp(path)
             uri = f"{_uri(path)}?mode=rw"
             super().__init__(
                 uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
@@ -91,6 +92,7 @@ class Connection(sqlite3.Connection):
                     self.execute("PRAGMA synchronous = NORMAL")
                     self.execute("PRAGMA wal_autocheckpoint = 0")
                 self._beside = self._find_beside()
+                self._first_version = self._version()
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
                 self._close_not_as_last()
@@ -101,12 +103,15 @@ class Connection(sqlite3.Connection):
 
         Raises:
             DatabaseMissing, DatabaseFailed: other files are there now, or none.
+            DatabaseBusy: another file was copied over the database. The next connection sees it.
 
         """
         if file_identity(self._path) != self._identity:
             raise DatabaseFailed(self._path, "was replaced while it was open")
         if lost := self._lost():
             raise DatabaseFailed(self._path, f"had its {lost} removed while it was open")
+        if self._is_overwritten():
+            raise DatabaseBusy(self._path, "was overwritten by another process meanwhile")
 
     def _lost(self) -> str:
         """Return which file beside the database was removed or replaced, if one was.
@@ -119,16 +124,35 @@ class Connection(sqlite3.Connection):
                 return side
         return ""
 
+    def _is_overwritten(self) -> bool:
+        """Whether the file was written to, although nobody else has committed.
+
+        What was read may be of the file before. Known only where the -wal was empty: there was
+        nothing for a checkpoint to move.
+        """
+        if not self._is_wal or self._found not in (Wal.ABSENT, Wal.EMPTY):
+            return False
+        now, then = _stamp(self._path), self._stamp
+        is_changed = now[0] == then[0] and now != then
+        return is_changed and self._version() in (None, self._first_version)
+
+    def _version(self) -> int | None:
+        """Return what changes with the commits of others alone; None if SQLite refuses the file."""
+        with contextlib.suppress(sqlite3.Error):
+            return int(self.execute("PRAGMA data_version").fetchone()[0])
+        return None
+
     def _find_beside(self) -> dict[str, tuple[int, int] | None]:
         return {side: wal.identity_of(f"{self._real}{side}") for side in ("-wal", "-shm")}
 
     def close(self) -> None:
         """Close, and leave the WAL as it was found."""
+        is_another = self._is_overwritten()
         try:
-            if not self._lost():
+            if not is_another and not self._lost():
                 self._tidy()
         finally:
-            if self._leaves_files():
+            if is_another or self._leaves_files():
                 self._close_not_as_last()
             else:
                 super().close()
@@ -154,12 +178,11 @@ class Connection(sqlite3.Connection):
     def _leaves_files(self) -> bool:
         """Whether -wal and -shm stay, even if this is the last connection.
 
-        SQLite's last connection moves the WAL into the database and removes it. That is wrong for
-        an empty -wal that was there before: a read-only server that opens the database at this
-        moment would find it locked. And it is wrong for what others wrote, if they were killed
-        meanwhile: a backup may have been copied over the database. And whoever only reads leaves
-        alone what a process that was killed left behind, and what was put in place of a -wal that
-        was removed.
+        SQLite's last connection moves the WAL into the database and removes it. That is wrong
+        - for an empty -wal that was there before: a read-only server that opens the database at
+          this moment would find it locked;
+        - for what others wrote, if they were killed meanwhile: see `_tidy`;
+        - for what was left behind, if we only read, and for what replaced a -wal that was removed.
         """
         if self._lost():
             return True
@@ -269,12 +292,13 @@ def _is_shared(path: Path) -> bool:
 
 def _size(path: str) -> int:
     """Return the size of a file in bytes; 0 if there is none."""
+    return _stamp(path)[1]
+
+
+def _stamp(path: str | Path) -> tuple[int, int, int]:
+    """Return what tells that a file was replaced or written to; zeros if there is none."""
     try:
-        return os.stat(path).st_size
+        status = os.stat(path)
     except OSError:
-        return 0
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = os.stat(path)
+        return 0, 0, 0
     return status.st_ino, status.st_size, status.st_mtime_ns
