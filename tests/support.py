@@ -27,7 +27,7 @@ import pytest
 from mbcap_watch import PersistResult, Settings, Trigger, run
 from mbcap_watch.doctor.findings import Installation
 from mbcap_watch.doctor.health import explain
-from mbcap_watch.store import wal
+from mbcap_watch.store import descriptors
 from mbcap_watch.telemetry.ask import ROOT
 from mbcap_watch.telemetry.control import ControlSocket
 from mbcap_watch.telemetry.logs import ResultLog
@@ -288,7 +288,9 @@ async def until(condition: Callable[[], object], what: str = "the condition") ->
 def open_descriptors(pid: int | str = "self") -> dict[str, str]:
     """Return what a process has open; of this one, not what is kept to ask for locks with."""
     found = {}
-    kept = {str(descriptor) for descriptor, _ in wal._kept.values()} if pid == "self" else set()
+    kept = (
+        {str(descriptor) for descriptor, _ in descriptors.kept.values()} if pid == "self" else set()
+    )
     for name in set(os.listdir(f"/proc/{pid}/fd")) - kept:
         with contextlib.suppress(FileNotFoundError):
             found[name] = os.readlink(f"/proc/{pid}/fd/{name}")

@@ -23,6 +23,7 @@ Cause = Literal[
     "no_database",
     "wal_replaced",
     "wal_left_behind",
+    "wal_elsewhere",
     "nodes_not_served",
 ]
 """What is behind an error, as far as it can be told, for programs.
@@ -206,12 +207,13 @@ class ForeignWal(DatabaseError):
 
     Its `cause` is `wal_replaced` if it belongs to the file that was at the path before, and that
     somebody still has open; `wal_left_behind` if nobody has the database open, and its files were
-    touched a moment ago.
+    touched a moment ago; `wal_elsewhere` if somebody has it open with another `-wal`: by another
+    path (the file is mounted alone, or is a hard link), or with one that was removed.
     """
 
     hint = (
-        "it is not opened, because SQLite would replay that -wal into it; this is over once the"
-        " ingestor has opened the file, or the -wal was left alone for wal_grace; after a restore,"
+        "it is not opened, because that can damage it; this is over once the ingestor has opened"
+        " this file, or a -wal that nobody has open was left alone for wal_grace; after a restore,"
         " remove the -wal and -shm"
     )
 

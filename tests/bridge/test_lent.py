@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import anyio
 import pytest
 
 from mbcap_watch import run, snapshot_path, watch
+from restores import remove_wal
 from support import (
     Results,
     connect,
@@ -290,6 +292,23 @@ async def test_a_connection_that_is_always_in_a_transaction(database: Path) -> N
         publish(database, "x")
         result = await made.results.next("busy")
         assert "autocommit=False" in str(result.error)
+
+
+async def test_a_file_that_was_replaced_is_not_written_through_the_old_connection(
+    database: Path, tmp_path: Path
+) -> None:
+    backup = make_database(tmp_path / "backup.db", [("nodes", "aa11", 0, None)])
+    async with host(database) as made:
+        publish(database, "x")
+        await made.results.next("applied")
+        os.replace(backup, database)
+        remove_wal(database)
+        publish(database, "y")
+        result = await made.results.next("failed")
+        assert "is another file now" in str(result.error)
+        made.connection = await aiosqlite.connect(database, isolation_level=None)
+        assert (await made.results.sync()).outcome == "applied"
+        assert landed(database, "y")
 
 
 async def test_a_lock_that_is_not_free(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from subprocess import PIPE
 import pytest
 
 from mbcap_watch import Entry, Snapshot, write_snapshot
-from mbcap_watch.store import wal
+from mbcap_watch.store import descriptors
 from mbcap_watch.store.native import open_to_read
+from mbcap_watch.store.wal import require_own_wal
 from support import DEADLINE, connect, make_database, other_process, read_line, read_rows
 
 pytestmark = pytest.mark.system
@@ -178,9 +179,9 @@ def test_the_bridge_goes_on(tmp_path: Path, way: str, program: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork beside other threads
 def test_a_child_does_not_inherit_that_a_database_is_being_opened(tmp_path: Path) -> None:
-    with wal.opening_lock(tmp_path):
+    with descriptors.opening_lock(tmp_path):
         if (child := os.fork()) == 0:
-            os._exit(0 if wal.opening_lock(tmp_path).acquire(blocking=False) else 1)
+            os._exit(0 if descriptors.opening_lock(tmp_path).acquire(blocking=False) else 1)
         assert os.waitpid(child, 0) == (child, 0)
 
 
@@ -190,9 +191,9 @@ def test_a_child_that_closes_all_descriptors_keeps_its_own(tmp_path: Path) -> No
     database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
     with connect(database) as connection:
         connection.execute("UPDATE nodes SET name = 'in the wal'")
-        wal.require_own_wal(database, 60.0)
-        wal.release(database)  # in vain: the host has it open
-    number, _ = wal._kept[wal.identity_of(str(database)) or (0, 0)]
+        require_own_wal(database, 60.0)
+        descriptors.release(database)  # in vain: the host has it open
+    number, _ = descriptors.kept[descriptors.identity_of(str(database)) or (0, 0)]
     if (child := os.fork()) == 0:
         try:
             os.closerange(3, 256)
@@ -200,12 +201,12 @@ def test_a_child_that_closes_all_descriptors_keeps_its_own(tmp_path: Path) -> No
                 pass
             with connect(database) as connection:
                 assert os.readlink(f"/proc/self/fd/{number}") == str(database)
-                wal.release(database)
+                descriptors.release(database)
                 connection.execute("SELECT * FROM nodes").fetchall()
             os._exit(0)
         finally:
             os._exit(1)
-    wal.release(database)
+    descriptors.release(database)
     assert os.waitpid(child, 0) == (child, 0)
 
 

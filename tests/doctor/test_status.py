@@ -229,6 +229,21 @@ def unshared(script: str) -> list[str]:
     return [*unshare, "sh", "-ec", f'{script}; exec "$@"', "sh"]
 
 
+def test_the_number_of_a_process_in_another_container_is_not_taken_for_one_of_ours(
+    database: Path,
+) -> None:
+    beside = [*unshared("true"), "unshare", "--pid", "--fork", "--mount-proc"]
+    with daemon(database) as process:
+        wait_until(lambda: is_running(database))
+        code, told = status(database, prefix=beside)
+        assert (code, told["stats"]["pid"]) == (0, process.pid)
+        process.send_signal(signal.SIGSTOP)
+        code, told = status(database, prefix=beside)
+        assert (code, codes(told)) == (1, ["blocked"])
+        assert told["problems"][0]["text"].startswith("a process in another container (user 0) ")
+        process.send_signal(signal.SIGCONT)
+
+
 NOWHERE = {"RUNTIME_DIRECTORY": "", "XDG_RUNTIME_DIR": ""}
 
 

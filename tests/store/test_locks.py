@@ -15,6 +15,7 @@ import pytest
 from anyio import to_thread
 
 from mbcap_watch import snapshot_path
+from mbcap_watch.store.native import Connection
 from processes import neighbour, running
 from restores import BACKUP_PACKETS, KEYS, judge, remove_wal, snapshot
 from support import Results, bridge, connect, document, other_process, put, read_line, until
@@ -133,6 +134,19 @@ async def test_the_hosts_locks_stay_when_its_file_was_replaced(
             assert list(rows) == [(301,)]
     judged = judge(meshcore, BACKUP_PACKETS["smaller"], 0)
     assert judged.values in ({(0, None)}, set()), "nothing of ours is in it"
+
+
+async def test_the_hosts_locks_stay_when_its_file_is_replaced_during_a_sync(
+    meshcore: Path, backup: Path
+) -> None:
+    """To open the new file at the end would empty the -shm, which the host uses."""
+    with holders() as ask:
+        async with hosts_connection(meshcore) as connection:
+            await connection.execute("INSERT INTO packets (generation) VALUES ('live')")
+            ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+            os.replace(backup, meshcore)
+            ours.close()
+            assert ask(meshcore) == (0, os.getpid())
 
 
 async def test_nothing_is_written_through_files_that_were_removed_under_the_host(

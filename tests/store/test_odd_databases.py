@@ -335,6 +335,22 @@ async def test_a_constraint_stops_one_row(tmp_path: Path, columns: str) -> None:
     assert sum(row[1] == 2 for row in stored(database)) == 4
 
 
+async def test_a_search_index_that_is_out_of_step_stops_one_row(tmp_path: Path) -> None:
+    """SQLite calls it SQLITE_CORRUPT_VTAB: the database is sound."""
+    database = make(
+        tmp_path / "m.db",
+        f"CREATE TABLE nodes (public_key, {COLUMNS})",
+        INACTIVE,
+        "CREATE VIRTUAL TABLE found USING fts5 (public_key, content = 'nodes')",
+        "CREATE TRIGGER t AFTER UPDATE ON nodes WHEN OLD.public_key = 'dd44' BEGIN"
+        " INSERT INTO found (found, rowid, public_key)"
+        " VALUES ('delete', OLD.rowid, OLD.public_key); END",
+        keys=KEYS,
+    )
+    result = await apply(database, *((key, "confirmed") for key in KEYS))
+    assert (result.outcome, result.changed_active, result.failed_rows) == ("applied", 4, 1)
+
+
 async def test_a_strict_table_that_takes_no_number(tmp_path: Path) -> None:
     columns = "public_key TEXT, multibyte_sup BLOB, multibyte_evidence TEXT"
     database = make(

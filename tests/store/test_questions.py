@@ -17,7 +17,7 @@ import pytest
 
 from mbcap_watch import Settings, snapshot_path, watch
 from mbcap_watch.errors import DatabaseFailed, ForeignWal
-from mbcap_watch.store import wal
+from mbcap_watch.store import descriptors, wal
 from mbcap_watch.store.native import Connection
 from mbcap_watch.store.wal import Wal, require_own_wal
 from support import (
@@ -213,7 +213,7 @@ async def test_a_descriptor_to_ask_with_is_kept_while_the_bridge_runs(
             os.unlink(f"{database}{side}")
         while (await anext(results)).outcome != "applied":
             pass
-        assert open_here(database) == []
+        assert open_here(database) == [""]
     assert open_here(database) == []
 
 
@@ -337,12 +337,12 @@ def test_a_descriptor_of_the_host_on_a_mount_that_does_not_answer(
         rescue = threading.Timer(8, process.send_signal, [signal.SIGCONT])
         rescue.start()
         assert require_own_wal(database, 60.0) is Wal.IN_USE
-        wal.release(database)
+        descriptors.release(database)
         assert rescue.is_alive(), "it waited for the mount"
         rescue.cancel()
         rescue.join()
         process.send_signal(signal.SIGCONT)  # to close a file, its server is asked as well
-    wal.release(database)
+    descriptors.release(database)
 
 
 async def test_a_bridge_ends_where_no_descriptor_is_left(database: Path) -> None:
@@ -365,7 +365,7 @@ async def test_a_bridge_ends_where_no_descriptor_is_left(database: Path) -> None
                         others.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         wait_until(lambda: threading.active_count() == threads, "the end of the observer's threads")
         wait_until(lambda: open_descriptors() == before, "closing of what the bridge had open")
-        wal.release(database)
+        descriptors.release(database)
 
 
 @pytest.mark.system
@@ -378,7 +378,7 @@ def test_the_host_has_the_database_open_by_another_mount(database: Path, tmp_pat
     ):
         connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
         assert require_own_wal(database, 60.0) is Wal.IN_USE
-        wal.release(database)
+        descriptors.release(database)
         with other_process(ASK, str(database)) as process:
             assert read_line(process) == "locked locked"
-    wal.release(database)
+    descriptors.release(database)

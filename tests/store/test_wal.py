@@ -22,8 +22,9 @@ import pytest
 
 from mbcap_watch import DatabaseFailed, Settings, persist_once, snapshot_path
 from mbcap_watch.errors import DatabaseBusy
-from mbcap_watch.store import wal
+from mbcap_watch.store.descriptors import opening_lock
 from mbcap_watch.store.native import Connection, has_reset_bug
+from mbcap_watch.store.wal import require_own_wal
 from processes import apply, neighbour, running, start_daemon
 from restores import BACKUP_PACKETS, judge, make_packets, remove_wal, snapshot
 from support import (
@@ -347,6 +348,32 @@ def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:
         assert wal_of(meshcore).stat().st_size == 0
 
 
+def test_a_link_that_leads_elsewhere_by_now(meshcore: Path, tmp_path: Path) -> None:
+    """Whose -wal lies beside the other database was not asked."""
+    link, other = tmp_path / "link.db", tmp_path / "other.db"
+    shutil.copy(meshcore, other)
+    leave_wal_behind(other)
+    leave_empty_wal(meshcore)
+    link.symlink_to(meshcore)
+    ours = Connection(link, 60.0, owes_checkpoint=False)
+    before = files(other)
+    link.unlink()
+    link.symlink_to(other)
+    ours.close()
+    assert files(other) == before
+    assert wal_of(meshcore).exists()
+
+
+def test_a_database_that_changes_to_wal_meanwhile_lost_nothing(meshcore: Path) -> None:
+    with connect(meshcore) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+    ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+    with contextlib.closing(ours), running(neighbour("ingestor", meshcore, "live")):
+        ours.require_same_files()
+        ours.execute("UPDATE nodes SET multibyte_sup = 2")
+    assert judge(meshcore, 0, 0).values == {(2, None)}
+
+
 # ------------------------------------------------------------------------------ left behind
 
 
@@ -450,6 +477,29 @@ async def test_the_wal_of_a_file_that_was_replaced_is_never_opened(
     assert restored.values == {(2, "second")}
 
 
+@pytest.mark.parametrize("how", ["by another path", "by a path with a -wal", "removed"])
+async def test_what_is_open_with_another_wal_is_left_alone(
+    meshcore: Path, tmp_path: Path, how: str
+) -> None:
+    """A container that has the file alone sees no -wal of others; two of them damage it."""
+    ours = meshcore
+    with running(neighbour("idler", meshcore)):
+        if how == "removed":
+            remove_wal(meshcore)
+        else:
+            ours = tmp_path / "container" / "meshcore.db"
+            ours.parent.mkdir()
+            os.link(meshcore, ours)
+            put(snapshot_path(meshcore).read_bytes(), snapshot_path(ours))
+        if how == "by a path with a -wal":
+            wal_of(ours).write_bytes(b"left behind")
+        before = files(ours)
+        async with bridge(ours, sweep_interval="50ms", wal_grace=0) as results:
+            told = await results.next("foreign_wal")
+            assert told.cause == "wal_elsewhere"
+            assert files(ours) == before
+
+
 def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:
     leave_wal_behind(meshcore)
     clocks = ("--sweep-interval=50ms", "--resync=100ms", "--wal-grace=5s")
@@ -483,8 +533,8 @@ def test_a_neighbour_that_opens_and_closes_is_no_false_alarm(meshcore: Path) -> 
         assert read_line(process) == "ready"
         for _ in range(1_000):
             # A connection that is being closed does have it for itself alone.
-            with wal.opening_lock(meshcore), contextlib.suppress(DatabaseBusy):
-                wal.require_own_wal(meshcore, HOUR)
+            with opening_lock(meshcore), contextlib.suppress(DatabaseBusy):
+                require_own_wal(meshcore, HOUR)
 
 
 # ------------------------------------------------------------------------------ noticing

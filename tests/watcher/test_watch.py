@@ -339,6 +339,7 @@ async def test_a_link_takes_its_place_and_is_turned(database: Path) -> None:
             directory.symlink_to(database.with_name(name))
             await landed(database, name)
         await armed(results, rearms=2)
+        assert results.state.sweep_hits == 0, "the watch was repaired, and missed nothing"
 
 
 @pytest.mark.system

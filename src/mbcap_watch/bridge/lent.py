@@ -15,6 +15,7 @@ import anyio
 from mbcap_watch.bridge.host import HOSTS, HostAccess, Lock, asyncio_loop
 from mbcap_watch.bridge.thread import in_other_loop
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, TransactionOpen
+from mbcap_watch.store.descriptors import identity_of
 from mbcap_watch.store.errors import as_database_errors, is_busy
 from mbcap_watch.store.reconcile import Tally
 from mbcap_watch.store.steps import Preview, Query, Write, Written, run_steps
@@ -46,15 +47,17 @@ class HostConnection:
         self._connection = connection
         self._lock = lock
         self._last: Callable[[], aiosqlite.Connection | None] = lambda: None
+        self._file: tuple[int, int] | None = None  # at the path, when the last sync began
 
     @contextlib.asynccontextmanager
     async def open(self, path: Path, tally: Tally, _: float = 0.0) -> AsyncIterator[_Lent]:
         """Lend the connection for one sync, as `store.connection.open_database` opens a file."""
         lent = _Lent(self._current, self._lock, tally, _PATIENCE)
-        lent.loop, lent.last = self._loop, self._last()
+        lent.loop, lent.last, lent.path, lent.file = self._loop, self._last(), path, self._file
+        file = identity_of(path)
         with as_database_errors(path):
             yield lent
-        self._last = weakref.ref(lent.connection)
+        self._last, self._file = weakref.ref(lent.connection), file
 
     async def preview(self, path: Path, steps: Steps) -> list[tuple[str, plan.Change]]:
         """Run only the steps that read; return, by table, what the others would have written.
@@ -100,7 +103,10 @@ class _Lent(HostAccess):
     """As its base, from the bridge's loop: each step is a task of the host's loop."""
 
     loop: asyncio.AbstractEventLoop
-    last: aiosqlite.Connection | None  # that of the last sync
+    path: Path
+    # Of the last sync: the connection, and which file was at the path.
+    last: aiosqlite.Connection | None
+    file: tuple[int, int] | None
 
     async def query(self, step: Query) -> list[Any] | plan.Page:
         return await self._run(partial(super().query, step))
@@ -115,6 +121,10 @@ class _Lent(HostAccess):
         give_up, pause = time.monotonic() + _PATIENCE, _PAUSE
         while True:
             await anyio.sleep(pause)
+            is_same = self.connection is not None and self.connection is self.last
+            if is_same and self.file not in (None, identity_of(self.path)):
+                text = "is another file now; the host's connection has the one before it open"
+                raise DatabaseFailed(self.path, text)
             try:
                 task = await in_other_loop(self.loop, step)
                 if task.cancelled():

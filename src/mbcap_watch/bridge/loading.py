@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from mbcap_watch.errors import SnapshotError
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
-from mbcap_watch.store import plan, wal
+from mbcap_watch.store import plan
+from mbcap_watch.store.descriptors import identity_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +79,7 @@ def load(
 
     """
     path = settings.snapshot_dir / SNAPSHOT_NAME
-    database, now = wal.identity_of(str(settings.database)), _stamp_of(path)
+    database, now = identity_of(str(settings.database)), _stamp_of(path)
     # The watch knows the directory's filesystem. On another, behind a link, `stat` may be late.
     here = _stamp_of(path.parent)
     if now and (time.time() - now[-1] / 1e9 < _STAMP_SECONDS or not here or here[0] != now[0]):

@@ -109,6 +109,7 @@ class Bridge:
         self._border.alive()
         scheduler, watch = self._scheduler, self._watch
         unnoticed = reason == "sweep" and not scheduler.pending and not watch.polling
+        armed_since = watch.state.armed_since
         scheduler.begin(reason, time.monotonic())
         refresh = reason in ("start", "sweep") or watch.awaits_directory
         only_if_changed = reason in ("poll", "sweep") or (
@@ -121,7 +122,8 @@ class Bridge:
             trust_stat=reason == "sweep" and watch.sees_every_change,
         )
         self._error = report.error
-        # That it is gone, no event tells.
+        # No event tells that it is gone, nor what is in a directory that was not watched before.
+        unnoticed = unnoticed and watch.state.armed_since == armed_since
         if unnoticed and report.is_new and not isinstance(report.error, SnapshotNotFound):
             await self._count_sweep_hit(time.time())
         watch.update(

@@ -24,8 +24,9 @@ from mbcap_watch.errors import (
     SnapshotUnreadable,
 )
 from mbcap_watch.results import PersistResult, Reason, Timings
-from mbcap_watch.store import plan, wal
+from mbcap_watch.store import plan
 from mbcap_watch.store.connection import open_database
+from mbcap_watch.store.descriptors import release
 from mbcap_watch.store.native import open_to_read
 from mbcap_watch.store.reconcile import PAGES, Tally, reconcile
 from mbcap_watch.store.steps import preview_steps, run_steps
@@ -153,7 +154,7 @@ class Syncer:
     def close(self) -> None:
         """Leave no descriptor behind."""
         if self._host is None:
-            wal.release(self._settings.database)
+            release(self._settings.database)
 
     def preview(self) -> tuple[PersistResult, list[tuple[str, plan.Change]]]:
         """Return what a sync would report and the changes it would make; make none. Blocks."""

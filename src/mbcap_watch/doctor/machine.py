@@ -159,7 +159,9 @@ def running() -> list[int]:
 
 
 def described(pid: int) -> str:
-    """Return a process for people: its number and the start of its command line."""
+    """Return a process for people: its number, if it has one here, and what its command is."""
+    if pid <= 0:
+        return "a process in another container"
     command = "?"
     with contextlib.suppress(OSError):
         command = " ".join(_arguments_of(pid))[:80]
@@ -277,7 +279,7 @@ def holder(locks: Mapping[Path, tuple[int, int]], against: int) -> str:
         if pid is None:
             return ""
         if time.monotonic() > deadline:
-            return described(pid) if pid > 0 else "a process in another container"
+            return described(pid)
         time.sleep(0.02)
 
 

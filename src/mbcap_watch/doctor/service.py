@@ -219,7 +219,7 @@ def _unheard(here: Installation, bridge: Bridge) -> Finding:
         return here.finding("paused", pid=pid)
     if bridge.fate == "silent":
         who = f"{machine.described(pid)} (user {uid})"
-        return here.finding("blocked", pid=pid, who=who, silence=duration(SILENT_SECONDS))
+        return here.finding("blocked", who=who, silence=duration(SILENT_SECONDS))
     if (age := machine.age_of(pid)) < _YOUNG_SECONDS:
         text = f"process {pid} was started {ago(age)}, and has no control socket yet"
         return here.finding("starting", text)

@@ -66,8 +66,9 @@ def is_busy(error: sqlite3.Error) -> bool:
 
 def refuses_rows(error: BaseException) -> bool:
     """Whether an error may be about single rows: a constraint, or what a trigger does or says."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in _ABOUT_ROWS or isinstance(error, UnicodeDecodeError)
+    code = getattr(error, "sqlite_errorcode", 0)
+    about = code in _ABOUT_ROWS or code & 0xFF in _ABOUT_ROWS
+    return about or isinstance(error, UnicodeDecodeError)
 
 
 def message(error: sqlite3.Error | UnicodeDecodeError) -> str:
@@ -83,6 +84,7 @@ def message(error: sqlite3.Error | UnicodeDecodeError) -> str:
 
 _ABOUT_ROWS: Final = (
     sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_CORRUPT_VTAB,  # of a virtual table that a trigger writes
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_MISMATCH,
     sqlite3.SQLITE_TOOBIG,

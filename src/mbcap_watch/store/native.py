@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 from mbcap_watch.store import wal
+from mbcap_watch.store.descriptors import identity_of, opening_lock
 from mbcap_watch.store.errors import as_database_errors, cause_of
 from mbcap_watch.store.forks import forks
 from mbcap_watch.store.wal import Wal
@@ -73,7 +74,7 @@ class Connection(sqlite3.Connection):
         self.owes_checkpoint = owes_checkpoint
         for name in sys.modules.keys() & _OTHER_LIBRARIES:
             _warn_of_second_sqlite(name)
-        with wal.opening_lock(path):
+        with opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
             self._stamp = _stamp(path)
@@ -95,7 +96,8 @@ class Connection(sqlite3.Connection):
                 self._first_version = self._version()
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
-                self._close_not_as_last()
+                # The file may have been replaced before it was opened, and is the new one then.
+                self._close_not_as_last(identity_of(self._real))
                 raise
 
     def require_same_files(self) -> None:
@@ -120,7 +122,7 @@ class Connection(sqlite3.Connection):
         """
         now = self._find_beside()
         for side, was in self._beside.items():
-            if now[side] != was or (was is None and self._is_wal):
+            if now[side] != was if was else self._is_wal:
                 return side
         return ""
 
@@ -143,7 +145,7 @@ class Connection(sqlite3.Connection):
         return None
 
     def _find_beside(self) -> dict[str, tuple[int, int] | None]:
-        return {side: wal.identity_of(f"{self._real}{side}") for side in ("-wal", "-shm")}
+        return {side: identity_of(f"{self._real}{side}") for side in ("-wal", "-shm")}
 
     def close(self) -> None:
         """Close, and leave the WAL as it was found."""
@@ -153,7 +155,7 @@ class Connection(sqlite3.Connection):
                 self._tidy()
         finally:
             if is_another or self._leaves_files():
-                self._close_not_as_last()
+                self._close_not_as_last(self._identity)
             else:
                 super().close()
 
@@ -192,16 +194,19 @@ class Connection(sqlite3.Connection):
             return not wal.is_open_elsewhere(self._path, self._real)
         return self._found is Wal.EMPTY and not _size(self._wal)
 
-    def _close_not_as_last(self) -> None:
+    def _close_not_as_last(self, identity: tuple[int, int] | None) -> None:
         """Close while a read-only connection is attached, which itself cannot remove anything.
 
-        `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on.
+        `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on. Of a file that
+        was replaced SQLite removes nothing, and to open the new one would harm it: its -shm may be
+        that of a host's connection in this process, to the old file.
         """
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(sqlite3.Error):
-                anchor = sqlite3.connect(f"{_uri(self._path)}?mode=ro", uri=True, timeout=0)
-                stack.callback(anchor.close)
-                _attach(anchor)
+            if identity_of(self._real) == identity:
+                with contextlib.suppress(sqlite3.Error):
+                    anchor = sqlite3.connect(f"{_uri(self._real)}?mode=ro", uri=True, timeout=0)
+                    stack.callback(anchor.close)
+                    _attach(anchor)
             super().close()
 
 
@@ -240,7 +245,7 @@ def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> It
     """
     identity = file_identity(path)
     with as_database_errors(path), forks.wait(), contextlib.ExitStack() as stack:
-        with wal.opening_lock(path):
+        with opening_lock(path):
             found = wal.require_own_wal(path, grace)
             before = _stamp(path)
             alone = found is not Wal.LEFT_BEHIND and not _is_shared(path)
@@ -281,7 +286,7 @@ def _attach(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA schema_version").fetchone()
 
 
-def _uri(path: Path) -> str:
+def _uri(path: str | Path) -> str:
     return f"file://{quote(os.fsencode(os.path.abspath(path)))}"
 
 

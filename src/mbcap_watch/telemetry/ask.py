@@ -93,7 +93,8 @@ class Peer(NamedTuple):
 
     Attributes:
         path: where it is.
-        pid: of the process that listens, or that did; `uid` whose it is.
+        pid: of the process that listens, or that did; 0 if it runs where only others see it, in
+            another container. `uid`: whose it is.
         named: whether its name is that of the settings that were asked for.
         fate: `answered`, `silent` (for `SILENT_SECONDS`), `gone` (nothing listens), `denied` (it
             is not for this user), or `odd` (the answer is not understood).
@@ -155,7 +156,7 @@ def _connect(connection: socket.socket, peer: Peer, path: str) -> Peer:
     except BlockingIOError:  # too many wait already
         return peer._replace(fate="silent")
     pid, uid = peer_of(connection)
-    return peer._replace(fate="answered", pid=pid or peer.pid, uid=uid)
+    return peer._replace(fate="answered", pid=pid, uid=uid)
 
 
 def _receive(peer: Peer, connection: socket.socket, deadline: float) -> Peer | None:
@@ -179,4 +180,6 @@ def _receive(peer: Peer, connection: socket.socket, deadline: float) -> Peer | N
         return None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return peer._replace(fate="odd")
-    return peer._replace(stats=msgspec.structs.replace(stats, pid=peer.pid, uid=peer.uid))
+    return peer._replace(
+        stats=msgspec.structs.replace(stats, pid=peer.pid or stats.pid, uid=peer.uid)
+    )
