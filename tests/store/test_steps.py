@@ -15,7 +15,15 @@ from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
 from mbcap_watch.store.plan import Change, Page
 from mbcap_watch.store.reconcile import Tally, reconcile
-from mbcap_watch.store.steps import PROBE, Query, Table, Write, Written, read_page
+from mbcap_watch.store.steps import (
+    PROBE,
+    Query,
+    Table,
+    Write,
+    Written,
+    preview_steps,
+    read_page,
+)
 from support import TIMES, blocks_kept, connect, document, put, read_rows
 
 if TYPE_CHECKING:
@@ -224,6 +232,16 @@ def test_a_page_leaves_no_memory_behind() -> None:
             read_page(fetch, Query("SELECT", is_page=True)).send(None)
 
     assert blocks_kept(read) < TIMES / 10
+
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("CREATE TABLE t (id, key, sup, evidence)")
+        connection.execute("INSERT INTO t VALUES (1, 'aa11', 0, NULL)")
+
+        def preview() -> None:
+            steps = iter([Query("SELECT * FROM t", is_page=True)])
+            assert preview_steps((step for step in steps), connection) == []
+
+        assert blocks_kept(preview) < TIMES / 2  # the connection keeps some, too
 
 
 async def refuse_by_fail(database: Path) -> PersistResult:

@@ -215,7 +215,7 @@ def preview_steps(steps: Steps, connection: sqlite3.Connection) -> list[tuple[st
             step = steps.send(answer)
             if isinstance(step, Query):
                 answer = connection.execute(step.sql, step.parameters).fetchall()
-                answer = Page(*zip(*answer, strict=True)) if step.is_page else answer
+                answer = Page(*list(zip(*answer, strict=True))) if step.is_page else answer
             else:
                 changes += [(step.table.name, change) for change in step.changes]
                 answer = Written(len(step.changes))
@@ -257,7 +257,7 @@ async def read_page(
         # Its frames hold a cursor in the middle of its rows, which would pin the WAL.
         traceback.clear_frames(exc.__traceback__)
     rows = await fetch(_AS_BYTES.format(sql=step.sql), step.parameters)
-    return Page(*zip(*(map(_text, row[::2], row[1::2]) for row in rows), strict=True))
+    return Page(*list(zip(*(map(_text, row[::2], row[1::2]) for row in rows), strict=True)))
 
 
 def _text(value: Any, encoding: str | None) -> Any:
