@@ -48,10 +48,23 @@ SEED: list[Row] = [
 ]
 
 
+LOOPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "asyncio": ("asyncio", {}),
+    "uvloop": ("asyncio", {"use_uvloop": True}),
+    "trio": ("trio", {}),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is async on asyncio, or on the loops that its module names in `LOOPS`."""
+    if "anyio_backend" in metafunc.fixturenames:
+        loops = getattr(metafunc.module, "LOOPS", ["asyncio"])
+        metafunc.parametrize("anyio_backend", loops, indirect=True)
+
+
 @pytest.fixture
-def anyio_backend() -> str:
-    """What a host's loop matters to is tested in `bridge/`, on more of them."""
-    return "asyncio"
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return LOOPS[request.param]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,9 +74,12 @@ def libuv_has_its_descriptors() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Daemons that tests kill leave their control sockets there, and not in that of the machine."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No settings of whoever runs the tests. Daemons that are killed leave their sockets here."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("MBCAP_WATCH_") or name == "DB_PATH":
+                patch.delenv(name)
         patch.setenv("RUNTIME_DIRECTORY", str(tmp_path_factory.mktemp("runtime")))
         yield
 
@@ -74,6 +90,15 @@ def database(tmp_path: Path) -> Path:
     path = make_database(tmp_path / "meshcore.db", SEED)
     ensure_snapshot_dir(path)
     return path
+
+
+@pytest.fixture
+def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Pacific/Kiritimati")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 @pytest.fixture

@@ -26,10 +26,7 @@ class Forked:
     """What the tests use of `subprocess.Popen`, for `python -m MODULE …` and `python FILE …`."""
 
     def __init__(
-        self,
-        args: Sequence[str | os.PathLike[str]],
-        stderr: IO[bytes],
-        **same: Any,
+        self, args: Sequence[str | os.PathLike[str]], stderr: IO[bytes], **same: Any
     ) -> None:
         assert same == {"stdin": PIPE, "stdout": PIPE, "text": True}, same
         self.args = args

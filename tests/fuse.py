@@ -20,11 +20,11 @@ SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 
 
 @contextlib.contextmanager
-def fuse(kind: str, far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
+def fuse(kind: str, far: Path, near: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Mount `far` on `near` by bindfs or sshfs; yield the process that serves it."""
     if shutil.which(kind) is None or not os.access("/dev/fuse", os.W_OK):
         pytest.skip(f"needs {kind} and /dev/fuse")
-    with {"bindfs": bindfs, "sshfs": sshfs}[kind](far, near) as process:
+    with {"bindfs": bindfs, "sshfs": sshfs}[kind](far, near, *options) as process:
         try:
             wait_until(lambda: os.path.ismount(near) or process.poll() is not None, "the mount")
             if not os.path.ismount(near):
@@ -36,18 +36,18 @@ def fuse(kind: str, far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def bindfs(far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["bindfs", "-f", str(far), str(near)]) as process:
+def bindfs(far: Path, near: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["bindfs", "-f", *options, str(far), str(near)]) as process:
         yield process
 
 
 @contextlib.contextmanager
-def sshfs(far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
+def sshfs(far: Path, near: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Without a network: sshfs and the sftp server talk through two pipes."""
     if not os.path.exists(SFTP_SERVER):
         pytest.skip("needs an sftp server")
     down, up = os.pipe(), os.pipe()
-    command = ["sshfs", "-f", "-o", "passive", f":{far}", str(near)]
+    command = ["sshfs", "-f", "-o", "passive", *options, f":{far}", str(near)]
     with (
         subprocess.Popen([SFTP_SERVER], stdin=up[0], stdout=down[1]) as server,
         subprocess.Popen(command, stdin=down[0], stdout=up[1]) as process,

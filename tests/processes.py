@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from support import DEADLINE, TESTS, wait_until
 
@@ -19,6 +20,38 @@ if TYPE_CHECKING:
     from forked import Forked
 
 MBCAP_WATCH = [sys.executable, "-m", "mbcap_watch"]
+Call: TypeAlias = "Callable[..., subprocess.CompletedProcess[str]]"
+
+
+def call(
+    *arguments: object,
+    prefix: Sequence[str] = (),
+    stdin: bytes = b"",
+    env: dict[str, str] | None = None,
+    code: str = "",
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end, after some `code`; return what it printed, to the byte."""
+    command = MBCAP_WATCH
+    if code:
+        command = [sys.executable, "-c", f"{code}\nfrom mbcap_watch.cli.app import main\nmain()"]
+    done = subprocess.run(
+        [*prefix, *command, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env=os.environ | (env or {}),
+        timeout=DEADLINE,
+        check=False,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def call_json(*arguments: object, **options: Any) -> tuple[int, Any]:
+    """Run it with `--json`; return its exit code and the one object that it printed."""
+    done = call(*arguments, "--json", **options)
+    assert "Traceback" not in done.stderr
+    return done.returncode, json.loads(done.stdout)
 
 
 class Process:
@@ -114,15 +147,20 @@ def running(process: Process) -> Iterator[Process]:
         process.end(signal.SIGKILL)
 
 
-def start_daemon(database: Path, *options: str, prefix: Sequence[str] = ()) -> Process:
+def start_daemon(
+    database: Path, *options: str, prefix: Sequence[str] = (), **variables: str
+) -> Process:
     command = [*prefix, *MBCAP_WATCH, "run", "--json", f"--database={database}", *options]
-    return Process(command, database.with_name("daemon.txt"))
+    env = {"env": os.environ | variables} if variables else {}
+    return Process(command, database.with_name("daemon.txt"), **env)
 
 
 @contextlib.contextmanager
-def daemon(database: Path, *options: str, prefix: Sequence[str] = ()) -> Iterator[Process]:
+def daemon(
+    database: Path, *options: str, prefix: Sequence[str] = (), **variables: str
+) -> Iterator[Process]:
     """Run `mbcap-watch run`, from its first result on."""
-    with running(start_daemon(database, *options, prefix=prefix)) as process:
+    with running(start_daemon(database, *options, prefix=prefix, **variables)) as process:
         yield process.ready()
 
 

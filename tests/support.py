@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from mbcap_watch import PersistResult, Settings, Trigger, run
+from machine import NOBODY
+from mbcap_watch import PersistResult, Settings, Trigger, persist_once, run, snapshot_path
 from mbcap_watch.doctor.findings import Installation
 from mbcap_watch.doctor.health import explain
 from mbcap_watch.store import descriptors
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from mbcap_watch.telemetry.stats import Stats
 
 TESTS = Path(__file__).parent
-NOBODY = 65534
 
 # Connections of a host, by the options of aiosqlite.connect.
 each_kind_of_connection = pytest.mark.parametrize(
@@ -121,6 +121,12 @@ def document(*entries: tuple[str, str] | tuple[str, str, str], written_at: str =
     if written_at:
         body["writtenAt"] = written_at
     return json.dumps(body).encode()
+
+
+def run_sql(database: Path, *statements: str) -> None:
+    with connect(database) as connection:
+        for statement in statements:
+            connection.execute(statement)
 
 
 def rename_from_another_process(data: bytes, target: Path) -> None:
@@ -230,6 +236,53 @@ def planted(path: Path, answer: bytes) -> Iterator[int]:
         yield process.pid
 
 
+IN_USE = """
+    import sqlite3, sys
+    connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+    connection.execute("UPDATE nodes SET name = 'written'")
+    print("open", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def in_use(database: Path, script: str = IN_USE) -> Iterator[subprocess.Popen[str]]:
+    """Have another process keep the database open, with rows in its `-wal`."""
+    with other_process(script, str(database)) as process:
+        assert read_line(process) == "open"
+        yield process
+
+
+# Who holds the locks by which a connection to a database in WAL mode is known: of the database its
+# SHARED bytes, of the -shm the byte 128 (SQLite's os.h and wal.c). None of them is taken.
+_HOLDERS = """
+    import fcntl, os, struct, sys
+    for line in sys.stdin:
+        database = line.strip()
+        for path, start, length in ((database, 1073741826, 510), (database + "-shm", 128, 1)):
+            with open(path, "rb+") as file:
+                asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+                kind, _, _, _, pid = struct.unpack(
+                    "hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked)
+                )
+            print(pid if kind != fcntl.F_UNLCK else 0, flush=True)
+"""
+
+
+@contextlib.contextmanager
+def holders() -> Iterator[Callable[[Path], tuple[int, int]]]:
+    """Yield what asks, from another process, who holds the locks of database and `-shm`."""
+    with other_process(_HOLDERS) as process:
+
+        def ask(database: Path) -> tuple[int, int]:
+            assert process.stdin is not None
+            process.stdin.write(f"{database}\n")
+            process.stdin.flush()
+            return int(read_line(process)), int(read_line(process))
+
+        yield ask
+
+
 @contextlib.contextmanager
 def locked(database: Path) -> Iterator[Callable[[], None]]:
     """Have another process hold the write lock; yields what releases it."""
@@ -283,6 +336,15 @@ async def until(condition: Callable[[], object], what: str = "the condition") ->
             await anyio.sleep(0.005)
         return
     raise AssertionError(f"{what} did not come within {DEADLINE} s")
+
+
+def has_landed(database: Path, evidence: str) -> bool:
+    """Whether a snapshot that confirms `aa11` was applied."""
+    return ("nodes", "aa11", 2, evidence) in read_rows(database)
+
+
+async def landed(database: Path, evidence: str) -> None:
+    await until(partial(has_landed, database, evidence), f"{evidence!r} in the database")
 
 
 def open_descriptors(pid: int | str = "self") -> dict[str, str]:
@@ -370,6 +432,11 @@ class Results:
         await until(lambda: len(self.all) > known, "a result")
         return self.all[known]
 
+    async def syncs(self, number: int) -> None:
+        """Wait for the end of more syncs than that, those that had nothing to tell included."""
+        known = len(self.states)
+        await until(lambda: len(self.states) > known + number, "syncs")
+
     async def count(self, outcome: str, number: int) -> None:
         """Wait until `outcome` was reported `number` times."""
         await until(lambda: self.outcomes.count(outcome) >= number, f"{number} times {outcome}")
@@ -404,6 +471,21 @@ def offered(
     finally:
         loop.call_soon_threadsafe(task.cancel)
         thread.join()
+
+
+async def apply(database: Path, *entries: tuple[str, ...], **settings: Any) -> PersistResult:
+    """Publish a snapshot, and sync once."""
+    put(document(*entries), snapshot_path(database))  # type: ignore[arg-type]
+    return await persist_once(Settings(database=database, **settings))
+
+
+class Clock:
+    """Monotonic seconds that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 OFF = "24h"

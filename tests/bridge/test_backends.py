@@ -1,4 +1,4 @@
-"""Hosts on asyncio and on trio; hosts that stall, are slow, or are short of threads."""
+"""Hosts on asyncio, uvloop and trio; hosts that stall, are slow, or are short of threads."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+import trio
 
 from mbcap_watch import (
     EventLoopError,
     PersistResult,
-    Settings,
     Snapshot,
     WatchState,
     apply_snapshot,
@@ -22,23 +22,14 @@ from mbcap_watch import (
 )
 from mbcap_watch.bridge.run import preview_once
 from mbcap_watch.bridge.service import DEFAULT_BUFFER
-from support import bridge, connect, document, put, quiet, read_rows, until, wait_until
+from support import bridge, connect, document, has_landed, landed, put, quiet, until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    backend: str = request.param
-    return backend
-
-
-def landed(database: Path, evidence: str) -> bool:
-    return ("nodes", "aa11", 2, evidence) in read_rows(database)
+LOOPS = ["asyncio", "uvloop", "trio"]
 
 
 # ------------------------------------------------------------------------------ either backend
@@ -48,7 +39,7 @@ async def test_run_serves_a_host(database: Path) -> None:
     async with bridge(database) as results:
         put(document(("aa11", "confirmed", "x")), snapshot_path(database))
         assert (await results.next("applied")).reason == "rename"
-        assert landed(database, "x")
+        assert has_landed(database, "x")
         assert results.state.mode == "inotify"
 
 
@@ -64,9 +55,9 @@ async def test_watch_serves_a_host(database: Path) -> None:
 async def test_persist_once_serves_a_host(database: Path) -> None:
     put(document(("aa11", "confirmed", "x")), snapshot_path(database))
     result, changes = await preview_once(quiet(database))
-    assert (result.outcome, len(changes), landed(database, "x")) == ("applied", 1, False)
+    assert (result.outcome, len(changes), has_landed(database, "x")) == ("applied", 1, False)
     assert (await persist_once(quiet(database))).outcome == "applied"
-    assert landed(database, "x")
+    assert has_landed(database, "x")
 
 
 async def test_an_error_of_a_hook_arrives_unwrapped(database: Path) -> None:
@@ -88,20 +79,20 @@ async def test_a_host_that_cancels_leaves_nothing_behind(database: Path) -> None
             other.execute("BEGIN IMMEDIATE")
 
 
-async def test_only_the_hosts_own_connection_needs_asyncio(
-    database: Path, anyio_backend: str
-) -> None:
-    if anyio_backend == "asyncio":
-        pytest.skip("it is asyncio")
+def test_only_the_hosts_own_connection_needs_asyncio(database: Path) -> None:
     connection: Any = None  # aiosqlite could not even make one
-    with pytest.raises(EventLoopError, match="aiosqlite"):
-        await apply_snapshot(connection, Snapshot(), lock=anyio.Lock())
-    lent: dict[str, Any] = {"connection": connection or (lambda: None), "lock": anyio.Lock()}
-    with pytest.raises(EventLoopError, match="aiosqlite"):
-        await run(quiet(database), **lent)
-    with pytest.raises(EventLoopError, match="aiosqlite"):
-        async with watch(quiet(database), **lent):
-            pass
+
+    async def main() -> None:
+        with pytest.raises(EventLoopError, match="aiosqlite"):
+            await apply_snapshot(connection, Snapshot(), lock=anyio.Lock())
+        lent: dict[str, Any] = {"connection": lambda: None, "lock": anyio.Lock()}
+        with pytest.raises(EventLoopError, match="aiosqlite"):
+            await run(quiet(database), **lent)
+        with pytest.raises(EventLoopError, match="aiosqlite"):
+            async with watch(quiet(database), **lent):
+                pass
+
+    trio.run(main)
 
 
 # ------------------------------------------------------------------------------ slow hosts
@@ -121,7 +112,7 @@ async def test_a_slow_hook_delays_later_hooks_and_no_sync(database: Path) -> Non
         await begun.wait()
         for evidence in ("x", "y"):
             put(document(("aa11", "confirmed", evidence)), snapshot_path(database))
-            await until(lambda e=evidence: landed(database, e))  # type: ignore[misc]
+            await landed(database, evidence)
         assert seen == []
         go_on.set()
         await until(lambda: len(seen) == 3)
@@ -134,7 +125,7 @@ async def test_a_host_that_stalls_delays_no_sync(database: Path) -> None:
     async with bridge(database) as results:
         for evidence in ("x", "y"):
             put(document(("aa11", "confirmed", evidence)), snapshot_path(database))
-            wait_until(lambda e=evidence: landed(database, e), "the rows")  # type: ignore[misc]
+            wait_until(partial(has_landed, database, evidence), "the rows")
         assert results.outcomes == ["no_snapshot"]
         await results.count("applied", 2)
 
@@ -143,7 +134,7 @@ async def test_reports_for_a_host_that_stalls_are_bounded_and_counted(database: 
     async with bridge(database, debounce=0) as results:
         for number in range(DEFAULT_BUFFER + 3):
             put(document(("aa11", "confirmed", str(number))), snapshot_path(database))
-            wait_until(lambda n=number: landed(database, str(n)), "the rows")  # type: ignore[misc]
+            wait_until(partial(has_landed, database, str(number)), "the rows")
         await results.count("applied", DEFAULT_BUFFER)
         await until(lambda: results.state.reports_dropped in (2, 3), "the count")  # one may be late
         assert len(results.all) <= 1 + DEFAULT_BUFFER + 1
@@ -170,23 +161,3 @@ async def test_without_a_thread_for_the_connection_the_snapshot_stays_pending(
     few_threads(1)
     result = await persist_once(quiet(database))
     assert (result.outcome, result.cause) == ("failed", "limit")
-
-
-async def test_run_waits_for_a_thread(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has them gives them back one day; until then it is told, and tried again."""
-    results: list[PersistResult] = []
-    put(document(("aa11", "confirmed", "x")), snapshot_path(database))
-
-    def refuse(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("threading.Thread.start", refuse)
-        settings = Settings(database, sweep_interval=0.05)
-        async with anyio.create_task_group() as group:
-            group.start_soon(partial(run, settings, on_result=results.append))
-            await until(lambda: len(results) > 1)
-            assert {(result.outcome, result.cause) for result in results} == {("failed", "limit")}
-            patch.undo()
-            await until(lambda: landed(database, "x"))
-            group.cancel_scope.cancel()

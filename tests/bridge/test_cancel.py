@@ -106,7 +106,9 @@ def test_persist_once_is_cancelled_between_two_batches(
 ) -> None:
     keys = [f"{number:04}" for number in range(1000)]
     with connect(database) as connection:
+        connection.execute("BEGIN")
         connection.executemany("INSERT OR IGNORE INTO nodes (public_key) VALUES (?)", zip(keys))
+        connection.execute("COMMIT")
     settings = Settings(database=database, batch_rows=1)
     put(document(*((key, "confirmed", "a") for key in keys)), snapshot_path(database))
 
@@ -226,7 +228,3 @@ def test_the_host_stalls_its_loop_and_the_lock_is_free_all_the_same(tmp_path: Pa
         return result
 
     assert asyncio.run(main()).changed_active == len(keys)
-
-
-def test_sqlite_is_recent_enough() -> None:
-    assert sqlite3.sqlite_version_info >= (3, 34)

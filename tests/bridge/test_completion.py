@@ -12,17 +12,13 @@ import anyio
 import pytest
 
 from mbcap_watch.bridge.thread import run_to_completion
+from support import DEADLINE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.anyio
-DEADLINE = 20.0
-
-
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param}
+LOOPS = ["asyncio", "uvloop"]
 
 
 class Work:
@@ -148,37 +144,6 @@ async def test_a_scope_that_was_cancelled_before_still_gets_the_work_done() -> N
         work.notes.append("went on")
     assert scope.cancelled_caught
     assert sorted(work.notes) == ["begun", "ended"]
-
-
-async def test_a_deadline_of_anyio() -> None:
-    work = Work(lasts=0.05)
-    with anyio.move_on_after(0.01) as scope:
-        await run_to_completion(work.run())
-    assert scope.cancelled_caught
-    assert work.notes == ["begun", "ended"]
-
-
-async def test_a_deadline_of_asyncio() -> None:
-    work = Work(lasts=0.05)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
-            await run_to_completion(work.run())
-    assert work.notes == ["begun", "ended"]
-
-
-async def test_a_sibling_that_fails_in_a_task_group() -> None:
-    work = Work(lasts=0.05)
-
-    async def fail() -> None:
-        await work.begun.wait()
-        raise ZeroDivisionError
-
-    with pytest.raises(ExceptionGroup) as caught:  # noqa: PT012 - the group is what is tested
-        async with asyncio.TaskGroup() as group:
-            group.create_task(run_to_completion(work.run()))
-            group.create_task(fail())
-    assert caught.group_contains(ZeroDivisionError)
-    assert work.notes == ["begun", "ended"]
 
 
 async def test_a_native_cancellation_behind_one_of_anyio_is_not_swallowed_by_the_scope() -> None:

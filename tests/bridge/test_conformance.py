@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mbcap_watch import (
-    PersistResult,
-    Settings,
-    persist_once,
-    snapshot_dir,
-    snapshot_path,
-)
+from mbcap_watch import PersistResult, Settings, persist_once, snapshot_dir, snapshot_path
 from support import TESTS, connect, make_database, read_rows
 
 if TYPE_CHECKING:
@@ -38,11 +32,6 @@ SETUPS = {
         " SELECT RAISE(ABORT, 'no'); END"
     ],
 }
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 def set_up(case: dict[str, Any], directory: Path) -> Path:

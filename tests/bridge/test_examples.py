@@ -12,11 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from mbcap_watch import Entry, Snapshot, read_snapshot, write_snapshot
+from processes import Process, running
 from support import DEADLINE, TESTS, but_for_slowness, connect, read_rows, wait_until
 
 if TYPE_CHECKING:
@@ -32,43 +33,30 @@ MODES = pytest.mark.parametrize("mode", [(), ("--single-writer",)], ids=["run", 
 SUP = {"confirmed": 2, "suspected": 1}
 
 
-class Process(NamedTuple):
-    """An ingestor that runs; what it prints goes to files, which can be read without waiting."""
-
-    popen: subprocess.Popen[bytes]
-    out: Path
-    err: Path
-
+class Ingestor(Process):
     def says(self, text: str) -> bool:
-        assert self.popen.poll() is None or text in self.out.read_text(), self.err.read_text()
-        return text in self.out.read_text()
+        if ended := self.ended:
+            self._reader.join(DEADLINE)
+        said = any(text in line for line in self.lines)
+        assert said or not ended, self.said
+        return said
 
-    def end(self, number: signal.Signals | None = None) -> str:
+    def finish(self, number: signal.Signals | None = None) -> str:
         """Send a signal, wait for the end, and return the summary if all went well."""
-        if number is not None:
-            self.popen.send_signal(number)
-        code = self.popen.wait(DEADLINE)
-        assert (code, self.errors()) == (0, "")
-        return self.out.read_text().splitlines()[-1]
+        assert (self.end(number), self.errors) == (0, "")
+        return self.lines[-1]
 
+    @property
     def errors(self) -> str:
-        """Return what went to standard error."""
-        return but_for_slowness(self.err.read_text())
+        """What went to standard error."""
+        return but_for_slowness(self.said)
 
 
 @contextlib.contextmanager
-def ingestor(tmp_path: Path, *arguments: str) -> Iterator[Process]:
-    out, err = tmp_path / "out", tmp_path / "err"
-    command = [*STRICT, str(INGESTOR), *arguments]
-    with (
-        out.open("w") as stdout,
-        err.open("w") as stderr,
-        subprocess.Popen(command, stdout=stdout, stderr=stderr) as popen,
-    ):
-        try:
-            yield Process(popen, out, err)
-        finally:
-            popen.kill()
+def ingestor(tmp_path: Path, *arguments: str) -> Iterator[Ingestor]:
+    process = Ingestor([*STRICT, str(INGESTOR), *arguments], tmp_path / "err")
+    with running(process):
+        yield process
 
 
 def counts(summary: str) -> tuple[int, ...]:
@@ -102,7 +90,7 @@ def test_every_row_is_right_when_a_signal_ends_it(
     with ingestor(tmp_path, *options) as process:
         wait_until(lambda: process.says("ingesting"), "the start")
         wait_until(lambda: has_moved_and_come_back(database), "a node in both tables")
-        packets, nodes, persisted, wrong = counts(process.end(number))
+        packets, nodes, persisted, wrong = counts(process.finish(number))
 
     rows = read_rows(database)
     assert packets > nodes == len(keys(database)) > 0
@@ -125,7 +113,7 @@ def test_it_ends_by_itself_and_leaves_nothing(
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))
     with ingestor(tmp_path, "--publish", "--seconds", "1", *mode) as process:
-        assert counts(process.end())[3] == 0
+        assert counts(process.finish())[3] == 0
     assert list(scratch.iterdir()) == []
 
 
@@ -136,7 +124,7 @@ def test_a_wrong_row_is_told_by_the_exit_code(tmp_path: Path, mode: tuple[str, .
     with ingestor(tmp_path, *options) as process:
         wait_until(lambda: process.says("ingesting"), "the start")
         wait_until(lambda: len(keys(database)) > 1, "nodes")
-        process.end(signal.SIGINT)
+        process.finish(signal.SIGINT)
     refused, *others = sorted(keys(database))
     write_snapshot(database, Snapshot(tuple(Entry(k, "confirmed") for k in [refused, *others])))
     with connect(database) as connection:
@@ -146,10 +134,9 @@ def test_a_wrong_row_is_told_by_the_exit_code(tmp_path: Path, mode: tuple[str, .
                 f" WHEN new.public_key = '{refused}' BEGIN SELECT RAISE(ABORT, 'refused'); END"
             )
     with ingestor(tmp_path, *options, "--seconds", "0.5") as process:
-        assert process.popen.wait(DEADLINE) == 1
-        assert process.errors() == ""
+        assert (process.end(), process.errors) == (1, "")
         # In one table or in both: it may have gone stale and come back.
-        assert counts(process.out.read_text().splitlines()[-1])[3] in (1, 2)
+        assert counts(process.lines[-1])[3] in (1, 2)
     assert {key for _, key, sup, _ in read_rows(database) if sup == 2} == set(others)
 
 
@@ -252,7 +239,7 @@ def test_adverts_of_a_broker_that_comes_late(tmp_path: Path) -> None:
                 wait_until(lambda: read_rows(database) == wanted, "the nodes and their values")
                 # Rows that are written before their result is told would not be counted.
                 wait_until(lambda: process.says("applied, 1 rows"), "the result")
-                assert counts(process.end(signal.SIGINT)) == (3, 2, 1, 0)
+                assert counts(process.finish(signal.SIGINT)) == (3, 2, 1, 0)
             finally:
                 broker.kill()
     with connect(database) as connection:

@@ -205,8 +205,7 @@ async def test_a_node_that_returns_has_its_value_after_a_sweep(
             assert (result.reason, result.changed, result.set_back) == ("sweep", 1, 0)
             assert (table, returns, 2, "advert") in read_rows(mesh)
             # Its own write is looked at as well, and is no news.
-            states = len(results.states)
-            await until(lambda: len(results.states) > states + 3, "sweeps")
+            await results.syncs(3)
             assert results.outcomes == ["unchanged", "applied"]
 
 
@@ -220,8 +219,7 @@ async def test_a_look_at_new_rows_takes_no_lock_and_is_no_sync(mesh: Path) -> No
                 connection.execute("DELETE FROM nodes WHERE public_key = ?", KEYS[:1])
                 connection.execute(back, KEYS[:1])  # with its value
             with locked(mesh) as release:
-                states = len(results.states)
-                await until(lambda s=states: len(results.states) > s + 3, "sweeps")  # type: ignore[misc]
+                await results.syncs(3)
                 release()
         assert results.outcomes == ["unchanged"]
         assert results.all[0].held == 100
@@ -249,8 +247,8 @@ async def test_what_nobody_wrote_is_not_looked_at(
                 known = -1
                 with anyio.fail_after(DEADLINE):
                     while known != len(looks):
-                        known, states = len(looks), len(results.states)
-                        await until(lambda s=states: len(results.states) > s + 5, "sweeps")  # type: ignore[misc]
+                        known = len(looks)
+                        await results.syncs(5)
             assert results.outcomes == ["unchanged"]
 
 
@@ -266,8 +264,7 @@ async def test_a_new_row_that_is_refused_is_not_tried_at_every_sweep(mesh: Path)
             assert (await results.next("failed")).failed_rows == 1
             for number in range(10):
                 connection.execute("INSERT INTO inactive_nodes (public_key) VALUES (?)", (number,))
-                states = len(results.states)
-                await until(lambda s=states: len(results.states) > s + 1, "sweeps")  # type: ignore[misc]
+                await results.syncs(1)
     assert [result.reason for result in results.all].count("sweep") == 1
 
 

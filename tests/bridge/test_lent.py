@@ -23,6 +23,8 @@ from support import (
     connect,
     document,
     each_kind_of_connection,
+    has_landed,
+    landed,
     locked,
     make_database,
     other_process,
@@ -38,6 +40,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+LOOPS = ["asyncio", "uvloop"]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sync gives up soon on a connection that is not to be had; the next one tries again."""
+    monkeypatch.setattr("mbcap_watch.bridge.lent._PATIENCE", 0.05)
 
 
 class Host:
@@ -47,6 +56,11 @@ class Host:
         self.connection = connection
         self.lock = asyncio.Lock()
         self.results = Results()
+
+    @property
+    def own(self) -> aiosqlite.Connection:
+        assert self.connection is not None
+        return self.connection
 
     async def bridge(self, database: Path, **settings: Any) -> None:
         made = quiet(database, **settings)
@@ -78,15 +92,11 @@ async def host(database: Path, *, timeout: float = 0.1, **settings: Any) -> Asyn
             assert not using()
         finally:
             if made.connection not in (None, connection):
-                await made.connection.close()
+                await made.own.close()
 
 
 def publish(database: Path, evidence: str) -> None:
     put(document(("aa11", "confirmed", evidence), ("bb22", "confirmed")), snapshot_path(database))
-
-
-def landed(database: Path, evidence: str) -> bool:
-    return ("nodes", "aa11", 2, evidence) in read_rows(database)
 
 
 # ------------------------------------------------------------------------------ it works
@@ -97,8 +107,7 @@ async def test_a_rename_lands_and_nothing_of_the_connection_is_changed(
     database: Path, options: dict[str, Any]
 ) -> None:
     async with host(database, options=options) as made:
-        connection = made.connection
-        assert connection is not None
+        connection = made.own
         connection.row_factory = lambda _, row: {"a": row}  # type: ignore[assignment]
 
         async def state() -> list[object]:
@@ -112,7 +121,7 @@ async def test_a_rename_lands_and_nothing_of_the_connection_is_changed(
         result = await made.results.next("applied")
         assert (result.reason, result.changed_active, result.changed_inactive) == ("rename", 1, 1)
         assert await state() == before
-        assert landed(database, "x")
+        assert has_landed(database, "x")
         await until(lambda: made.results.timings)
         assert made.results.timings[-1].lag is not None
         assert len(made.results.timings[-1].holds) == 2
@@ -159,7 +168,7 @@ async def test_results_are_pulled(database: Path) -> None:
             publish(database, "x")
             assert (await anext(results)).outcome == "applied"
         assert not lock.locked()
-    assert landed(database, "x")
+    assert has_landed(database, "x")
 
 
 async def test_one_without_the_other_is_refused_at_once(database: Path) -> None:
@@ -194,8 +203,7 @@ async def test_the_host_has_its_turn_between_two_steps(tmp_path: Path) -> None:
     database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
     (tmp_path / "mbcap-snapshot").mkdir()
     async with host(database) as made:
-        connection = made.connection
-        assert connection is not None
+        connection = made.own
         inserted = 0
 
         async def insert() -> None:
@@ -224,10 +232,9 @@ async def test_rows_that_other_processes_write_meanwhile_are_right(database: Pat
         async with host(database, sweep_interval=0.05) as made:
             for number in range(30):
                 publish(database, str(number))
-                await until(lambda n=number: landed(database, str(n)))  # type: ignore[misc]
+                await landed(database, str(number))
                 async with made.lock:
-                    assert made.connection is not None
-                    await made.connection.execute("UPDATE nodes SET name = 'x'")
+                    await made.own.execute("UPDATE nodes SET name = 'x'")
             assert not {r.outcome for r in made.results.all} & {"failed", "foreign_wal"}
 
 
@@ -242,24 +249,23 @@ async def test_rows_that_other_processes_write_meanwhile_are_right(database: Pat
 )
 async def test_other_tables_of_the_same_names_are_left_alone(database: Path, sql: str) -> None:
     async with host(database) as made:
-        assert made.connection is not None
-        await made.connection.executescript(sql)
-        before = [*await made.connection.execute_fetchall("SELECT * FROM nodes")]
+        await made.own.executescript(sql)
+        before = [*await made.own.execute_fetchall("SELECT * FROM nodes")]
         publish(database, "x")
         result = await made.results.next("applied")
         assert (result.changed, result.error) == (2, None)
-        assert landed(database, "x")
+        assert has_landed(database, "x")
         if "TEMP" in sql:
-            assert [*await made.connection.execute_fetchall("SELECT * FROM nodes")] == before
+            assert [*await made.own.execute_fetchall("SELECT * FROM nodes")] == before
 
 
 # ------------------------------------------------------------------------------ states to wait in
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_an_open_transaction_is_waited_for(database: Path) -> None:
     async with host(database, busy_deadline=0.01) as made:
-        connection = made.connection
-        assert connection is not None
+        connection = made.own
         await connection.execute("BEGIN")
         await connection.execute("INSERT INTO nodes (public_key) VALUES ('mine')")
         publish(database, "x")
@@ -269,13 +275,12 @@ async def test_an_open_transaction_is_waited_for(database: Path) -> None:
         assert ("nodes", "mine", 0, None) not in read_rows(database)
         await connection.rollback()
         await made.results.next("applied")
-        assert landed(database, "x")
+        assert has_landed(database, "x")
 
 
 async def test_a_short_transaction_is_not_worth_telling(database: Path) -> None:
     async with host(database) as made:
-        connection = made.connection
-        assert connection is not None
+        connection = made.own
         publish(database, "x")
         for _ in range(20):
             await connection.execute("BEGIN")
@@ -286,6 +291,7 @@ async def test_a_short_transaction_is_not_worth_telling(database: Path) -> None:
         assert set(made.results.outcomes) <= {"no_snapshot", "applied"}
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="new in 3.12")
 async def test_a_connection_that_is_always_in_a_transaction(database: Path) -> None:
     async with host(database, busy_deadline=0.01, options={"autocommit": False}) as made:
@@ -308,20 +314,21 @@ async def test_a_file_that_was_replaced_is_not_written_through_the_old_connectio
         assert "is another file now" in str(result.error)
         made.connection = await aiosqlite.connect(database, isolation_level=None)
         assert (await made.results.sync()).outcome == "applied"
-        assert landed(database, "y")
+        assert has_landed(database, "y")
 
 
-async def test_a_lock_that_is_not_free(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbcap_watch.bridge.lent._PATIENCE", 0.05)
+@pytest.mark.usefixtures("impatient")
+async def test_a_lock_that_is_not_free(database: Path) -> None:
     async with host(database, busy_deadline=0.01) as made:
         async with made.lock:
             publish(database, "x")
             result = await made.results.next("busy")
             assert "its lock was not free" in str(result.error)
-            assert not landed(database, "x")
+            assert not has_landed(database, "x")
         await made.results.next("applied")
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_lock_of_another_process(database: Path) -> None:
     async with host(database, busy_deadline=0.01) as made:
         with locked(database) as release:
@@ -332,12 +339,12 @@ async def test_a_lock_of_another_process(database: Path) -> None:
         await made.results.next("applied")
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_cursor_that_is_half_read(database: Path) -> None:
     async with host(database, busy_deadline=0.01) as made:
-        assert made.connection is not None
-        cursor = await made.connection.execute("SELECT * FROM nodes")
+        cursor = await made.own.execute("SELECT * FROM nodes")
         await cursor.fetchone()
-        with connect(database) as other:
+        with connect(database, timeout=0.1) as other:  # the cursor keeps it from tidying up
             other.execute("UPDATE nodes SET name = 'x'")
         publish(database, "x")
         result = await made.results.next("busy")
@@ -349,9 +356,8 @@ async def test_a_cursor_that_is_half_read(database: Path) -> None:
 @pytest.mark.parametrize("gone", ["closed", "none", "never opened"])
 async def test_a_host_that_reconnects(database: Path, gone: str) -> None:
     async with host(database, sweep_interval=0.05) as made:
-        assert made.connection is not None
         async with made.lock:
-            await made.connection.close()
+            await made.own.close()
             if gone == "none":
                 made.connection = None
             elif gone == "never opened":
@@ -360,17 +366,19 @@ async def test_a_host_that_reconnects(database: Path, gone: str) -> None:
         result = await made.results.next("failed")
         problem = "is not there" if gone == "none" else "is closed"
         assert f"the host's connection: {problem}" in str(result.error)
-        assert not landed(database, "x")
+        assert not has_landed(database, "x")
         made.connection = await aiosqlite.connect(database)
         await made.results.next("applied")
-        assert landed(database, "x")
+        assert has_landed(database, "x")
 
 
 async def test_a_backup_that_the_host_puts_in_place(database: Path, tmp_path: Path) -> None:
     """It is compared as a whole when the host has opened it, not when it was moved there."""
     keys = [f"{number:04}" for number in range(3000)]
     with connect(database) as other:
+        other.execute("BEGIN")
         other.executemany("INSERT INTO nodes (public_key) VALUES (?)", zip(keys, strict=True))
+        other.execute("COMMIT")
     put(document(*((key, "confirmed", "x") for key in keys)), snapshot_path(database))
     async with host(database, sweep_interval=0.05) as made:
         rows = [("nodes", key, 2, "x") for key in keys[1:]]
@@ -378,13 +386,12 @@ async def test_a_backup_that_the_host_puts_in_place(database: Path, tmp_path: Pa
         syncs = len(made.results.all)
         backup.rename(database)
         await until(lambda: len(made.results.all) > syncs, "a sync through the old connection")
-        assert made.connection is not None
         async with made.lock:
-            await made.connection.close()
+            await made.own.close()
             for side in ("-wal", "-shm"):
                 database.with_name(database.name + side).unlink(missing_ok=True)
             made.connection = await aiosqlite.connect(database, isolation_level=None)
-            await made.connection.execute("INSERT INTO nodes (public_key) VALUES ('new')")
+            await made.own.execute("INSERT INTO nodes (public_key) VALUES ('new')")
         await until(lambda: ("nodes", keys[0], 2, "x") in read_rows(database), "its value")
 
 
@@ -393,11 +400,10 @@ async def test_what_was_overwritten_is_found_at_the_sweep(database: Path) -> Non
         publish(database, "x")
         await made.results.next("applied")
         syncs = len(made.results.all)
-        assert made.connection is not None
         async with made.lock:
-            await made.connection.execute("UPDATE nodes SET multibyte_sup = 0")
+            await made.own.execute("UPDATE nodes SET multibyte_sup = 0")
         assert (await made.results.next("applied", after=syncs)).reason == "sweep"
-        assert landed(database, "x")
+        assert has_landed(database, "x")
 
 
 async def test_a_loop_that_stalls_is_waited_for(database: Path) -> None:
@@ -407,7 +413,7 @@ async def test_a_loop_that_stalls_is_waited_for(database: Path) -> None:
             for _ in range(10):
                 time.sleep(0.01)  # whatever the bridge is doing through the connection
                 await asyncio.sleep(0)
-        await until(lambda: landed(database, "9"))
+        await landed(database, "9")
         assert set(made.results.outcomes) <= {"no_snapshot", "applied"}
 
 
@@ -486,4 +492,4 @@ async def test_leaving_while_the_lock_is_held(database: Path) -> None:
             await until(using, "a wait for the lock")
         assert not using()
         lock.release()
-    assert not landed(database, "x")
+    assert not has_landed(database, "x")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from machine import ROOT
 from mbcap_watch import ensure_snapshot_dir, snapshot_path
 from support import DEADLINE, document, make_database, put, read_rows, wait_until
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.system
 
-ROOT = os.geteuid() == 0
 VALUE = ("nodes", "aa11", 2, "")
 
 # The limit does not bind root, and counts what a user runs anywhere: so this one runs nothing else.
@@ -83,8 +83,8 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def told(script: str, database: Path) -> list[str]:
-    """Return the lines that the script prints."""
-    with start(script, database) as process:
+    """Return the lines that the script prints, which defines `main`."""
+    with start(textwrap.dedent(script) + "asyncio.run(main())", database) as process:
         try:
             out, said = process.communicate(timeout=DEADLINE)
         finally:
@@ -103,7 +103,6 @@ def test_persist_once(reachable: Path) -> None:
                 limit(most)
                 result = await persist_once(Settings(database))
                 print(result.outcome, result.cause, result.error)
-        asyncio.run(main())
         """,
         reachable,
     )
@@ -131,7 +130,6 @@ def test_run_waits_for_a_thread(reachable: Path) -> None:
             task.cancel()
             await asyncio.wait([task])
             print(threading.active_count())
-        asyncio.run(main())
         """,
         reachable,
     )
@@ -149,7 +147,6 @@ def test_run_ends_while_it_waits_for_a_thread(reachable: Path) -> None:
             task.cancel()
             await asyncio.wait([task])
             print(task.cancelled())
-        asyncio.run(main())
         """,
         reachable,
     )
@@ -166,7 +163,6 @@ def test_watch_is_entered_and_waits_for_a_thread(reachable: Path) -> None:
                     if result.outcome == "applied":
                         return
                     limit(HARD)
-        asyncio.run(main())
         """,
         reachable,
     )
@@ -183,7 +179,6 @@ def test_a_hosts_connection_needs_no_other_thread(reachable: Path) -> None:
                 snapshot = read_snapshot(database)
                 result = await apply_snapshot(connection, snapshot, lock=asyncio.Lock())
                 print(result.outcome, result.error)
-        asyncio.run(main())
         """,
         reachable,
     )

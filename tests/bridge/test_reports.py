@@ -16,6 +16,7 @@ from support import (
     bridge,
     connect,
     document,
+    landed,
     locked,
     other_process,
     put,
@@ -213,13 +214,15 @@ async def test_the_sweep_tells_when_it_last_found_a_change(database: Path) -> No
         assert [state.last_sweep_hit for state in results.states] == [None] * len(results.states)
         before = time.time()
         snapshot_path(database).write_bytes(document(("aa11", "confirmed")))  # no event
+        result = await results.next("applied", after=1)
+        assert result.reason in ("sweep", "retry")
+        assert ("nodes", "aa11", 2, "") in read_rows(database)
         await until(lambda: results.state.sweep_hits)
         hit = results.state.last_sweep_hit
         assert hit is not None
         assert before <= hit <= time.time()
-        states = len(results.states)
-        await until(lambda: len(results.states) > states + 5, "sweeps")
-        assert results.state.last_sweep_hit == hit
+        await results.syncs(5)
+        assert (results.state.sweep_hits, results.state.last_sweep_hit) == (1, hit)
 
 
 async def test_a_snapshot_that_vanishes_is_no_change_without_an_event(database: Path) -> None:
@@ -241,7 +244,7 @@ async def test_a_change_whose_event_waits_is_no_hit_of_the_sweep(database: Path)
             rename_from_another_process(
                 document(("aa11", "confirmed", evidence)), snapshot_path(database)
             )
-            await until(lambda e=evidence: ("nodes", "aa11", 2, e) in read_rows(database))  # type: ignore[misc]
+            await landed(database, evidence)
         await until(lambda: results.outcomes.count("applied") == 4)
         assert results.all[-1].reason == "sweep"
         assert (results.state.sweep_hits, results.state.last_sweep_hit) == (0, None)
@@ -268,7 +271,6 @@ async def test_a_change_whose_event_is_on_its_way_is_no_hit_of_the_sweep(
         put(document(("aa11", "confirmed")), snapshot_path(database))
         await results.next("applied")
         await until(lambda: told, "the event")
-        states = len(results.states)
-        await until(lambda: len(results.states) > states + 5, "sweeps")
+        await results.syncs(5)
         assert results.all[1].reason == "sweep"
         assert (results.state.sweep_hits, results.state.last_sweep_hit) == (0, None)

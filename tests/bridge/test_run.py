@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import pytest
 
-from mbcap_watch import (
-    Entry,
-    EventLoopError,
-    PersistResult,
-    Settings,
-    ensure_snapshot_dir,
-    persist_once,
-    run,
-    snapshot_path,
-)
+from mbcap_watch import Entry, EventLoopError, Settings, persist_once, run, snapshot_path
 from mbcap_watch.store import plan
 from support import (
-    Results,
     bridge,
     connect,
     document,
     has_open,
     locked,
     make_database,
-    other_process,
     put,
-    read_line,
     read_rows,
     rename_from_another_process,
     until,
@@ -75,16 +59,6 @@ async def test_polling_alone(database: Path) -> None:
         assert (await results.next("applied", after=2)).changed_active == 1
 
 
-async def test_the_sweep_alone(database: Path) -> None:
-    """A file that is written in place raises no rename: the sweep finds it."""
-    put(document(("aa11", "suspected")), snapshot_path(database))
-    async with bridge(database, mode="inotify", sweep_interval="50ms") as results:
-        snapshot_path(database).write_bytes(document(("aa11", "confirmed")))
-        result = await results.next("applied", after=1)
-        assert result.reason in ("sweep", "retry")
-        assert ("nodes", "aa11", 2, "") in read_rows(database)
-
-
 async def test_resync_alone(database: Path) -> None:
     """A node that appears after the snapshot was applied gets its value, too."""
     put(document(("new", "confirmed", "advert")), snapshot_path(database))
@@ -110,40 +84,6 @@ async def test_a_torn_file_is_read_again_without_any_event(database: Path) -> No
         assert results.outcomes.count("malformed") == 1, "told once, however often it is read"
 
 
-async def test_a_bad_snapshot_leaves_the_last_good_state(database: Path) -> None:
-    put(document(("aa11", "confirmed")), snapshot_path(database))
-    async with bridge(database) as results:
-        before = read_rows(database)
-        put(b"\xef\xbb\xbf{}", snapshot_path(database))
-        await results.next("malformed")
-        assert read_rows(database) == before
-
-
-# ------------------------------------------------------------------------------ bursts and idling
-
-
-RENAMER = """
-    import os, sys
-    path, count = sys.argv[1], int(sys.argv[2])
-    for number in range(count):
-        with open(path + ".t", "w") as file:
-            entry = '{"public_key":"aa11","status":"confirmed","evidence":"%d"}' % number
-            file.write('{"entries":[' + entry + ']}')
-        os.replace(path + ".t", path)
-    print("done", flush=True)
-    sys.stdin.readline()
-"""
-
-
-@pytest.mark.parametrize("mode", ["inotify", "poll"])
-async def test_a_burst_is_few_looks_and_its_last_state_lands(database: Path, mode: str) -> None:
-    async with bridge(database, mode=mode, poll_interval="200ms") as results:
-        with other_process(RENAMER, str(snapshot_path(database)), "1000") as process:
-            assert await anyio.to_thread.run_sync(read_line, process) == "done"
-        await until(lambda: ("nodes", "aa11", 2, "999") in read_rows(database))
-        assert len(results.all) < 100
-
-
 async def test_an_unchanged_file_is_neither_parsed_nor_compared(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,8 +98,7 @@ async def test_an_unchanged_file_is_neither_parsed_nor_compared(
     monkeypatch.setattr(plan, "desired_state", desired_state)
     async with bridge(database, mode="poll", poll_interval="10ms") as results:
         put(document(("aa11", "confirmed")), snapshot_path(database))
-        polls = len(results.states)
-        await until(lambda: len(results.states) > polls + 20, "polls")
+        await results.syncs(20)
         assert (len(parsed), len(results.all)) == (1, 1)
 
 
@@ -254,52 +193,6 @@ async def test_the_lag_of_a_snapshot_that_had_to_wait_is_told(database: Path) ->
 
 
 # ------------------------------------------------------------------------------ as a host sees it
-
-
-async def test_a_hook_may_be_a_coroutine_function(database: Path) -> None:
-    seen: list[str] = []
-
-    async def on_result(result: PersistResult) -> None:
-        await anyio.sleep(0)
-        seen.append(result.outcome)
-
-    async with anyio.create_task_group() as group:
-        settings = Settings(database=database)
-        await group.start(partial(run, settings, on_result=on_result))
-        group.cancel_scope.cancel()
-    assert seen == ["no_snapshot"]
-
-
-async def test_an_error_of_a_hook_reaches_the_host(database: Path) -> None:
-    def on_result(result: PersistResult) -> None:
-        raise ZeroDivisionError(result.outcome)
-
-    with pytest.raises(ZeroDivisionError):
-        await run(Settings(database=database), on_result=on_result)
-
-
-async def test_native_cancellation(database: Path) -> None:
-    results = Results()
-    task = asyncio.ensure_future(run(Settings(database=database), on_result=results))
-    await until(lambda: results.all)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def test_several_bridges_in_one_loop_and_again(tmp_path: Path) -> None:
-    for number in range(3):
-        (tmp_path / str(number)).mkdir()
-        database = make_database(tmp_path / str(number) / "m.db", [("nodes", "aa11", 0, None)])
-        ensure_snapshot_dir(database)  # there are no polls to wait for it
-    for evidence in ("first", "second"):
-        async with contextlib.AsyncExitStack() as stack:
-            for number in range(3):
-                database = tmp_path / str(number) / "m.db"
-                results = await stack.enter_async_context(bridge(database, mode="inotify"))
-                put(document(("aa11", "confirmed", evidence)), snapshot_path(database))
-                await results.count("applied", 1)
-                assert ("nodes", "aa11", 2, evidence) in read_rows(database)
 
 
 async def test_the_working_directory_and_the_environment_do_not_matter(

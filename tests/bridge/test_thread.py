@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
@@ -25,19 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+LOOPS = ["asyncio", "uvloop", "trio"]
 THREAD = "mbcap-watch"
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-        pytest.param(("trio", {}), id="trio"),
-    ]
-)
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    backend: tuple[str, dict[str, Any]] = request.param
-    return backend
 
 
 def threads() -> list[threading.Thread]:
@@ -60,13 +49,6 @@ class Blocked:
 
 
 # ------------------------------------------------------------------------------ one call
-
-
-async def test_a_call_returns_what_the_function_returns() -> None:
-    def function(*args: int, **kwargs: int) -> tuple[tuple[int, ...], dict[str, int]]:
-        return args, kwargs
-
-    assert await in_daemon_thread(function, 1, 2, three=3) == ((1, 2), {"three": 3})
 
 
 @pytest.mark.parametrize(
@@ -139,17 +121,6 @@ async def test_main_runs_in_a_loop_and_a_thread_apart_from_the_host() -> None:
     assert threads() == []
 
 
-async def test_an_error_of_main_arrives_unwrapped() -> None:
-    async def main() -> None:
-        raise ZeroDivisionError
-
-    thread = BridgeThread(main)
-    thread.start()
-    async with thread:
-        with pytest.raises(ZeroDivisionError):
-            await thread.outcome()
-
-
 async def test_leaving_cancels_main_once() -> None:
     seen: list[str] = []
 
@@ -167,23 +138,6 @@ async def test_leaving_cancels_main_once() -> None:
     async with thread:
         await until(lambda: seen)
     assert seen == ["begun", "ended"]
-    assert threads() == []
-
-
-async def test_leaving_at_once_ends_main_before_it_begins_or_just_after() -> None:
-    thread = BridgeThread(anyio.sleep_forever)
-    thread.start()
-    async with thread:
-        pass
-    assert threads() == []
-
-
-async def test_an_error_in_the_context_ends_the_thread() -> None:
-    thread = BridgeThread(anyio.sleep_forever)
-    thread.start()
-    with pytest.raises(LookupError):
-        async with thread:
-            raise LookupError
     assert threads() == []
 
 

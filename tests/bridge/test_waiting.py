@@ -6,27 +6,19 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
-import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
-from mbcap_watch import (
-    Settings,
-    WatchState,
-    ensure_snapshot_dir,
-    persist_once,
-    snapshot_path,
-)
-from mbcap_watch.bridge import service
-from mbcap_watch.watcher import inotify
-from processes import daemon
+from machine import mounted, without_rights
+from mbcap_watch import snapshot_path
+from processes import call_json
 from support import (
     bridge,
     connect,
     document,
+    landed,
     locked,
     make_database,
     open_descriptors,
@@ -39,24 +31,13 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
-ROOT = os.geteuid() == 0
 SWEEP = {"sweep_interval": "50ms", "poll_interval": "20ms"}
 VALUE = ("nodes", "aa11", 2, "new")
 SNAPSHOT = document(("aa11", "confirmed", "new"))
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-async def landed(database: Path) -> None:
-    await until(lambda: VALUE in read_rows(database))
 
 
 # ------------------------------------------------------------------------------ the file
@@ -70,20 +51,7 @@ async def test_a_corrupt_database_is_replaced_by_a_good_one(database: Path) -> N
     async with bridge(database, **SWEEP) as results:
         await results.next("failed")
         os.replace(good, database)
-        await landed(database)
-
-
-async def test_a_backup_moved_into_place_gets_its_values_at_the_next_sweep(database: Path) -> None:
-    """Without a new snapshot, and long before the resync: another file is another state."""
-    backup = database.with_name("backup.db")
-    shutil.copy(database, backup)
-    put(SNAPSHOT, snapshot_path(database))
-    async with bridge(database, **SWEEP) as results:
-        await landed(database)
-        os.replace(backup, database)
-        await results.count("applied", 2)
-        assert VALUE in read_rows(database)
-        assert results.state.sweep_hits == 0, "the watch missed nothing"
+        await landed(database, "new")
 
 
 async def test_a_database_that_is_replaced_is_compared_at_the_next_sweep(database: Path) -> None:
@@ -92,11 +60,10 @@ async def test_a_database_that_is_replaced_is_compared_at_the_next_sweep(databas
     shutil.copy(database, backup)
     put(SNAPSHOT, snapshot_path(database))
     async with bridge(database, **SWEEP) as results:
-        await landed(database)
+        await landed(database, "new")
         trusted = snapshot_path(database).stat().st_ctime + 1
         await until(lambda: (results.state.last_sync or 0) > trusted)
-        known = len(results.states)
-        await until(lambda: len(results.states) > known + 2, "sweeps that do not read the snapshot")
+        await results.syncs(2)  # which do not read the snapshot
         gone = database.with_name("gone.db")
         os.replace(database, gone)
         await results.next("database_missing")
@@ -104,47 +71,33 @@ async def test_a_database_that_is_replaced_is_compared_at_the_next_sweep(databas
         await results.count("applied", 2)
     assert set(results.outcomes) == {"applied", "database_missing"}
     assert {result.entries for result in results.all} == {1}
-
-
-async def test_a_backup_copied_over_the_file_gets_its_values_at_the_resync(database: Path) -> None:
-    backup = database.with_name("backup.db")
-    shutil.copy(database, backup)
-    put(SNAPSHOT, snapshot_path(database))
-    async with bridge(database, resync="200ms") as results:
-        await landed(database)
-        shutil.copyfile(backup, database)
-        await results.count("applied", 2)
-        assert VALUE in read_rows(database)
+    assert results.state.sweep_hits == 0, "the watch missed nothing"
 
 
 async def test_the_database_goes_and_comes_back(database: Path) -> None:
     put(SNAPSHOT, snapshot_path(database))
     async with bridge(database, **SWEEP) as results:
-        await landed(database)
+        await landed(database, "new")
         gone = database.with_name("gone.db")
         os.replace(database, gone)
         await results.next("database_missing")
         with connect(gone) as connection:
             connection.execute("UPDATE nodes SET multibyte_sup = 0")
         os.replace(gone, database)
-        await landed(database)
+        await landed(database, "new")
 
 
 # ------------------------------------------------------------------------------ the filesystem
 
 
-@contextlib.contextmanager
-def small_disk(directory: Path) -> Iterator[None]:
-    directory.mkdir()
-    if not ROOT:
-        pytest.skip("needs root to mount")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(directory)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("cannot mount here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", directory], check=True)
+def small_disk(directory: Path) -> contextlib.AbstractContextManager[None]:
+    return mounted(directory, "-t", "tmpfs", "-o", "size=512k", "none")
+
+
+def fill(filler: Path) -> None:
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
 
 
 READER = """
@@ -166,17 +119,14 @@ async def test_a_full_disk(tmp_path: Path) -> None:
             # Another process keeps the WAL and its index in place, as the ingestor does.
             with other_process(READER, str(database)) as reader:
                 assert read_line(reader) == "ready"
-                with contextlib.suppress(OSError), open(filler, "wb") as file:
-                    while True:
-                        file.write(b"x" * 4096)
-                        file.flush()
+                fill(filler)
                 put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
                 failed = await results.next("failed")
                 assert "disk is full" in str(failed.error)
                 assert failed.cause == "disk_full"
                 await results.count("failed", 3)
                 filler.unlink()
-                await landed(database)
+                await landed(database, "new")
 
 
 @pytest.mark.system
@@ -186,16 +136,14 @@ async def test_a_disk_too_full_for_the_index_of_the_wal(tmp_path: Path) -> None:
     with small_disk(disk):
         database = make_database(disk / "m.db", [("nodes", "aa11", 0, None)])
         filler = disk / "filler"
-        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
-            while True:
-                file.write(b"x" * 4096)
+        fill(filler)
         put(SNAPSHOT, tmp_path / "snapshots" / "snapshot.json")
         async with bridge(database, snapshot_dir=tmp_path / "snapshots", **SWEEP) as results:
             failed = await results.next("failed")
             assert "disk is full" in str(failed.error)
             assert failed.cause == "disk_full"
             filler.unlink()
-            await landed(database)
+            await landed(database, "new")
 
 
 @pytest.mark.system
@@ -210,31 +158,23 @@ async def test_a_read_only_filesystem(tmp_path: Path) -> None:
             assert "mounted read-only" in str(failed.error)
             assert failed.cause == "read_only"
             subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-            await landed(database)
+            await landed(database, "new")
 
 
 @pytest.mark.system
 async def test_no_permission_on_the_wal(database: Path) -> None:
-    without_rights: list[str] = []
-    if ROOT:
-        without_rights = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-        without_rights += ["--inh-caps=-all", "--"]
-        if subprocess.run([*without_rights, "true"], check=False, capture_output=True).returncode:
-            pytest.skip("cannot drop capabilities here")
-    command = [*without_rights, sys.executable, "-m", "mbcap_watch", "apply", "--json"]
-    command += ["--database", str(database)]
+    apply = partial(call_json, "apply", "--database", database, prefix=without_rights())
     put(SNAPSHOT, snapshot_path(database))
     with connect(database) as other:
         other.execute("SELECT * FROM nodes").fetchall()
         for name in ("-wal", "-shm"):
             path = database.with_name(database.name + name)
             path.chmod(0)
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 1, done
-            assert f"may not write {path} (user" in done.stdout
+            code, result = apply()
+            assert (code, f"may not write {path} (user" in result["error"]) == (1, True), result
             path.chmod(0o644)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, '"outcome":"applied"' in done.stdout) == (0, True), done
+        code, result = apply()
+        assert (code, result["outcome"]) == (0, "applied"), result
 
 
 # ------------------------------------------------------------------------------ the neighbours
@@ -253,69 +193,15 @@ async def test_an_idle_bridge_is_in_nobodys_way(database: Path) -> None:
             other.execute("COMMIT")
 
 
-GREEDY = """
-    import sqlite3, sys, time
-    connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=5)
-    print("ready", flush=True)
-    for number in range(8):
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("UPDATE nodes SET name = ?", (number,))
-        time.sleep(0.4)  # how long it holds the lock
-        connection.execute("COMMIT")
-        time.sleep(0.02)  # and lets it go
-    connection.close()
-    print("done", flush=True)
-"""
-
-
-async def test_a_neighbour_that_hardly_lets_go(tmp_path: Path) -> None:
-    """It holds the lock for 95 % of the time; all rows get through, and it is never refused."""
-    keys = [f"{number:064x}" for number in range(3000)]
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
-    put(document(*((key, "confirmed", "new") for key in keys)), snapshot_path(database))
-    with other_process(GREEDY, str(database)) as neighbour:
-        assert read_line(neighbour) == "ready"
-        result = await persist_once(Settings(database=database))
-        assert read_line(neighbour) == "done"
-
-    assert (result.outcome, result.changed_active, result.error) == ("applied", len(keys), None)
-    assert {row[2:] for row in read_rows(database)} == {(2, "new")}
-
-
-async def test_a_newer_snapshot_wins_in_the_middle_of_an_apply(tmp_path: Path) -> None:
-    keys = [f"{number:064x}" for number in range(2000)]
-    database = make_database(tmp_path / "m.db", [("nodes", key, 0, None) for key in keys])
-    ensure_snapshot_dir(database)  # there are no polls to wait for it
-    async with bridge(database) as results:
-        with other_process(GREEDY, str(database)) as neighbour:
-            assert read_line(neighbour) == "ready"
-            for evidence in ("first", "second", "third"):
-                entries = [(key, "confirmed", evidence) for key in keys]
-                put(document(*entries), snapshot_path(database))
-            await until(lambda: {row[3] for row in read_rows(database)} == {"third"})
-        assert "busy" not in results.outcomes
-
-
 async def test_a_poll_that_is_quicker_than_the_pause_does_not_push_the_retry_away(
     database: Path,
 ) -> None:
     async with bridge(database, mode="poll", poll_interval="10ms") as results:
         with locked(database) as release:
             put(SNAPSHOT, snapshot_path(database))
-            await until(lambda: len(results.states) > 60)
+            await results.syncs(60)
             release()
-        await landed(database)
-
-
-@pytest.mark.system
-def test_waiting_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
-    database = tmp_path / "m.db"
-    put(SNAPSHOT, snapshot_path(database))
-    with daemon(database, "--sweep-interval=50ms") as process:
-        wait_until(lambda: "database_missing" in process.said, "the state")
-        make_database(database, [("nodes", "aa11", 0, None)])
-        wait_until(lambda: "applied" in process.said, "its end")
-    assert process.said.count("database_missing") == 1
+        await landed(database, "new")
 
 
 # ------------------------------------------------------------------------------ retries alone
@@ -392,40 +278,3 @@ def test_a_running_daemon_is_short_of_descriptors(tmp_path: Path, spare: int) ->
                 put(SNAPSHOT, snapshot_path(database))
         wait_until(lambda: VALUE in read_rows(database))
         assert process.poll() is None
-
-
-def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """watchdog's constructor would leave an inotify instance and a pipe behind at every attempt."""
-    before = open_descriptors()
-
-    def start(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
-        for _ in range(5):
-            with pytest.raises(OSError, match="thread"):
-                inotify.InotifyWatch(tmp_path, lambda: None)
-    assert open_descriptors() == before
-
-
-async def test_a_long_sync_is_not_a_stuck_filesystem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "STUCK_SECONDS", 0.2)
-    life = service.Border(lambda _: None)
-
-    def stuck_since() -> float | None:
-        return life.state.stuck_since
-
-    assert not await life.wait(), "nobody has told anything"
-    assert (life.takes_long, stuck_since()) == (False, None), "no sync is under way"
-    life.alive()
-    while not life.takes_long:
-        await anyio.sleep(0)
-        life.alive()
-    assert stuck_since() is None, "it gets on"
-    life.alive()
-    assert life.state.last_progress is not None
-    await until(lambda: stuck_since() is not None)
-    assert stuck_since() == stuck_since(), "it is the same call all the time"
-    life.tell(WatchState(last_sync=1.0), None)
-    assert (stuck_since(), life.takes_long) == (None, False)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from campaigns.campaign import Campaign
-from processes import MBCAP_WATCH, daemon, neighbour, running
+from processes import call, daemon, neighbour, running
 from support import connect, document, make_database, put
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
         assert writer.end() == 0, writer.said
         # The other bridge may have written last. Then the daemon has yet to find nothing to do.
         deadline = time.monotonic() + PATIENCE
-        while (status := ask(database)).returncode:
+        while (status := call("status", "--json", f"--database={database}")).returncode:
             assert time.monotonic() < deadline, status
         assert json.loads(status.stdout)["stats"]["watch"]["reports_dropped"] == 0
         assert host.end() == 0, host.said
@@ -118,11 +117,6 @@ def play(base: Path, number: int, wanted: int) -> Counter[str]:
         tally[f"syncs beside {kind.name}"] += outcomes["applied"] + outcomes["unchanged"]
         tally["told of as busy"] += outcomes["busy"]
     return tally
-
-
-def ask(database: Path) -> subprocess.CompletedProcess[bytes]:
-    asked = [*MBCAP_WATCH, "status", "--json", f"--database={database}"]
-    return subprocess.run(asked, capture_output=True, check=False)
 
 
 def publish(directory: Path, burst: str, dice: random.Random) -> list[tuple[int, str]]:

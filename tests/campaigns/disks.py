@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from functools import partial
 from typing import TYPE_CHECKING, Self
 
-import pytest
-
+from machine import mounted
 from support import wait_until
 
 if TYPE_CHECKING:
@@ -27,16 +25,10 @@ class Disk:
     @contextlib.contextmanager
     def mounted(cls, base: Path) -> Iterator[Self]:
         disk = cls(base)
-        with contextlib.ExitStack() as stack:
-            for what, where in (
-                (["-t", "tmpfs", "-o", "size=4m,mode=755", "none"], disk.far),
-                (["--bind", f"{disk.far}"], disk.near),
-            ):
-                where.mkdir()
-                done = subprocess.run(["mount", *what, where], capture_output=True, check=False)
-                if done.returncode:
-                    pytest.skip(f"nothing can be mounted here: {done.stderr!r}")
-                stack.callback(partial(subprocess.run, ["umount", "-l", f"{where}"], check=True))
+        with (
+            mounted(disk.far, "-t", "tmpfs", "-o", "size=4m,mode=755", "none"),
+            mounted(disk.near, "--bind", f"{disk.far}"),
+        ):
             yield disk
 
     def fault(self, kind: str, left: int) -> tuple[Callable[[], object], Callable[[], object]]:

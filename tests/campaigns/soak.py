@@ -28,15 +28,7 @@ from campaigns.campaign import Campaign
 from campaigns.measured import Measured
 from campaigns.oracle import Oracle
 from processes import MBCAP_WATCH, Process
-from support import (
-    DEADLINE,
-    connect,
-    document,
-    has_open,
-    make_database,
-    put,
-    wait_until,
-)
+from support import DEADLINE, connect, document, has_open, make_database, put, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -196,6 +196,8 @@ def test_the_environment_may_name_the_file(file: Path, tmp_path: Path) -> None:
         (b'mode = "p', "is not valid TOML"),
         (b'mode = "\xff"', "is not valid TOML"),
         (b"\xef\xbb\xbfmode = 'poll'", "is not valid TOML"),
+        (b"mode = " + b"[" * 5000, "is not valid TOML"),
+        (b"batch_rows = " + b"9" * 5000, "is not valid TOML"),
     ],
 )
 def test_a_broken_file_is_named(file: Path, content: bytes, problem: str) -> None:

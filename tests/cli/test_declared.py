@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tomllib
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import pytest
 from docs import generate
@@ -16,30 +14,15 @@ from docs import generate
 import mbcap_watch
 from mbcap_watch.cli import config
 from mbcap_watch.errors import SettingsError
-from processes import daemon
+from processes import call, call_json, daemon
 from support import TESTS, make_database, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
+    from processes import Call
+
 ROOT = TESTS.parent
-
-
-def call(
-    *arguments: object, env: dict[str, str] | None = None, code: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line, with some code before it."""
-    script = f"{code}\nfrom mbcap_watch.cli.app import main\nmain()"
-    ours = {name: each for name, each in os.environ.items() if not name.startswith("MBCAP_WATCH_")}
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        env=ours | {"COLUMNS": "80"} | (env or {}),
-        timeout=60,
-        check=False,
-        text=True,
-    )
 
 
 # ------------------------------------------------------------------------------ one declaration
@@ -89,16 +72,8 @@ def test_a_new_setting_is_written_in_one_place(
         ((), {"MBCAP_WATCH_DEPTH": "1"}, "MBCAP_WATCH_DEPTH"),
         (("--depth", *["3"] * ("Rows" in declaration)), {}, "--depth"),
     ):
-        done = call("config", "--json", *arguments, env=env | variables)
-        assert json.loads(done.stdout)["depth"]["origin"] == origin, done.stderr
-
-
-def test_the_toml_page_shows_each_default() -> None:
-    text = generate.toml()
-    shown = tomllib.loads(
-        text.replace("\n#", "\n").partition("or bytes.\n")[2].replace("\n ", "\n#")
-    )
-    assert list(shown) == list(config.DECLARED)
+        _, shown = call_json("config", *arguments, env=env | variables)
+        assert shown["depth"]["origin"] == origin
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -132,26 +107,32 @@ BAD: list[tuple[list[str], dict[str, str], str, str]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arguments, env, toml, named", BAD)
 def test_bad_input_is_one_line_in_the_users_words(
-    tmp_path: Path, arguments: list[str], env: dict[str, str], toml: str, named: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call_here: Call,
+    arguments: list[str],
+    env: dict[str, str],
+    toml: str,
+    named: str,
 ) -> None:
     file = tmp_path / "c.toml"
     file.write_text(toml)
-    done = call(*arguments, env=env | ({"MBCAP_WATCH_CONFIG": str(file)} if toml else {}))
-    assert done.returncode == 2
-    assert done.stdout == ""
+    for name, value in (env | ({"MBCAP_WATCH_CONFIG": str(file)} if toml else {})).items():
+        monkeypatch.setenv(name, value)
+    done = call_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("mbcap-watch: ")
     assert len(line) < 500
     assert named.replace("TOML:", f"{file}:", 1) in line
 
 
-def test_no_command_is_told_of_all() -> None:
-    done = call()
+def test_no_command_is_told_of_all(call_here: Call) -> None:
+    done = call_here()
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == call("--help").stdout
+    assert done.stderr == call_here("--help").stdout
 
 
 # ------------------------------------------------------------------------------ the usual file
@@ -191,52 +172,38 @@ def test_status_finds_a_daemon_of_the_usual_file(tmp_path: Path, database: Path)
     usual.write_text(f"database = '{database}'\n")
     code = f"import mbcap_watch.cli.config as c; c.CONFIG_FILE = '{usual}'"
     with daemon(database):
-        done = call("status", "--json", code=code)
-    assert (done.returncode, json.loads(done.stdout)["state"]) == (0, "running"), done.stdout
+        exit_code, told = call_json("status", code=code)
+    assert (exit_code, told["state"]) == (0, "running")
 
 
 # ------------------------------------------------------------------------------ several daemons
 
 
-Ask: TypeAlias = "Callable[..., tuple[int, dict[str, str | None]]]"
-
-
-@pytest.fixture
-def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Ask `status` with these options alone, on a machine whose only daemons are the test's."""
+def test_status_shows_the_one_for_the_settings_else_the_only_one_else_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose only daemons are the test's."""
     monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
     code = f"""if True:
         import pathlib, mbcap_watch.telemetry.ask as a
         a.places = lambda *_: [pathlib.Path({str(tmp_path / "mbcap-watch")!r})]
     """
 
-    def ask(*arguments: object) -> tuple[int, dict[str, str | None]]:
-        done = call("status", "--json", *arguments, code=code)
-        said = json.loads(done.stdout)
-        return done.returncode, {
-            "database": said["stats"] and said["stats"]["database"],
-            "state": said["state"],
-            "listed": str(said["problems"] + said["warnings"]),
-        }
+    def ask(*arguments: object) -> tuple[int, str | None, str, str]:
+        exit_code, said = call_json("status", *arguments, code=code)
+        database = said["stats"] and said["stats"]["database"]
+        return exit_code, database, said["state"], str(said["problems"] + said["warnings"])
 
-    return ask
-
-
-def test_status_shows_the_one_for_the_settings_else_the_only_one_else_the_list(
-    tmp_path: Path, ask: Ask
-) -> None:
     one, two = tmp_path / "one.db", tmp_path / "two.db"
     for each in (one, two):
         make_database(each)
     with daemon(one):
-        code, said = ask()
-        assert (code, said["database"], said["state"]) == (0, str(one), "running")
-        code, said = ask("--database", two)  # that one was asked for, and does not run
-        assert (code, said["database"], said["state"]) == (1, None, "not running")
+        assert ask()[:3] == (0, str(one), "running")
+        # That one was asked for, and does not run.
+        assert ask("--database", two)[:3] == (1, None, "not running")
         with daemon(two, "--snapshot-dir", str(tmp_path / "other")):
-            code, said = ask()
-            assert (code, said["database"], said["state"]) == (1, None, "not running")
-            assert str(one) in str(said["listed"])
-            assert str(two) in str(said["listed"])
-            assert ask("--database", one)[1]["database"] == str(one)
-        wait_until(lambda: ask()[1]["database"] == str(one), "the only one again")
+            *said, listed = ask()
+            assert said == [1, None, "not running"]
+            assert (str(one) in listed, str(two) in listed) == (True, True)
+            assert ask("--database", one)[1] == str(one)
+        wait_until(lambda: ask()[1] == str(one), "the only one again")

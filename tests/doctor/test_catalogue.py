@@ -169,8 +169,7 @@ def test_commands_name_the_settings_that_were_given() -> None:
 
 
 @pytest.mark.parametrize(
-    "path, quoted",
-    [("/a/b", "/a/b"), ("/a b", "'/a b'"), ("/$it's", "'/$it'\"'\"'s'")],
+    "path, quoted", [("/a/b", "/a/b"), ("/a b", "'/a b'"), ("/$it's", "'/$it'\"'\"'s'")]
 )
 def test_paths_are_quoted_only_where_they_must_be(path: str, quoted: str) -> None:
     assert quote(path) == quoted

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from rich.console import Console
 
+from fuse import fuse
+from machine import NOBODY, ROOT, as_nobody, unshared
 from mbcap_watch import Settings
 from mbcap_watch.cli import output
 from mbcap_watch.doctor import check, database, machine, snapshot
@@ -28,33 +30,15 @@ from mbcap_watch.snapshot import timestamp
 from mbcap_watch.store import steps
 from mbcap_watch.store.native import HAS_RESET_BUG
 from mbcap_watch.watcher.mounts import Mount
-from support import (
-    TESTS,
-    connect,
-    document,
-    locked,
-    make_database,
-    other_process,
-    put,
-    read_line,
-    wait_until,
-)
+from processes import call, call_json
+from support import IN_USE, connect, document, in_use, locked, make_database, put, run_sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 pytestmark = pytest.mark.anyio
 
-ROOT = os.geteuid() == 0
-NOBODY = 65534
-INGESTOR = """
-    import sqlite3, sys
-    connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-    connection.execute("UPDATE nodes SET name = 'written'")
-    print("open", flush=True)
-    sys.stdin.readline()
-"""
-READER = INGESTOR.replace("print", "connection.execute('BEGIN'); _ = connection.execute('SELECT"
+READER = IN_USE.replace("print", "connection.execute('BEGIN'); _ = connection.execute('SELECT"
                           " * FROM nodes').fetchall(); print")  # fmt: skip
 
 
@@ -116,19 +100,11 @@ def shown(findings: Sequence[Finding], encoding: str = "utf-8") -> str:
     return file.getvalue()
 
 
-@contextlib.contextmanager
-def ingestor(database: Path, script: str = INGESTOR) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has the database open for writing, and has written."""
-    with other_process(script, str(database)) as process:
-        assert read_line(process) == "open"
-        yield process
-
-
 # ------------------------------------------------------------------------------ all is well
 
 
 async def test_a_sound_installation(installation: Path) -> None:
-    with ingestor(installation) as process:
+    with in_use(installation) as process:
         report = await report_on(installation)
     assert not report.worse, shown(report)
     assert "2 rows would change; of 2 keys 0 are in no table" in report("preview", "ok")
@@ -143,7 +119,7 @@ async def test_nothing_is_changed(tmp_path: Path, state: str) -> None:
     mode = "delete" if state == "rollback" else "wal"
     database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)], journal_mode=mode)
     publish(database, ("aa11", "confirmed"))
-    with ingestor(database) if state != "closed" else contextlib.nullcontext() as process:
+    with in_use(database) if state != "closed" else contextlib.nullcontext() as process:
         if process is not None and state == "crashed":
             process.kill()
             process.wait()
@@ -170,12 +146,7 @@ def everything_in(directory: Path) -> dict[str, object]:
 
 
 def sql(*statements: str) -> Callable[[Path], None]:
-    def run(database: Path) -> None:
-        with connect(database) as connection:
-            for statement in statements:
-                connection.execute(statement)
-
-    return run
+    return lambda database: run_sql(database, *statements)
 
 
 DROP = "ALTER TABLE {} DROP COLUMN multibyte_evidence"
@@ -313,9 +284,7 @@ async def test_a_lock_that_nobody_lets_go(tmp_path: Path, mode: str) -> None:
 
 async def test_a_database_that_is_locked_against_readers(tmp_path: Path) -> None:
     database = make_database(tmp_path / "m.db", journal_mode="delete")
-    with ingestor(
-        database, INGESTOR.replace("UPDATE nodes SET name = 'written'", "BEGIN EXCLUSIVE")
-    ):
+    with in_use(database, IN_USE.replace("UPDATE nodes SET name = 'written'", "BEGIN EXCLUSIVE")):
         report = await report_on(database)
     assert "by pid" in report("lock", "problem")
     assert ("tables", "problem") not in report.worse  # one problem, once
@@ -325,17 +294,17 @@ async def test_a_database_that_is_locked_against_readers(tmp_path: Path) -> None
 async def test_a_database_that_a_process_has_for_itself(installation: Path, written: bool) -> None:
     """In WAL mode, `locking_mode=EXCLUSIVE` needs no -shm; nothing was left behind by a crash."""
     first = "connection.execute('PRAGMA locking_mode = EXCLUSIVE'); connection.execute("
-    script = INGESTOR.replace("connection.execute(", first, 1)
+    script = IN_USE.replace("connection.execute(", first, 1)
     if not written:
         script = script.replace("UPDATE nodes SET name = 'written'", "BEGIN IMMEDIATE")
-    with ingestor(installation, script) as process:
+    with in_use(installation, script) as process:
         report = await report_on(installation, wal_grace=0)
     assert f"by pid {process.pid}" in report("lock", "problem")
     assert not {subject for subject, _ in report.worse} - {"lock"}, shown(report)
 
 
 async def test_a_reader_that_keeps_the_wal_growing(installation: Path) -> None:
-    with ingestor(installation, READER) as process:
+    with in_use(installation, READER) as process:
         os.truncate(f"{installation}-wal", 65 << 20)
         said = (await report_on(installation))("wal", "warning")
     assert "has grown to 65 MiB" in said
@@ -370,7 +339,7 @@ async def test_an_sqlite_with_the_wal_reset_bug(installation: Path) -> None:
 
 async def test_a_database_replaced_under_the_ingestor(installation: Path, tmp_path: Path) -> None:
     backup = make_database(tmp_path / "backup.db", [("nodes", "aa11", 0, None)])
-    with ingestor(installation) as process:
+    with in_use(installation) as process:
         os.replace(backup, installation)
         said = (await report_on(installation))("open by", "problem")
     assert str(process.pid) in said
@@ -531,15 +500,6 @@ def test_an_owner_who_may_not_write_the_directory(shared: Path) -> None:
     assert said.endswith(f"chmod u+rwX {shared} {shared.parent}")
 
 
-def as_nobody() -> list[str]:
-    """Return what runs a command as another user."""
-    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
-    tried = [*runs, sys.executable, "-c", "import mbcap_watch"]
-    if subprocess.run(tried, check=False, capture_output=True).returncode:
-        pytest.skip("the interpreter is out of the other user's reach")
-    return runs
-
-
 def test_a_service_that_may_less_than_this_check(shared: Path) -> None:
     """From here all looks well."""
     runs = as_nobody()
@@ -583,7 +543,7 @@ def test_what_the_mode_would_allow(shared: Path) -> None:
 
 def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
     os.chown(shared, 12345, 12345)
-    with ingestor(shared):
+    with in_use(shared):
         os.chown(f"{shared}-shm", NOBODY, NOBODY)
         os.chmod(f"{shared}-shm", 0o644)
         report = check_as(shared)
@@ -592,7 +552,7 @@ def test_files_that_lock_the_ingestor_out(shared: Path) -> None:
 
 def test_two_files_are_one_problem(shared: Path) -> None:
     os.chown(shared, 12345, 12345)
-    with ingestor(shared):
+    with in_use(shared):
         for side in ("-wal", "-shm"):
             os.chown(f"{shared}{side}", 0, 0)
             os.chmod(f"{shared}{side}", 0o600)
@@ -616,18 +576,8 @@ def test_a_daemon_of_another_user(shared: Path) -> None:
 # ------------------------------------------------------------------------------ filesystems
 
 
-def namespaces(script: str, *options: str) -> list[str]:
-    """Return what runs a command on a changed machine: in namespaces that end with it."""
-    unshare = ["unshare", *(options or ("-m",))]
-    if not ROOT or shutil.which("unshare") is None:
-        pytest.skip("mounting takes root and unshare(1)")
-    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no namespaces here")
-    return [*unshare, "sh", "-ec", f'{script}; exec "$@"', "sh"]
-
-
 def check_with(database: Path, script: str, *options: str) -> Report:
-    return check_as(database, inside=namespaces(script, *options))
+    return check_as(database, inside=unshared(script, *options))
 
 
 def test_a_full_disk(installation: Path) -> None:
@@ -679,7 +629,7 @@ async def test_a_daemon_whose_unit_keeps_it_away(
     installation: Path, mounts: str, code: str
 ) -> None:
     """From here all looks well; the daemon itself knows better."""
-    inside = namespaces(mounts.format(installation.parent))
+    inside = unshared(mounts.format(installation.parent))
     with daemon("--database", installation, inside=inside):
         said = await service(installation, "running: ", "problem")
         report = await check.examine(Settings(installation), os.environ)
@@ -700,26 +650,10 @@ def test_no_inotify_instance_left(installation: Path) -> None:
     assert "user.max_inotify_instances" in said
 
 
-@contextlib.contextmanager
-def bindfs(far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
-    if shutil.which("bindfs") is None or not os.access("/dev/fuse", os.W_OK):
-        pytest.skip("needs bindfs and /dev/fuse")
-    near.mkdir()
-    with subprocess.Popen(["bindfs", "-f", str(far), str(near)]) as process:
-        try:
-            wait_until(lambda: os.path.ismount(near) or process.poll() is not None, "the mount")
-            if not os.path.ismount(near):
-                pytest.skip("cannot mount FUSE filesystems here")
-            yield process
-        finally:
-            process.send_signal(signal.SIGCONT)
-            subprocess.run(["umount", "-l", near], check=False)
-            process.terminate()
-
-
 async def test_fuse(installation: Path, tmp_path: Path) -> None:
     near = tmp_path / "near"
-    with bindfs(installation.parent, near):
+    near.mkdir()
+    with fuse("bindfs", installation.parent, near):
         report = await report_on(near / installation.name)
         assert "fuse" in report("filesystem", "warning")
         assert "inotify does not see every change" in report("watch", "ok")
@@ -735,7 +669,8 @@ async def test_a_mount_that_does_not_answer(
 ) -> None:
     monkeypatch.setattr(check, "DATA_SECONDS", 1.0)
     near = tmp_path / "near"
-    with bindfs(snapshot_of(installation).parent, near) as process:
+    near.mkdir()
+    with fuse("bindfs", snapshot_of(installation).parent, near) as process:
         process.send_signal(signal.SIGSTOP)
         # If it hangs, this test shall fail and not hang.
         rescue = threading.Timer(8, process.send_signal, [signal.SIGCONT])
@@ -772,16 +707,16 @@ def test_a_directory_that_was_deleted_behind_its_mount(tmp_path: Path, gone: str
 
 def test_a_snapshot_directory_that_is_set_to_the_file(installation: Path) -> None:
     path = snapshot_of(installation)
-    done = cli("check", "--database", installation, "--snapshot-dir", path, "--json")
-    [said] = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "problem"]
+    _, told = call_json("check", "--database", installation, "--snapshot-dir", path)
+    [said] = [each for each in told["findings"] if each["severity"] == "problem"]
     assert said["code"] == "snapshot_dir_is_file"
     assert said["remedy"].endswith(f": {path.parent}")
     assert "rm" not in said["remedy"]
 
 
 def test_a_machine_without_proc(installation: Path) -> None:
-    for in_use in (False, True):
-        with ingestor(installation) if in_use else contextlib.nullcontext():
+    for used in (False, True):
+        with in_use(installation) if used else contextlib.nullcontext():
             report = check_with(installation, "mount -t tmpfs none /proc")
         assert "/proc is not mounted" in report("check", "problem")
         assert report.worse == {("check", "problem")}, shown(report)
@@ -918,24 +853,12 @@ def test_quantities() -> None:
     assert sizes == ["0 bytes", "2 KiB", "5 MiB", "3.0 GiB"]
 
 
-def cli(*arguments: object, before: Sequence[str] = (), **options: Any) -> Any:
-    command = [*before, sys.executable, "-m", "mbcap_watch", *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.run(command, check=False, cwd=TESTS, **options)
-
-
 def test_the_command(installation: Path) -> None:
-    done = cli("check", "--database", installation)
+    done = call("check", "--database", installation)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.decode().startswith(f"ok      database      {installation}, ")
-    with open("/dev/full", "w") as full:
-        done = cli("check", "--database", "/no.db", stdout=full)
-    assert done.returncode == 1
-    assert b"Traceback" not in done.stderr
-    done = cli("check", "--database", "/no/such.db", "--json")
-    assert done.returncode == 1
-    body = json.loads(done.stdout)
-    assert body["ok"] is False
+    assert done.stdout.startswith(f"ok      database      {installation}, ")
+    code, body = call_json("check", "--database", "/no/such.db")
+    assert (code, body["ok"]) == (1, False)
     assert set(body["findings"][0]) == {"code", "severity", "subject", "text", "remedy"}
 
 
@@ -944,16 +867,16 @@ def test_remedies_repeat_the_settings_that_were_given(shared: Path) -> None:
     config.write_text(f'database = "{shared}"')
     with daemon("--config", config, "--database", shared) as pid:
         other = as_nobody()
-        done = cli("check", "--config", config, "--json", before=other)
-        told = {each["code"]: each["remedy"] for each in json.loads(done.stdout)["findings"]}
+        _, said = call_json("check", "--config", config, prefix=other)
+        told = {each["code"]: each["remedy"] for each in said["findings"]}
         assert told["other_user"].endswith(f" --config '{config}'")
-        done = cli("status", "--config", config, "--json", before=other)
-        [told] = json.loads(done.stdout)["problems"]
+        _, said = call_json("status", "--config", config, prefix=other)
+        [told] = said["problems"]
         assert told["code"] == "not_asked"
         assert f" --snapshot-dir {snapshot_of(shared).parent}" in told["remedy"]
         assert told["remedy"].endswith(f" --config '{config}'")
         os.kill(pid, signal.SIGSTOP)
-        done = cli("check", "--config", config, "--json")
+        _, said = call_json("check", "--config", config)
         os.kill(pid, signal.SIGCONT)
-    problems = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "problem"]
+    problems = [each for each in said["findings"] if each["severity"] == "problem"]
     assert [each["code"] for each in problems] == ["paused"]  # once

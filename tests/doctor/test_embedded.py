@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import processes
 from mbcap_watch import snapshot_path
+from processes import call, call_json, daemon
 from support import DEADLINE, document, put, read_line, wait_until
 
 if TYPE_CHECKING:
@@ -112,19 +111,13 @@ def tell(process: subprocess.Popen[str], code: str) -> None:
     process.stdin.flush()
 
 
-def ask(database: Path, command: str, *options: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [*processes.MBCAP_WATCH, command, "--database", str(database), *options],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout
-
-
 def status(database: Path) -> tuple[int, dict[str, Any]]:
-    code, said = ask(database, "status", "--json")
-    return code, json.loads(said)
+    return call_json("status", "--database", database)
+
+
+def check(database: Path) -> list[dict[str, str]]:
+    findings: list[dict[str, str]] = call_json("check", "--database", database)[1]["findings"]
+    return findings
 
 
 def codes(told: dict[str, Any]) -> list[str]:
@@ -157,8 +150,8 @@ def test_it_is_seen_as_a_daemon_is(database: Path, runtime: Path, way: str) -> N
         name = f"{process.pid} (user {os.geteuid()}), embedded in {program[:10]}"
         if way == "run":
             for command in ("status", "top"):
-                assert name in " ".join(ask(database, command)[1].split())
-            findings = json.loads(ask(database, "check", "--json")[1])["findings"]
+                assert name in " ".join(call(command, "--database", database).stdout.split())
+            findings = check(database)
             [service] = [each for each in findings if each["subject"] == "service"]
             assert (service["severity"], name in service["text"]) == ("ok", True)
             [daemons] = [each for each in findings if each["subject"] == "daemons"]
@@ -171,23 +164,22 @@ def test_it_is_seen_as_a_daemon_is(database: Path, runtime: Path, way: str) -> N
 
 
 def test_a_daemon_and_an_embedded_one_do_the_same_work_twice(database: Path) -> None:
-    with host(database) as process, processes.daemon(database) as daemon:
+    with host(database) as process, daemon(database) as beside:
         wait_until(lambda: "several_bridges" in codes(status(database)[1]))
         code, told = status(database)
         said = text(told, "several_bridges")
         assert (code, said.startswith("2 bridges serve this database")) == (0, True)
-        assert f"{daemon.popen.pid} (user " in said
+        assert f"{beside.popen.pid} (user " in said
         assert f"{process.pid} (user {os.geteuid()}), embedded in " in said
-        findings = json.loads(ask(database, "check", "--json")[1])["findings"]
-        [several] = [each for each in findings if each["code"] == "several_bridges"]
+        [several] = [each for each in check(database) if each["code"] == "several_bridges"]
         assert (several["severity"], several["text"].startswith("2 bridges")) == ("warning", True)
-        for each in (process, daemon.popen):
+        for each in (process, beside.popen):
             assert f"pid {each.pid} (user " in several["text"]
         tell(process, "time.sleep(3600)")  # the healthy one is the one that counts
         silent = f"pid {process.pid} (user {os.geteuid()}): stuck"
         wait_until(lambda: silent in text(status(database)[1], "several_bridges"))
         code, told = status(database)
-        assert (code, told["stats"]["pid"]) == (0, daemon.popen.pid)
+        assert (code, told["stats"]["pid"]) == (0, beside.popen.pid)
 
 
 def test_two_in_one_process_have_a_socket_each(database: Path, runtime: Path) -> None:

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import socket
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import processes
 from mbcap_watch import snapshot_path
 from mbcap_watch.snapshot import timestamp
-from support import connect, document, put, wait_until
+from processes import call_json, daemon
+from support import document, put, run_sql, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 
-@contextlib.contextmanager
-def daemon(database: Path, *options: str) -> Iterator[None]:
-    """Run a bridge, and wait for its first sync."""
-    with processes.daemon(database, "--sweep-interval=100ms", *options):
-        wait_until(lambda: ask(database, "status")["ages"].get("last_sync") is not None)
-        yield
-
-
 def ask(database: Path, command: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [*processes.MBCAP_WATCH, command, "--json", "--database", str(database)],
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    answer: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == (0 if answer.get("healthy", answer.get("ok")) else 1)
+    answer: dict[str, Any]
+    code, answer = call_json(command, "--database", database)
+    assert code == (0 if answer.get("healthy", answer.get("ok")) else 1)
     return answer
 
 
 def by_status(database: Path) -> tuple[set[str], set[str]]:
-    """Return the codes of the problems and of the warnings of `status`."""
-    told = ask(database, "status")
+    """Return the codes of the problems and of the warnings of `status`, after the first sync."""
+    told: dict[str, Any] = {}
+
+    def has_synced() -> bool:
+        told.update(ask(database, "status"))
+        return told["ages"].get("last_sync") is not None
+
+    wait_until(has_synced, "the first sync")
     return {each["code"] for each in told["problems"]}, {each["code"] for each in told["warnings"]}
 
 
@@ -55,12 +46,7 @@ def by_check(database: Path) -> tuple[set[str], set[str]]:
 
 
 def sql(*statements: str) -> Callable[[Path], None]:
-    def run(database: Path) -> None:
-        with connect(database) as connection:
-            for statement in statements:
-                connection.execute(statement)
-
-    return run
+    return lambda database: run_sql(database, *statements)
 
 
 def published(*entries: Any, written_at: str | None = None) -> Callable[[Path], None]:
@@ -104,11 +90,10 @@ VIEW = ("ALTER TABLE nodes RENAME TO other", "CREATE VIEW nodes AS SELECT * FROM
 def test_status_and_check_agree(
     database: Path, breaks: Callable[[Path], None], problems: set[str], warnings: set[str]
 ) -> None:
-    with connect(database) as connection:
-        connection.execute("DELETE FROM inactive_nodes")
+    run_sql(database, "DELETE FROM inactive_nodes")
     published(("aa11", "confirmed"))(database)
     breaks(database)
-    with daemon(database):
+    with daemon(database, "--sweep-interval=100ms"):
         status, check = by_status(database), by_check(database)
     if warnings == {"age"}:  # check knows when it was put in place, too
         assert (status[1], check[1]) == ({"old_snapshot"}, {"old_snapshot_again"})
@@ -117,50 +102,10 @@ def test_status_and_check_agree(
 
 
 def test_a_snapshot_that_vanishes(database: Path) -> None:
-    with daemon(database):
+    with daemon(database, "--sweep-interval=100ms"):
         assert by_status(database) == (set(), {"no_snapshot"})
         published(("aa11", "confirmed"))(database)
         wait_until(lambda: not by_status(database)[1])
         snapshot_path(database).unlink()
         wait_until(lambda: by_status(database)[0] == {"snapshot_vanished"})
         assert by_check(database) == ({"snapshot_vanished"}, set())  # and not `no_snapshot` again
-
-
-def told(database: Path, code: str) -> str:
-    """Wait until `status` warns of something, and return what it says; the rest is well."""
-    wait_until(lambda: code in by_status(database)[1])
-    answer = ask(database, "status")
-    assert answer["healthy"]
-    return " ".join(each["text"] for each in answer["warnings"] if each["code"] == code)
-
-
-def test_a_port_that_is_taken(database: Path) -> None:
-    published(("aa11", "confirmed"))(database)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as taken,
-        daemon(database, "--http", f"127.0.0.1:{taken.getsockname()[1]}"),
-    ):
-        assert told(database, "http_down").endswith("; it has never worked")
-        taken.close()
-        wait_until(lambda: "http_down" not in by_status(database)[1])
-
-
-def test_an_answer_that_cannot_be_written(database: Path) -> None:
-    published(("aa11", "confirmed"))(database)
-    (snapshot_path(database).parent / "result.json").mkdir()
-    with daemon(database, "--ack"):
-        assert "cannot be written" in told(database, "ack_failed")
-
-
-def test_rows_that_somebody_sets_back(database: Path) -> None:
-    published(("aa11", "confirmed", "advert"))(database)
-    with daemon(database, "--resync", "1s"):
-        sql("UPDATE nodes SET multibyte_sup = 1 WHERE public_key = 'aa11'")(database)
-        assert told(database, "set_back").startswith("1 row was set back between two syncs")
-
-
-def test_a_change_without_an_event(database: Path) -> None:
-    published(("aa11", "confirmed"))(database)
-    with daemon(database, "--mode", "inotify"):
-        snapshot_path(database).write_bytes(document(("aa11", "suspected")))  # without a rename
-        assert told(database, "sweep_hits").startswith("1 change was found by the sweep")

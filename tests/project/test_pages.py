@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from campaigns.campaign import names
 from mbcap_watch.results import Outcome, PersistResult
+from processes import call
 from support import TESTS, make_database, read_rows, wait_until
 
 if TYPE_CHECKING:
@@ -141,9 +143,9 @@ def calls() -> set[tuple[str, ...]]:
     return found
 
 
+@functools.cache
 def help_of(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mbcap_watch", *words, "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return call(*words, "--help")
 
 
 @pytest.fixture(scope="module")

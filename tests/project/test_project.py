@@ -31,18 +31,6 @@ def python(script: str) -> str:
     ).stdout
 
 
-def test_the_publishing_half_needs_neither_aiosqlite_nor_watchdog(tmp_path: Path) -> None:
-    out = python(f"""if True:
-        import sys
-        for name in ("aiosqlite", "watchdog", "anyio", "click", "rich"):
-            sys.modules[name] = None
-        from mbcap_watch import Entry, Snapshot, read_snapshot, write_snapshot
-        write_snapshot({str(tmp_path / "m.db")!r}, Snapshot((Entry("aa", "confirmed"),)))
-        print(read_snapshot({str(tmp_path / "m.db")!r}).entries)
-    """)
-    assert "aa" in out
-
-
 def test_importing_the_library_loads_no_command_line() -> None:
     loaded = python("""if True:
         import sys

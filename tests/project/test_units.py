@@ -107,7 +107,7 @@ def test_the_template_differs_by_its_instance_alone() -> None:
     plain, template = directives(PLAIN), directives(TEMPLATE)
     differ = {name for name in {*plain, *template} if plain.get(name) != template.get(name)}
     assert differ == {
-        *("Description", "ExecStart", "RuntimeDirectory", "SyslogIdentifier", "ReadWritePaths"),
+        *("Description", "ExecStart", "RuntimeDirectory", "SyslogIdentifier", "ReadWritePaths")
     }
     assert template["ExecStart"] == [f"{DROPPED} run --config /etc/mbcap-watch/%i.toml"]
     assert all("%i" in template[name][0] for name in differ)

@@ -229,34 +229,21 @@ def survives(data: bytes) -> None:
             assert isinstance(reader(data), Snapshot)
 
 
-@given(st.binary() | st.text().map(str.encode))
-def test_parse_survives_random_bytes(data: bytes) -> None:
-    survives(data)
-
-
 @given(st.binary(max_size=8), st.integers(0, len(EXAMPLE)), st.integers(0, 8))
 @example(b"", 0, 0)
 def test_parse_survives_a_mutated_document(patch: bytes, at: int, removed: int) -> None:
     survives(EXAMPLE[:at] + patch + EXAMPLE[at + removed :])
 
 
-@pytest.mark.parametrize("length", range(len(EXAMPLE.rstrip())))
-def test_no_torn_document_is_a_snapshot(length: int) -> None:
-    with pytest.raises(SnapshotMalformed):
-        parse(EXAMPLE[:length])
+def test_no_torn_document_is_a_snapshot() -> None:
+    for length in range(len(EXAMPLE.rstrip())):
+        with pytest.raises(SnapshotMalformed):
+            parse(EXAMPLE[:length])
 
 
 # ------------------------------------------------------------------------------ encode
 
-GO_ESCAPES = {
-    '"': '\\"',
-    "\\": "\\\\",
-    "\b": "\\b",
-    "\f": "\\f",
-    "\n": "\\n",
-    "\r": "\\r",
-    "\t": "\\t",
-}
+GO_ESCAPES = dict(zip('"\\\b\f\n\r\t', '"\\bfnrt', strict=True))
 
 
 def go_string(text: str) -> str:
@@ -264,7 +251,7 @@ def go_string(text: str) -> str:
 
     def char(value: str) -> str:
         if value in GO_ESCAPES:
-            return GO_ESCAPES[value]
+            return f"\\{GO_ESCAPES[value]}"
         if value < " " or value in "<>&\u2028\u2029":
             return f"\\u{ord(value):04x}"
         return value
@@ -468,25 +455,6 @@ def test_encode_refuses_what_no_reader_would_take(snapshot: Snapshot) -> None:
     assert len(str(caught.value)) < 300
     with pytest.raises(SnapshotMalformed):
         encode(stamped(snapshot))
-
-
-# ------------------------------------------------------------------------------ stamped
-
-
-@pytest.mark.parametrize("written_at", [None, timestamp.ZERO])
-def test_stamped_fills_in_the_time(written_at: str | None) -> None:
-    entries = (Entry("a", "confirmed"),)
-    before = timestamp.now()
-    result = stamped(Snapshot(entries, written_at))
-    assert result.entries == entries
-    assert result.written_at is not None
-    # To the second: trailing zeros are dropped, so that the full texts do not sort as times.
-    assert before[:19] <= result.written_at[:19] <= timestamp.now()[:19]
-
-
-def test_stamped_keeps_a_time() -> None:
-    snapshot = Snapshot((), "2026-07-18T08:47:37+02:00")
-    assert stamped(snapshot) == snapshot
 
 
 # ------------------------------------------------------------------------------ to the byte

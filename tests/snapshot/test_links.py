@@ -14,13 +14,12 @@ import pytest
 from watchdog.events import FileOpenedEvent, FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
+from machine import as_root
 from mbcap_watch import read_snapshot, snapshot_path
 from mbcap_watch.errors import SnapshotNotFound, SnapshotRefused
 from mbcap_watch.snapshot import links
 from processes import daemon
 from support import close_as_a_server_that_is_gone, document, other_process, read_rows, wait_until
-
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links to other users")
 
 PUBLISHER, OTHER = 12345, 12346
 GOOD = document(("aa11", "confirmed", "advert"), written_at="2026-07-18T08:47:37Z")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mbcap_watch.snapshot import timestamp
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @pytest.mark.parametrize(
@@ -151,15 +147,6 @@ def test_canonical_is_valid_and_idempotent(moment: str, fraction: str, offset: s
 def test_canonical_takes_all_that_is_valid(text: str) -> None:
     if timestamp.is_valid(text):
         timestamp.canonical(text)
-
-
-@pytest.fixture
-def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "Pacific/Kiritimati")
-        time.tzset()
-        yield
-    time.tzset()
 
 
 @pytest.mark.usefixtures("far_from_greenwich")

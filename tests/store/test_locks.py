@@ -18,41 +18,22 @@ from mbcap_watch import snapshot_path
 from mbcap_watch.store.native import Connection
 from processes import neighbour, running
 from restores import BACKUP_PACKETS, KEYS, judge, remove_wal, snapshot
-from support import Results, bridge, connect, document, other_process, put, read_line, until
+from support import (
+    Results,
+    bridge,
+    connect,
+    document,
+    holders,
+    other_process,
+    put,
+    read_line,
+    until,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator
 
 pytestmark = pytest.mark.anyio
-
-# Who holds the locks by which a connection to a database in WAL mode is known: of the database its
-# SHARED bytes, of the -shm the byte 128 (SQLite's os.h and wal.c). None of them is taken.
-_HOLDERS = """
-    import fcntl, os, struct, sys
-    for line in sys.stdin:
-        database = line.strip()
-        for path, start, length in ((database, 1073741826, 510), (database + "-shm", 128, 1)):
-            with open(path, "rb+") as file:
-                asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-                kind, _, _, _, pid = struct.unpack(
-                    "hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked)
-                )
-            print(pid if kind != fcntl.F_UNLCK else 0, flush=True)
-"""
-
-
-@contextlib.contextmanager
-def holders() -> Iterator[Callable[[Path], tuple[int, int]]]:
-    """Yield what asks, from another process, who holds the locks of database and `-shm`."""
-    with other_process(_HOLDERS) as process:
-
-        def ask(database: Path) -> tuple[int, int]:
-            assert process.stdin is not None
-            process.stdin.write(f"{database}\n")
-            process.stdin.flush()
-            return int(read_line(process)), int(read_line(process))
-
-        yield ask
 
 
 @contextlib.asynccontextmanager

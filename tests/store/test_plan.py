@@ -21,9 +21,6 @@ from mbcap_watch.store.plan import (
 )
 
 if TYPE_CHECKING:
-    from random import Random
-
-if TYPE_CHECKING:
     from mbcap_watch.settings import Downgrade
 
 # ------------------------------------------------------------------------------ desired state
@@ -130,11 +127,6 @@ def test_downgrade_never_writes_only_what_does_not_lower(
     assert comparison.changes == ([Change(7, "k", before, after)] if written else [])
 
 
-@pytest.mark.parametrize("key", ["K", "k ", " k", "k\0", "", "\u212a"])  # the Kelvin sign
-def test_keys_compare_exactly(key: str) -> None:
-    assert compare({"k": (2, "")}, page_of([(1, key, 0, None)]), "allow") == Comparison([], [])
-
-
 @pytest.mark.parametrize(
     "stored, word, written",
     [
@@ -170,8 +162,6 @@ def test_a_column_of_numbers_holds_what_looks_like_one_as_one(
 keys = st.sampled_from(["a", "b", "c", "d", "A", ""])
 evidences = st.sampled_from([None, "", "advert", "path"])
 statuses = st.sampled_from(["confirmed", "suspected", "unknown", "Unknown", "", None])
-written = st.builds(Entry, keys, st.sampled_from(["confirmed", "suspected"]), evidences)
-blank = st.builds(Entry, keys, st.sampled_from(["unknown", "Confirmed", "", None]), evidences)
 entries = st.lists(st.builds(Entry, st.none() | keys, statuses, evidences), max_size=8)
 tables = st.dictionaries(keys, st.tuples(st.integers(0, 3), evidences), max_size=6)
 downgrades: st.SearchStrategy[Downgrade] = st.sampled_from(["allow", "never"])
@@ -211,21 +201,6 @@ def test_every_row_ends_as_the_last_entry_that_counts_says(
     assert applied(listed, table, "allow") == expected
 
 
-@given(st.lists(blank, max_size=8), tables, downgrades)
-def test_blanks_never_change_a_row(listed: list[Entry], table: Table, downgrade: Downgrade) -> None:
-    assert changes_of(listed, table, downgrade) == []
-
-
-@given(entries, st.lists(blank, max_size=4), tables, st.randoms(use_true_random=False))
-def test_blanks_never_change_what_the_others_do(
-    listed: list[Entry], blanks: list[Entry], table: Table, random: Random
-) -> None:
-    mixed = list(listed)
-    for entry in blanks:
-        mixed.insert(random.randint(0, len(mixed)), entry)
-    assert applied(mixed, table, "allow") == applied(listed, table, "allow")
-
-
 @given(entries, tables, downgrades)
 def test_a_plan_that_was_applied_leaves_nothing_to_do(
     listed: list[Entry], table: Table, downgrade: Downgrade
@@ -244,14 +219,6 @@ def test_downgrade_never_never_lowers(listed: list[Entry], table: Table) -> None
         after[key] == (value if allowed[key][0] < value[0] else allowed[key])
         for key, value in table.items()
     )
-
-
-@given(entries, written)
-def test_the_last_written_entry_wins(listed: list[Entry], last: Entry) -> None:
-    assert last.public_key is not None
-    sup = {"confirmed": 2, "suspected": 1}[last.status or ""]
-    wanted = desired_state([*listed, last]).values[last.public_key]
-    assert wanted == (sup, last.evidence or "")
 
 
 @given(entries)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shutil
 import signal
 import sqlite3
-import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fuse import fuse
+from machine import mounted
 from mbcap_watch import Settings, snapshot_path, watch
 from mbcap_watch.errors import DatabaseFailed, ForeignWal
 from mbcap_watch.store import descriptors, wal
@@ -23,11 +23,11 @@ from mbcap_watch.store.wal import Wal, require_own_wal
 from support import (
     connect,
     document,
+    holders,
+    in_use,
     make_database,
     open_descriptors,
-    other_process,
     put,
-    read_line,
     until,
     wait_until,
 )
@@ -42,27 +42,6 @@ pytestmark = pytest.mark.anyio
 
 ROWS = [("nodes", "aa11", 0, None)]
 
-# Another program that has the database open, with or without rows in its -wal.
-HOLDER = """
-    import sqlite3, sys
-    connection = sqlite3.connect(sys.argv[1], isolation_level=None, uri=True, timeout=5)
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
-    connection.execute("SELECT count(*) FROM nodes").fetchall()
-    if sys.argv[2] == "writes":
-        connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
-    print("open", flush=True)
-    sys.stdin.readline()
-    connection.close()
-    print("closed", flush=True)
-"""
-
-
-@contextlib.contextmanager
-def held(database: Path, what: str = "writes", uri: str = "") -> Iterator[None]:
-    with other_process(HOLDER, uri or str(database), what) as process:
-        assert read_line(process) == "open"
-        yield
-
 
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
@@ -73,7 +52,7 @@ def database(tmp_path: Path) -> Path:
 
 def left_behind(database: Path) -> None:
     """Have a program killed that has rows in its -wal."""
-    with held(database):
+    with in_use(database):
         pass
 
 
@@ -83,30 +62,14 @@ async def apply(database: Path, grace: float = 60.0) -> PersistResult:
         return await anext(results)
 
 
-def wal_of(database: Path) -> bytes | None:
-    path = database.with_name(database.name + "-wal")
-    return path.read_bytes() if path.exists() else None
-
-
 async def test_a_wal_that_this_process_uses_is_its_own(database: Path) -> None:
     """The locks of a host's own connection count, and are still held after the question."""
     with connect(database) as connection:
         connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
         assert require_own_wal(database, 60.0) is Wal.IN_USE
         assert (await apply(database)).outcome == "applied"
-        with other_process(ASK, str(database)) as process:
-            assert read_line(process) == "locked locked"
-
-
-ASK = """
-    import fcntl, os, struct, sys
-    def held(path, start, length):
-        with open(path, "rb") as file:
-            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-            kind = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
-            return "free" if kind == fcntl.F_UNLCK else "locked"
-    print(held(sys.argv[1], 1073741826, 510), held(sys.argv[1] + "-shm", 128, 1), flush=True)
-"""
+        with holders() as ask:
+            assert ask(database) == (os.getpid(), os.getpid())
 
 
 def test_readers_that_come_and_go_do_not_put_off_recovery(database: Path) -> None:
@@ -132,20 +95,6 @@ def test_the_clock_was_set_back_since(
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600.0)
     assert require_own_wal(database, grace) is Wal.LEFT_BEHIND
-
-
-async def test_a_file_put_in_place_beside_a_wal_that_was_left_behind(
-    database: Path, tmp_path: Path
-) -> None:
-    """The files were old enough; what counts is when the backup came."""
-    left_behind(database)
-    backup = make_database(tmp_path / "backup.db", ROWS)
-    before = backup.read_bytes()
-    os.replace(backup, database)
-    os.utime(database, (1, 1))  # as cp -p and most backup programs do
-    result = await apply(database)
-    assert (result.outcome, result.cause) == ("foreign_wal", "wal_left_behind")
-    assert database.read_bytes() == before
 
 
 def test_the_last_connection_is_closed_during_the_question(
@@ -178,7 +127,7 @@ def test_a_file_that_is_replaced_between_the_question_and_the_opening(
         os.replace(backup, path)
         return found
 
-    with held(database, "writes", f"file:{database}?mode=rw"):
+    with in_use(database):
         monkeypatch.setattr(wal, "require_own_wal", replaced)
         with pytest.raises(DatabaseFailed, match="replaced"):
             Connection(database, 60.0, owes_checkpoint=True).close()
@@ -202,7 +151,7 @@ async def test_a_descriptor_to_ask_with_is_kept_while_the_bridge_runs(
     """Closing one would drop the locks that a host's connection has got a moment before."""
     backup = make_database(tmp_path / "backup.db", ROWS)
     async with watch(Settings(database, resync="0.1s")) as results:
-        with held(database):
+        with in_use(database):
             while sorted(open_here(database)) != ["", "-shm"]:
                 await anext(results)
         while (await anext(results)).outcome != "foreign_wal":  # from now on it opens nothing
@@ -224,7 +173,7 @@ async def test_nothing_is_kept_of_a_file_that_a_link_no_longer_leads_to(tmp_path
     versions = [make_database(tmp_path / f"{number}.db", ROWS) for number in range(3)]
     with contextlib.ExitStack() as stack:
         for version in versions:
-            stack.enter_context(held(version))
+            stack.enter_context(in_use(version))
         link.symlink_to(versions[0])
         async with watch(Settings(link, sweep_interval="0.05s", resync="0.1s")):
             for number, version in enumerate(versions):
@@ -235,38 +184,9 @@ async def test_nothing_is_kept_of_a_file_that_a_link_no_longer_leads_to(tmp_path
         assert not any(map(open_here, versions))
 
 
-async def test_the_descriptors_are_closed_at_the_end_of_the_bridge(database: Path) -> None:
-    with held(database):
-        await apply(database)
-        assert open_here(database) == []
-
-
-def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:
-    """It may be a mere place (O_PATH), and a connection may close it at any moment."""
-    ended = threading.Event()
-
-    def come_and_go() -> None:
-        while not ended.is_set():
-            with connect(database) as connection:
-                connection.execute("SELECT count(*) FROM nodes").fetchall()
-
-    place = os.open(database, os.O_PATH)
-    try:
-        with held(database):
-            host = threading.Thread(target=come_and_go)
-            host.start()
-            try:
-                found = {require_own_wal(database, 60.0) for _ in range(1000)}
-            finally:
-                ended.set()
-                host.join()
-    finally:
-        os.close(place)
-    assert found == {Wal.IN_USE}
-
-
-def test_a_connection_of_the_host_that_is_being_closed(database: Path) -> None:
-    """SQLite removes the -shm before it closes it: that is not somebody else's doing."""
+@contextlib.contextmanager
+def coming_and_going(database: Path) -> Iterator[None]:
+    """Have a thread of the host open and close the database all the time."""
     ended = threading.Event()
 
     def come_and_go() -> None:
@@ -277,11 +197,28 @@ def test_a_connection_of_the_host_that_is_being_closed(database: Path) -> None:
     host = threading.Thread(target=come_and_go)
     host.start()
     try:
-        for _ in range(3000):
-            require_own_wal(database, 60.0)
+        yield
     finally:
         ended.set()
         host.join()
+
+
+def test_what_the_host_has_open_does_not_answer_for_the_database(database: Path) -> None:
+    """It may be a mere place (O_PATH), and a connection may close it at any moment."""
+    place = os.open(database, os.O_PATH)
+    try:
+        with in_use(database), coming_and_going(database):
+            found = {require_own_wal(database, 60.0) for _ in range(1000)}
+    finally:
+        os.close(place)
+    assert found == {Wal.IN_USE}
+
+
+def test_a_connection_of_the_host_that_is_being_closed(database: Path) -> None:
+    """SQLite removes the -shm before it closes it: that is not somebody else's doing."""
+    with coming_and_going(database):
+        for _ in range(3000):
+            require_own_wal(database, 60.0)
 
 
 def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
@@ -292,45 +229,19 @@ def test_a_fifo_in_place_of_the_shm(database: Path) -> None:
         require_own_wal(database, 60.0)
 
 
-async def test_no_lock_of_the_host_is_dropped_by_a_question(database: Path, tmp_path: Path) -> None:
-    """The host has the database open, but has not read yet; its lock file is its own."""
-    shutil.copy(database, tmp_path / "spare")
-    with connect(database) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("INSERT INTO nodes (public_key) VALUES ('mine')")
-        require_own_wal(database, 60.0)
-        with other_process(ASK, str(database)) as process:
-            assert read_line(process) == "locked locked"
-        connection.execute("COMMIT")
-
-
-@contextlib.contextmanager
-def mounted(near: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Mount something for the block; yields the process that mounts, or serves the mount."""
-    if shutil.which(command[0]) is None or not os.access("/dev/fuse", os.W_OK):
-        pytest.skip(f"needs {command[0]} and /dev/fuse")
-    near.mkdir()
-    with subprocess.Popen([*command, str(near)], stderr=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: os.path.ismount(near) or process.poll(), "the mount")
-            if not os.path.ismount(near):
-                pytest.skip("cannot mount here")
-            yield process
-        finally:
-            process.send_signal(signal.SIGCONT)
-            subprocess.run(["umount", "-l", near], check=False)
-            process.terminate()
-
-
 @pytest.mark.system
 def test_a_descriptor_of_the_host_on_a_mount_that_does_not_answer(
     database: Path, tmp_path: Path
 ) -> None:
     far, near = tmp_path / "far", tmp_path / "near"
     far.mkdir()
+    near.mkdir()
     (far / "file").touch()
-    command = ("bindfs", "-f", "-o", "attr_timeout=0", str(far))
-    with mounted(near, *command) as process, open(near / "file", "rb"), connect(database) as other:
+    with (
+        fuse("bindfs", far, near, "-o", "attr_timeout=0") as process,
+        open(near / "file", "rb"),
+        connect(database) as other,
+    ):
         other.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
         process.send_signal(signal.SIGSTOP)
         # If it hangs, this test shall fail and not hang.
@@ -352,7 +263,7 @@ async def test_a_bridge_ends_where_no_descriptor_is_left(database: Path) -> None
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     put(document(("aa11", "confirmed")), snapshot_path(database))
-    with held(database):
+    with in_use(database):
         before, threads = open_descriptors(), threading.active_count()
         with contextlib.ExitStack() as others:
             async with watch(Settings(database)) as results:
@@ -372,13 +283,10 @@ async def test_a_bridge_ends_where_no_descriptor_is_left(database: Path) -> None
 def test_the_host_has_the_database_open_by_another_mount(database: Path, tmp_path: Path) -> None:
     """The same file: closing a descriptor of it drops the locks of that connection, too."""
     near = tmp_path / "near"
-    with (
-        mounted(near, "mount", "--bind", str(tmp_path)),
-        connect(near / database.name) as connection,
-    ):
+    with mounted(near, "--bind", str(tmp_path)), connect(near / database.name) as connection:
         connection.execute("INSERT INTO nodes (public_key) VALUES ('in the wal')")
         assert require_own_wal(database, 60.0) is Wal.IN_USE
         descriptors.release(database)
-        with other_process(ASK, str(database)) as process:
-            assert read_line(process) == "locked locked"
+        with holders() as ask:
+            assert ask(database) == (os.getpid(), os.getpid())
     descriptors.release(database)

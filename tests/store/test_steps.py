@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mbcap_watch import PersistResult, SchemaMissing, Settings, persist_once
+from mbcap_watch import Settings, persist_once
 from mbcap_watch.settings import MAX_BATCH_ROWS
 from mbcap_watch.snapshot.files import snapshot_path
 from mbcap_watch.store import reconcile as algorithm
@@ -24,7 +24,7 @@ from mbcap_watch.store.steps import (
     preview_steps,
     read_page,
 )
-from support import TIMES, blocks_kept, connect, document, put, read_rows
+from support import TIMES, blocks_kept, connect, document, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,18 +80,6 @@ def keys(writes: list[Write]) -> list[tuple[str, list[str]]]:
     return [(write.table.name, [change.public_key for change in write.changes]) for write in writes]
 
 
-def test_only_rows_that_differ_are_written() -> None:
-    tally = Tally()
-    writes = played(*start(tally))
-    assert keys(writes) == [("nodes", ["a", "c"]), ("inactive_nodes", ["a"])]
-    assert writes[0].changes[0] == Change(1, "a", (0, None), (2, "x"))
-    assert (tally.matched, tally.changed) == (
-        {"nodes": 3, "inactive_nodes": 1},
-        {"nodes": 2, "inactive_nodes": 1},
-    )
-    assert (tally.wanted, tally.unmatched, tally.waiting) == (4, 1, None)
-
-
 @pytest.mark.parametrize(
     "before, written, revalued",
     [
@@ -122,11 +110,6 @@ def test_rows_that_had_another_value_are_counted_when_they_are_written(
     assert (tally.changed.total(), tally.revalued) == (written, revalued)
 
 
-def test_batches_are_as_large_as_told() -> None:
-    writes = played(*start(Tally(), batch_rows=1))
-    assert keys(writes) == [("nodes", ["a"]), ("nodes", ["c"]), ("inactive_nodes", ["a"])]
-
-
 def test_the_delta_is_looked_up_and_written_before_anything_else_is_read() -> None:
     steps, step = start(Tally(), delta={"c": (2, "z")})
     assert isinstance(step, Query)
@@ -150,26 +133,6 @@ def test_a_row_that_changed_in_between_is_compared_again_but_not_for_ever() -> N
     }
 
 
-def test_a_refused_batch_is_halved_until_the_row_is_found() -> None:
-    tally, refused = Tally(), sqlite3.IntegrityError("not this one")
-    refused.sqlite_errorcode = sqlite3.SQLITE_CONSTRAINT
-    steps, step = start(tally)
-    seen = []
-    try:
-        while True:
-            if isinstance(step, Query):
-                step = steps.send(COLUMNS if step.sql == PROBE else answer(step))
-                continue
-            seen += keys([step])
-            bad = any(c.public_key == "c" for c in step.changes)
-            step = steps.send(Written(0, refused) if bad else Written(len(step.changes)))
-    except StopIteration:
-        pass
-    assert seen[:3] == [("nodes", ["a", "c"]), ("nodes", ["a"]), ("nodes", ["c"])]
-    assert tally.failed == {("nodes", "c"): "not this one"}
-    assert tally.changed == {"nodes": 1, "inactive_nodes": 1}
-
-
 def test_columns_that_are_dropped_between_reading_and_writing_are_no_refusal() -> None:
     gone = sqlite3.OperationalError("no such column: multibyte_sup")
     steps, step = start(Tally())
@@ -180,26 +143,18 @@ def test_columns_that_are_dropped_between_reading_and_writing_are_no_refusal() -
         steps.send(COLUMNS[1:])
 
 
-def test_no_table_to_serve() -> None:
-    steps = reconcile(DATABASE, WANTED, Tally(), batch_rows=1, downgrade="allow")
-    next(steps)
-    with pytest.raises(SchemaMissing, match="no table nodes; no table inactive_nodes"):
-        steps.send([])
-
-
-LARGE = [pytest.param(n, marks=pytest.mark.slow) for n in (4096, 4097, MAX_BATCH_ROWS)]
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 500, *LARGE])
+@pytest.mark.parametrize("rows", [1, 2, 3, 500, 4096, 4097, MAX_BATCH_ROWS])
 @pytest.mark.parametrize("downgrade", ["allow", "never"])
 def test_a_batch_is_one_statement_of_any_size(database: Path, rows: int, downgrade: Any) -> None:
     changes = [Change(number, f"k{number}", (0, None), (2, "e")) for number in range(rows)]
     sql, parameters = Write(NODES, changes, downgrade).statement()
     with connect(database) as connection:
+        connection.execute("BEGIN")
         connection.executemany(
             "INSERT INTO nodes (rowid, public_key) VALUES (?, ?)",
             [(100 + number, f"k{number}") for number in range(rows)],
         )
+        connection.execute("COMMIT")
         connection.execute("UPDATE nodes SET rowid = rowid - 100 WHERE public_key = 'k0'")
         connection.execute(sql, parameters)
         assert connection.execute("SELECT changes()").fetchone() == (1,), "the keys are guarded"
@@ -242,27 +197,6 @@ def test_a_page_leaves_no_memory_behind() -> None:
             assert preview_steps((step for step in steps), connection) == []
 
         assert blocks_kept(preview) < TIMES / 2  # the connection keeps some, too
-
-
-async def refuse_by_fail(database: Path) -> PersistResult:
-    with connect(database) as connection:
-        connection.execute(
-            "CREATE TRIGGER t BEFORE UPDATE ON nodes WHEN OLD.public_key = 'dd44'"
-            " BEGIN SELECT RAISE(FAIL, 'no'); END"
-        )
-    entries = [(key, "confirmed", "new") for key in ("aa11", "cc33", "dd44", "ee55")]
-    put(document(*entries), snapshot_path(database))
-    return await persist_once(Settings(database))
-
-
-@pytest.mark.anyio
-async def test_rows_before_the_one_that_fails_are_written_and_counted_once(database: Path) -> None:
-    """RAISE(FAIL) keeps what the statement has done before it."""
-    result = await refuse_by_fail(database)
-    assert (result.changed_active, result.failed_rows) == (3, 1)
-    assert {row[1] for row in read_rows(database) if row[0] == "nodes" and row[3] == "new"} == {
-        *("aa11", "cc33", "ee55")
-    }
 
 
 @pytest.mark.anyio

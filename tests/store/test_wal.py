@@ -12,9 +12,8 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from mbcap_watch.errors import DatabaseBusy
 from mbcap_watch.store.descriptors import opening_lock
 from mbcap_watch.store.native import Connection, has_reset_bug
 from mbcap_watch.store.wal import require_own_wal
-from processes import apply, neighbour, running, start_daemon
+from processes import apply, call, neighbour, running, start_daemon
 from restores import BACKUP_PACKETS, judge, make_packets, remove_wal, snapshot
 from support import (
     OFF,
@@ -41,7 +40,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.anyio
 
@@ -125,12 +124,8 @@ def replaced(database: Path, backup: Path) -> Iterator[None]:
         yield
 
 
-def dry_run(database: Path, *options: str) -> str | None:
-    """Return the outcome; None if it waits."""
-    return compare(database, "--dry-run", *options)
-
-
 def compare(database: Path, *options: str) -> str | None:
+    """Return the outcome of `apply`; None if it waits."""
     process = apply(database, *options)
     ended = process.ended_or_waits()
     process.end(signal.SIGTERM)
@@ -140,65 +135,50 @@ def compare(database: Path, *options: str) -> str | None:
     return None
 
 
-def call(database: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mbcap_watch", *arguments, f"--database={database}"],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=60,
-    )
-    assert "Traceback" not in done.stderr
-
-
 def set_values(database: Path) -> None:
     with connect(database) as connection:
         connection.execute("UPDATE nodes SET multibyte_sup = 2, multibyte_evidence = 'first'")
 
 
-@pytest.mark.parametrize("read", [dry_run, compare])
-@pytest.mark.parametrize("state", [absent, empty, live, left_behind, replaced])
-def test_reading_writes_not_a_byte(
-    meshcore: Path,
-    backup: Path,
-    state: Callable[[Path, Path], contextlib.AbstractContextManager[None]],
-    read: Callable[[Path], str | None],
-) -> None:
-    if read is compare:  # else it would write
-        set_values(meshcore)
-        set_values(backup)
+State = Callable[[Path, Path], contextlib.AbstractContextManager[None]]
+EACH_STATE = pytest.mark.parametrize("state", [absent, empty, live, left_behind, replaced])
+
+
+@EACH_STATE
+def test_who_asks_writes_not_a_byte(meshcore: Path, backup: Path, state: State) -> None:
     with state(meshcore, backup):
         before = files(meshcore)
-        outcome = read(meshcore)
+        outcome = compare(meshcore, "--dry-run")
         assert files(meshcore) == before
-    told = "unchanged" if read is compare else "applied"
-    assert outcome == (None if state in (left_behind, replaced) else told)
+        for command in ("check", "status"):
+            assert "Traceback" not in call(command, f"--database={meshcore}").stderr
+            assert files(meshcore) == before
+    assert outcome == (None if state in (left_behind, replaced) else "applied")
 
 
-@pytest.mark.parametrize("read", [dry_run, compare])
+@EACH_STATE
+def test_who_has_nothing_to_write_writes_not_a_byte(
+    meshcore: Path, backup: Path, state: State
+) -> None:
+    set_values(meshcore)
+    set_values(backup)
+    with state(meshcore, backup):
+        before = files(meshcore)
+        outcome = compare(meshcore)
+        assert files(meshcore) == before
+    assert outcome == (None if state in (left_behind, replaced) else "unchanged")
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=str)
 def test_reading_recovers_nothing_when_the_grace_is_over(
-    meshcore: Path, read: Callable[[Path, str], str | None]
+    meshcore: Path, options: list[str]
 ) -> None:
     set_values(meshcore)
     leave_wal_behind(meshcore)
     before = files(meshcore)
-    assert read(meshcore, "--wal-grace=0") == "unchanged"
+    assert compare(meshcore, "--wal-grace=0", *options) == "unchanged"
     after = files(meshcore)
     assert (after[""], after["-wal"]) == (before[""], before["-wal"])
-
-
-@pytest.mark.parametrize("command", ["check", "status"])
-@pytest.mark.parametrize("state", [absent, empty, live, left_behind, replaced])
-def test_who_asks_writes_not_a_byte(
-    meshcore: Path,
-    backup: Path,
-    state: Callable[[Path, Path], contextlib.AbstractContextManager[None]],
-    command: str,
-) -> None:
-    with state(meshcore, backup):
-        before = files(meshcore)
-        call(meshcore, command)
-        assert files(meshcore) == before
 
 
 async def test_a_bridge_with_nothing_to_write_writes_nothing(meshcore: Path) -> None:
@@ -401,9 +381,8 @@ def count_packets(database: Path) -> tuple[str, int]:
     return str(row[0]), int(row[1])
 
 
-@pytest.mark.parametrize("ours", ["apply", "bridge"])
 async def test_the_grace_does_not_count_from_when_the_wal_was_written(
-    meshcore: Path, backup: Path, ours: str
+    meshcore: Path, backup: Path
 ) -> None:
     """The ingestor may have died long ago; the backup, older still, was moved into place now.
 
@@ -416,11 +395,8 @@ async def test_the_grace_does_not_count_from_when_the_wal_was_written(
     os.utime(backup, (long_ago - HOUR, long_ago - HOUR))
     os.replace(backup, meshcore)
     before = files(meshcore)
-    if ours == "apply":
-        assert compare(meshcore) is None
-    else:
-        async with bridge(meshcore, sweep_interval="50ms") as results:
-            await results.next("foreign_wal")
+    async with bridge(meshcore, sweep_interval="50ms") as results:
+        assert (await results.next("foreign_wal")).cause == "wal_left_behind"
     assert files(meshcore) == before
 
 
@@ -502,7 +478,7 @@ async def test_what_is_open_with_another_wal_is_left_alone(
 
 def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:
     leave_wal_behind(meshcore)
-    clocks = ("--sweep-interval=50ms", "--resync=100ms", "--wal-grace=5s")
+    clocks = ("--sweep-interval=50ms", "--resync=100ms", "--wal-grace=2s")
     with running(start_daemon(meshcore, *clocks)) as process:
 
         def told() -> bool:

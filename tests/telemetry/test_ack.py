@@ -289,7 +289,7 @@ def test_no_reader_ever_sees_half_of_it(answers: Ack) -> None:
     """
     with other_process(script, str(answers.path)) as reader:
         assert read_line(reader) == "reading"
-        for n in range(300):
+        for n in range(100):
             answers.on_result(result("busy", error=f"{n}" * (1 + n * 10)))
             settle(answers)
         answers.on_result(result("failed"))
@@ -326,7 +326,6 @@ async def test_an_answer_is_no_reason_to_look(database: Path, directory: Path) -
             put(document(("aa11", status), written_at=stamp), directory / "snapshot.json")
             await results.count("applied", n + 1)
             assert read(answers)["writtenAt"] == stamp
-        await anyio.sleep(0.3)
         assert results.outcomes == ["no_snapshot"] + ["applied"] * 20
         assert [r.reason for r in results.all] == ["start"] + ["rename"] * 20
         assert len(results.states) == 21  # a state per look
@@ -339,8 +338,7 @@ async def test_an_answer_is_no_reason_to_look_when_polling(database: Path, direc
         put(document(("aa11", "confirmed"), written_at=T1), directory / "snapshot.json")
         await results.count("applied", 1)
         await until(lambda: read(answers)["writtenAt"] == T1, "the answer")
-        polls = len(results.states)
-        await until(lambda: len(results.states) > polls + 20, "polls")
+        await results.syncs(20)
         assert results.outcomes == ["no_snapshot", "applied"]
 
 
@@ -360,15 +358,3 @@ async def test_ticks_write_nothing_and_a_row_that_returns_does(
             connection.execute("UPDATE nodes SET multibyte_sup = 0 WHERE public_key = 'aa11'")
         await until(lambda: read(answers)["reason"] == "resync", "the next answer")
         assert read(answers)["changed_active"] == 1
-
-
-@pytest.mark.anyio
-async def test_a_directory_that_cannot_be_written_does_not_stop_the_bridge(
-    database: Path, directory: Path
-) -> None:
-    (directory / "result.json").mkdir()
-    async with answering(database) as (results, _):
-        put(document(("aa11", "confirmed"), written_at=T1), directory / "snapshot.json")
-        await results.count("applied", 1)
-        put(document(("aa11", "suspected"), written_at=T2), directory / "snapshot.json")
-        await results.count("applied", 2)

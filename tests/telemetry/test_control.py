@@ -24,6 +24,7 @@ import pytest
 import trio
 
 from fuse import fuse
+from machine import NOBODY, as_root
 from mbcap_watch import Control, EventLoopError, Settings, Timings, WatchState, run, watch
 from mbcap_watch.bridge import service
 from mbcap_watch.bridge.report import SyncReport
@@ -33,7 +34,6 @@ from mbcap_watch.telemetry.control import ControlSocket
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY
 from support import (
-    NOBODY,
     QUIET,
     offered,
     open_descriptors,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 SETTINGS = Settings(Path("/data/meshcore.db"))
 ELSEWHERE = Settings(Path("/data/meshcore.db"), Path("/nfs/mbcap-snapshot"))
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 

@@ -7,7 +7,6 @@ import logging
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,11 +16,9 @@ import pytest
 from mbcap_watch.errors import printable
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.logs import ResultLog, StateLog, _JsonFormatter, _TextFormatter, summary
-from support import TIMES, blocks_kept, result, result_log
+from support import DEADLINE, TIMES, blocks_kept, result, result_log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mbcap_watch.results import PersistResult
 
 Lines = list[tuple[str, str]]
@@ -64,10 +61,7 @@ PARTLY = result(
 )
 
 CASES: dict[str, tuple[list[PersistResult], Lines]] = {
-    "one line per applied snapshot": (
-        [APPLIED, APPLIED, APPLIED],
-        [("INFO", "applied")] * 3,
-    ),
+    "one line per applied snapshot": ([APPLIED, APPLIED, APPLIED], [("INFO", "applied")] * 3),
     "one line, the first, where nothing changes": ([UNCHANGED] * 5, [("INFO", "unchanged")]),
     "waiting is said once, and is no warning": (
         [WAITING] * 3,
@@ -88,10 +82,7 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
     ),
     "no database either is news": (
         [WAITING, LOST, LOST],
-        [
-            ("INFO", "waiting for a snapshot"),
-            ("INFO", "waiting for a snapshot"),
-        ],
+        [("INFO", "waiting for a snapshot"), ("INFO", "waiting for a snapshot")],
     ),
     "a snapshot of another mesh is said once": (
         [STRANGE, STRANGE, UNCHANGED],
@@ -121,10 +112,7 @@ CASES: dict[str, tuple[list[PersistResult], Lines]] = {
         [REFUSED_ROW, REFUSED_ROW],
         [("WARNING", "rows_refused")],
     ),
-    "applied with trouble is both": (
-        [PARTLY],
-        [("INFO", "applied"), ("WARNING", "rows_refused")],
-    ),
+    "applied with trouble is both": ([PARTLY], [("INFO", "applied"), ("WARNING", "rows_refused")]),
 }
 
 
@@ -298,15 +286,6 @@ def test_json_has_the_fields_of_the_state(caplog: pytest.LogCaptureFixture) -> N
     assert fields.items() >= {"mode": "inotify", "armed_since": 1.5, "rearms": 2}.items()
 
 
-@pytest.fixture
-def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setenv("TZ", "Pacific/Kiritimati")
-        time.tzset()
-        yield
-    time.tzset()
-
-
 @pytest.mark.usefixtures("far_from_greenwich")
 @pytest.mark.parametrize("formatter", [_JsonFormatter(), _TextFormatter()])
 def test_times_are_utc_with_milliseconds(
@@ -319,7 +298,6 @@ def test_times_are_utc_with_milliseconds(
 
 SCRIPT = """
 import logging, sys
-from mbcap_watch.errors import printable
 from mbcap_watch.telemetry.logs import configure
 configure("info", sys.argv[1])
 logger = logging.getLogger("mbcap_watch")
@@ -334,21 +312,16 @@ logging.getLogger("other").warning("a guest")
 """
 
 
-def run(style: str) -> list[str]:
-    """Run the script in a process of its own: `configure` changes the whole process."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, style],
-        check=True,
-        text=True,
-        capture_output=True,
-        timeout=20,
-    )
-    assert done.stdout == ""  # standard output is for results
-    return done.stderr.splitlines()
+def run(script: str, style: str) -> list[str]:
+    """Run a script in a process of its own: `configure` changes the whole process."""
+    command = [sys.executable, "-c", script, style]
+    done = subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
+    assert done.stdout == b""  # standard output is for results
+    return done.stderr.decode().split("\n")[:-1]
 
 
 def test_json_is_one_object_a_line() -> None:
-    lines = [json.loads(line) for line in run("json")]
+    lines = [json.loads(line) for line in run(SCRIPT, "json")]
     assert [(line["level"], line["logger"], line["message"]) for line in lines] == [
         ("info", "mbcap_watch", "5 rows"),
         ("error", "mbcap_watch", "oh"),
@@ -360,7 +333,7 @@ def test_json_is_one_object_a_line() -> None:
 
 
 def test_text_is_for_people() -> None:
-    lines = run("text")
+    lines = run(SCRIPT, "text")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO 5 rows", lines[0])
     assert lines[1].endswith(" ERROR oh")
     assert lines[2] == "  Traceback (most recent call last):"
@@ -372,7 +345,6 @@ def test_text_is_for_people() -> None:
 
 UNSAFE = """
 import logging, sys
-from mbcap_watch.errors import printable
 from mbcap_watch.telemetry.logs import configure
 configure("info", sys.argv[1])
 logger = logging.getLogger("mbcap_watch")
@@ -388,14 +360,8 @@ logger.info("no dict", extra={"data": 5})
 """
 
 
-def run_unsafe(style: str) -> list[str]:
-    command = [sys.executable, "-c", UNSAFE, style]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=20)
-    return done.stderr.decode().split("\n")[:-1]
-
-
 def test_every_line_arrives_as_json_whatever_text_is_in_it() -> None:
-    lines = [json.loads(line) for line in run_unsafe("json")]
+    lines = [json.loads(line) for line in run(UNSAFE, "json")]
     messages = [line["message"] for line in lines]
     assert len(messages) == 5
     assert messages[0] == "path /\\udcff"
@@ -406,10 +372,10 @@ def test_every_line_arrives_as_json_whatever_text_is_in_it() -> None:
 
 
 def test_no_text_can_look_like_a_line_of_its_own() -> None:
-    lines = run_unsafe("text")
+    lines = run(UNSAFE, "text")
     starts = [line for line in lines if not line.startswith("  ")]
     assert [line.split(" ", 2)[2].split()[0] for line in starts] == [
-        *("path", "one\\n2026-01-01T00:00:00.000Z", "oh", "object", "no"),
+        *("path", "one\\n2026-01-01T00:00:00.000Z", "oh", "object", "no")
     ]
     assert "  2026-01-01T00:00:00.000Z INFO forged" in "\n".join(lines), "in the traceback"
     assert not any("\x1b" in line for line in lines)

@@ -6,27 +6,16 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
-import anyio
 import msgspec
 import pytest
 
-from mbcap_watch import Settings, run
+from mbcap_watch import Settings
 from mbcap_watch.results import Outcome, Reason, Timings, WatchState
 from mbcap_watch.telemetry.metrics import Metrics
 from mbcap_watch.telemetry.stats import HISTORY, WINDOW, HistoryEntry, Stats, seconds_of
-from support import QUIET, document, put, result, until
+from support import Clock, result
 
 NOW = 1_800_000_000.0
-
-
-class Clock:
-    """Monotonic seconds that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 50.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def make(clock: Clock | None = None) -> Metrics:
@@ -295,36 +284,3 @@ def test_stats_are_json_and_back() -> None:
     data = msgspec.json.encode(stats)
     assert b'"sampledAt":"2027-01-15T08:00:00Z"' in data
     assert msgspec.json.decode(data, type=Stats).mbcap_persist == stats.mbcap_persist
-
-
-@pytest.mark.anyio
-@pytest.mark.usefixtures("no_leaks")
-async def test_the_hooks_of_a_real_bridge(database: Path) -> None:
-    settings = Settings.from_mapping({"database": database, **QUIET, "poll_interval": 0.02})
-    metrics = Metrics(settings, version="1", pid=1)
-    path = database.parent / "mbcap-snapshot" / "snapshot.json"
-    async with anyio.create_task_group() as group:
-
-        async def bridge() -> None:
-            await run(
-                settings,
-                on_result=metrics.on_result,
-                on_state=metrics.on_state,
-                on_timings=metrics.on_timings,
-            )
-
-        group.start_soon(bridge)
-        await until(lambda: metrics.snapshot(NOW).outcomes["no_snapshot"])
-        put(document(("aa11", "confirmed", "advert"), written_at="2026-07-18T08:47:37Z"), path)
-        await until(lambda: metrics.snapshot(NOW).last_apply)
-        put(b"{", path)
-        await until(lambda: metrics.snapshot(NOW).outcomes["malformed"])
-        group.cancel_scope.cancel()
-    stats = metrics.snapshot(NOW)
-    assert stats.watch.last_sync is not None
-    assert stats.last_error is not None
-    assert (stats.last_error.outcome, stats.last_error.persists) == ("malformed", True)
-    assert stats.snapshot_written_at == "2026-07-18T08:47:37Z"
-    assert (stats.changed_active, stats.changed_inactive, stats.mbcap_persist.count) == (1, 0, 1)
-    assert stats.lag_ms.count == 1
-    assert [each.outcome for each in stats.history if each.lag_ms is not None] == ["applied"]

@@ -189,11 +189,6 @@ def test_promtool_finds_nothing_wrong_with_the_alerts() -> None:
 # ------------------------------------------------------------------------------ over HTTP
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Site:
     """An endpoint that serves, and what it serves."""
 
@@ -220,26 +215,26 @@ class Site:
         return await anyio.to_thread.run_sync(ask)
 
 
-@pytest.fixture(params=["127.0.0.1", "::1"])
+@pytest.fixture
 async def site(
     request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> AsyncIterator[Site]:
+    host = getattr(request, "param", "127.0.0.1")
     try:
-        with socket.create_server(
-            (request.param, 0),
-            family=socket.AF_INET6 if ":" in request.param else socket.AF_INET,
-        ) as free:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as free:
             port = free.getsockname()[1]
     except OSError:
-        pytest.skip(f"this machine has no {request.param}")
+        pytest.skip(f"this machine has no {host}")
     caplog.set_level("INFO", "mbcap_watch")
-    site = Site(request.param, port)
-    async with Endpoint(Address(request.param, port), lambda: site.stats) as site.endpoint:
+    site = Site(host, port)
+    async with Endpoint(Address(host, port), lambda: site.stats) as site.endpoint:
         await until(lambda: "http: listening" in caplog.text)
         yield site
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("site", ["127.0.0.1", "::1"], indirect=True)
 async def test_metrics_in_both_formats(site: Site) -> None:
     for parser, accept in ((parse, "*/*"), (parse_openmetrics, "application/openmetrics-text")):
         code, _, body = await site.get("/metrics?x", Accept=accept)
@@ -352,7 +347,7 @@ async def test_without_a_descriptor_it_says_so_and_answers_later(
     site: Site, caplog: pytest.LogCaptureFixture
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with socket.socket(socket.AF_INET6 if ":" in site.host else socket.AF_INET) as client:
+    with socket.socket() as client:
         client.setblocking(False)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, open_descriptors())) + 1, hard))
         taken: list[int] = []
@@ -381,11 +376,14 @@ async def test_a_port_in_use_is_said_once_and_tried_again(
     caplog.set_level("INFO", "mbcap_watch")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        async with Endpoint(Address("127.0.0.1", port), stats):
+        async with Endpoint(Address("127.0.0.1", port), stats) as endpoint:
             await until(lambda: "cannot listen at 127.0.0.1" in caplog.text)
             await anyio.sleep(0.1)
+            assert endpoint.state.output().problem == "Address already in use"
             taken.close()
             await until(lambda: "http: listening" in caplog.text)
+            assert endpoint.state.output().problem is None
+            assert endpoint.state.output().last_good
     assert caplog.text.count("cannot listen") == 1
     assert "in use" in caplog.text
 

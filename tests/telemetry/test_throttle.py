@@ -8,15 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mbcap_watch.results import PersistResult, WatchState
-from mbcap_watch.telemetry.logs import (
-    MOST,
-    REMINDER,
-    WINDOW,
-    StateLog,
-    Throttle,
-    _JsonFormatter,
-)
-from support import result, result_log
+from mbcap_watch.telemetry.logs import MOST, REMINDER, WINDOW, StateLog, Throttle, _JsonFormatter
+from support import Clock, result, result_log
 
 if TYPE_CHECKING:
     import pytest
@@ -25,13 +18,6 @@ HOUR, DAY = 3600, 86_400
 APPLIED = result("applied", changed_active=1, matched_active=1, entries=1)
 UNCHANGED = result("unchanged", reason="resync", matched_active=1, entries=1)
 BUSY = result("busy", "/db: locked", reason="retry")
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def log_over_time(
@@ -120,9 +106,7 @@ def test_the_end_leaves_no_count_unsaid(caplog: pytest.LogCaptureFixture) -> Non
 # ------------------------------------------------------------------------------ the watch
 
 
-def test_a_watch_that_is_armed_again_and_again_is_counted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_watch_that_is_armed_again_and_again_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     clock, state = Clock(), WatchState(mode="inotify", why="ext4", last_problem="moved")
     timeline = [(float(t), replace(state, rearms=t)) for t in range(21)]
     lines = log_over_time(

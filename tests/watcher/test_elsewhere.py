@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
+from machine import unshared
 from mbcap_watch import snapshot_path
-from processes import MBCAP_WATCH, daemon
-from support import document, put, read_rows, wait_until
+from processes import call, daemon
+from support import document, has_landed, put, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,15 +30,10 @@ class Library(ctypes.CDLL):
 ctypes.CDLL = Library
 del os.O_PATH, fcntl.F_OFD_GETLK
 """
-WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /proc && exec "$@"', "sh"]
 
 
 def without_proc() -> list[str]:
-    if os.geteuid() or shutil.which("unshare") is None:
-        pytest.skip("hiding /proc takes root and unshare(1)")
-    if subprocess.run([*WITHOUT_PROC, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
-    return WITHOUT_PROC
+    return unshared("mount -t tmpfs tmpfs /proc")
 
 
 def follows_two_snapshots(database: Path, prefix: list[str], *options: str) -> str:
@@ -47,8 +41,7 @@ def follows_two_snapshots(database: Path, prefix: list[str], *options: str) -> s
     with daemon(database, "--poll-interval=50ms", *options, prefix=prefix) as process:
         for evidence in ("one", "two"):
             put(document(("aa11", "confirmed", evidence)), snapshot_path(database))
-            row = ("nodes", "aa11", 2, evidence)
-            wait_until(lambda row=row: row in read_rows(database), evidence)  # type: ignore[misc]
+            wait_until(partial(has_landed, database, evidence), evidence)
         assert process.end(signal.SIGTERM) == 0
         return process.said
 
@@ -78,9 +71,8 @@ def test_without_proc(database: Path, mode: str) -> None:
 @pytest.mark.system
 def test_without_proc_status_says_that_it_cannot_know(database: Path) -> None:
     prefix = without_proc()
-    command = [*prefix, *MBCAP_WATCH, "status", "--database", str(database)]
     with daemon(database, prefix=prefix):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = call("status", "--database", database, prefix=prefix)
     assert done.returncode == 1
     assert done.stdout.startswith("unknown\n")
     assert "/proc is not mounted" in done.stdout

@@ -52,8 +52,7 @@ class Daemon:
         options += ["--poll-interval", f"{POLL}s", "--log-format", "json"]
         with open(self.log, "wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mbcap_watch", "run", *options],
-                stderr=stderr,
+                [sys.executable, "-m", "mbcap_watch", "run", *options], stderr=stderr
             )
 
     def messages(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""When the bridge looks next: a clock that only the test moves.
+"""When the bridge syncs next: a clock that only the test moves.
 
 All times are multiples of 1/64 s, which binary fractions hold exactly, so that "at once" and
 "not before" can be asserted without a tolerance.
@@ -33,29 +33,29 @@ def scheduler(**changes: Any) -> Scheduler:
     return Scheduler(Settings.from_mapping({"database": "x"} | quiet | times | changes), START)
 
 
-def look(plan: Scheduler, reason: Reason, at: float, *, seconds: float = 0, **end: Any) -> None:
-    """Serve one look that takes `seconds`."""
+def sync(plan: Scheduler, reason: Reason, at: float, *, seconds: float = 0, **end: Any) -> None:
+    """Serve one sync that takes `seconds`."""
     plan.begin(reason, at)
     plan.end(at + seconds, **({"idle": False, "compared": True, "retry_in": None} | end))
 
 
-# ------------------------------------------------------------------------------ rings
+# ------------------------------------------------------------------------------ renames
 
 
-def test_a_lone_ring_is_served_at_once() -> None:
+def test_a_lone_rename_is_served_at_once() -> None:
     plan = scheduler()
     plan.notify(START + 3)
     assert plan.next(polling=False) == (START + 3, "rename")
-    look(plan, "rename", START + 3)
+    sync(plan, "rename", START + 3)
     assert plan.next(polling=False)[1] != "rename"
 
 
-def test_ringing_tells_whether_a_ring_waits() -> None:
+def test_pending_tells_whether_a_rename_waits() -> None:
     plan = scheduler()
     told = [plan.pending]
     plan.notify(START)
     told.append(plan.pending)
-    plan.begin("poll", START + 1)  # any look serves a ring
+    plan.begin("poll", START + 1)  # any sync serves a rename
     told.append(plan.pending)
     plan.notify(START + 2)
     plan.end(START + 3, idle=False, compared=True, retry_in=None)
@@ -63,31 +63,31 @@ def test_ringing_tells_whether_a_ring_waits() -> None:
     assert told == [False, True, False, True]
 
 
-def test_a_ring_long_after_the_last_sync_is_served_at_once() -> None:
+def test_a_rename_long_after_the_last_sync_is_served_at_once() -> None:
     plan = scheduler()
-    look(plan, "start", START)
+    sync(plan, "start", START)
     plan.notify(START + DEBOUNCE)
     assert plan.next(polling=False) == (START + DEBOUNCE, "rename")
 
 
-def test_more_rings_before_the_first_is_served_do_not_postpone_it() -> None:
+def test_more_renames_before_the_first_is_served_do_not_postpone_it() -> None:
     plan = scheduler()
     for number in range(5):
         plan.notify(START + number * TICK)
     assert plan.next(polling=False) == (START, "rename")
 
 
-def test_rings_soon_after_a_look_merge_into_one_that_waits_for_quiet() -> None:
+def test_renames_soon_after_a_sync_merge_into_one_that_waits_for_quiet() -> None:
     plan = scheduler()
-    look(plan, "rename", START)
+    sync(plan, "rename", START)
     for number in range(1, 5):
         plan.notify(START + number * TICK)
         assert plan.next(polling=False) == (START + number * TICK + DEBOUNCE, "rename")
-    look(plan, "rename", START + 4 * TICK + DEBOUNCE)
+    sync(plan, "rename", START + 4 * TICK + DEBOUNCE)
     assert not plan.pending
 
 
-def test_a_ring_during_a_look_wants_another_one() -> None:
+def test_a_rename_during_a_sync_wants_another_one() -> None:
     plan = scheduler()
     plan.notify(START)
     plan.begin("rename", START)
@@ -96,7 +96,7 @@ def test_a_ring_during_a_look_wants_another_one() -> None:
     assert plan.next(polling=False) == (START + 1 + DEBOUNCE, "rename")
 
 
-def test_a_ring_early_in_a_long_look_is_due_when_it_ends() -> None:
+def test_a_rename_early_in_a_long_sync_is_due_when_it_ends() -> None:
     plan = scheduler()
     plan.begin("rename", START)
     plan.notify(START + 1)
@@ -104,9 +104,9 @@ def test_a_ring_early_in_a_long_look_is_due_when_it_ends() -> None:
     assert plan.next(polling=False)[0] <= START + 5
 
 
-def test_an_unending_burst_cannot_postpone_a_look_beyond_max_wait() -> None:
+def test_an_unending_burst_cannot_postpone_a_sync_beyond_max_wait() -> None:
     plan = scheduler()
-    look(plan, "rename", START)
+    sync(plan, "rename", START)
     first = START + TICK
     for number in range(1, 1000):
         now = START + number * TICK
@@ -117,33 +117,33 @@ def test_an_unending_burst_cannot_postpone_a_look_beyond_max_wait() -> None:
     assert plan.next(polling=False) == (first + MAX_WAIT, "rename")
 
 
-def test_without_debounce_every_ring_is_served_at_once() -> None:
+def test_without_debounce_every_rename_is_served_at_once() -> None:
     plan = scheduler(debounce=0)
-    look(plan, "rename", START, seconds=TICK)
+    sync(plan, "rename", START, seconds=TICK)
     plan.notify(START + TICK)
     assert plan.next(polling=False) == (START + TICK, "rename")
 
 
 def serve(
-    plan: Scheduler, rings: list[float], durations: list[float]
+    plan: Scheduler, renames: list[float], durations: list[float]
 ) -> tuple[list[float], list[tuple[float, float]]]:
-    """Play `rings` to `plan`, as the service would; return them and the looks (begin, end)."""
-    looks: list[tuple[float, float]] = []
-    waiting = sorted(rings)
+    """Play `renames` to `plan`, as the service would; return them and the syncs (begin, end)."""
+    syncs: list[tuple[float, float]] = []
+    waiting = sorted(renames)
     free = START
     while waiting or plan.pending:
         due = max(plan.next(polling=False)[0], free) if plan.pending else math.inf
         if waiting and waiting[0] <= due:
             plan.notify(waiting.pop(0))
             continue
-        seconds = durations[len(looks) % len(durations)]
+        seconds = durations[len(syncs) % len(durations)]
         plan.begin("rename", due)
         free = due + seconds
         while waiting and waiting[0] <= free:
             plan.notify(waiting.pop(0))
         plan.end(free, idle=False, compared=True, retry_in=None)
-        looks.append((due, free))
-    return sorted(rings), looks
+        syncs.append((due, free))
+    return sorted(renames), syncs
 
 
 ticks = st.integers(0, 6 * 64).map(lambda number: START + number * TICK)
@@ -151,34 +151,34 @@ lengths = st.sampled_from([0.0, TICK, DEBOUNCE, 0.5, 3.0])
 
 
 @given(st.lists(ticks, max_size=60), st.lists(lengths, min_size=1, max_size=4))
-def test_every_ring_is_followed_by_a_look_in_time(
-    rings: list[float], durations: list[float]
+def test_every_rename_is_followed_by_a_sync_in_time(
+    renames: list[float], durations: list[float]
 ) -> None:
-    rings, looks = serve(scheduler(), rings, durations)
-    for ring in rings:
-        # A look that begins at the very moment of the ring reads what it announced.
-        begin = next(begin for begin, _ in looks if begin >= ring)
-        busy_until = next((end for start, end in looks if start < ring <= end), ring)
-        assert begin <= max(ring + MAX_WAIT, busy_until)
-    if rings:  # the last state does not even wait that long
-        busy_until = next((end for start, end in looks if start < rings[-1] <= end), rings[-1])
-        assert looks[-1][0] <= max(rings[-1] + DEBOUNCE, busy_until)
+    renames, syncs = serve(scheduler(), renames, durations)
+    for rename in renames:
+        # A sync that begins at the very moment of the rename reads what it announced.
+        begin = next(begin for begin, _ in syncs if begin >= rename)
+        busy_until = next((end for start, end in syncs if start < rename <= end), rename)
+        assert begin <= max(rename + MAX_WAIT, busy_until)
+    if renames:  # the last state does not even wait that long
+        busy_until = next((end for start, end in syncs if start < renames[-1] <= end), renames[-1])
+        assert syncs[-1][0] <= max(renames[-1] + DEBOUNCE, busy_until)
 
 
 @given(st.lists(ticks, max_size=60), st.lists(lengths, min_size=1, max_size=4))
-def test_the_number_of_looks_is_bounded(rings: list[float], durations: list[float]) -> None:
-    rings, looks = serve(scheduler(), rings, durations)
-    assert len(looks) <= len(rings)
-    begins = [begin for begin, _ in looks]
+def test_the_number_of_syncs_is_bounded(renames: list[float], durations: list[float]) -> None:
+    renames, syncs = serve(scheduler(), renames, durations)
+    assert len(syncs) <= len(renames)
+    begins = [begin for begin, _ in syncs]
     assert all(after - before >= DEBOUNCE for before, after in itertools.pairwise(begins))
 
 
 @given(st.lists(ticks, min_size=1, max_size=20))
-def test_no_look_without_a_ring(rings: list[float]) -> None:
-    rings, looks = serve(scheduler(), rings, [TICK])
+def test_no_sync_without_a_rename(renames: list[float]) -> None:
+    renames, syncs = serve(scheduler(), renames, [TICK])
     before = -math.inf
-    for begin, _ in looks:
-        assert any(before < ring <= begin for ring in rings)
+    for begin, _ in syncs:
+        assert any(before < rename <= begin for rename in renames)
         before = begin
 
 
@@ -186,12 +186,12 @@ def test_no_look_without_a_ring(rings: list[float]) -> None:
 
 
 @pytest.mark.parametrize("reason, polling", [("poll", True), ("sweep", False)])
-def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bool) -> None:
+def test_the_pace_is_steady_even_when_syncs_are_late(reason: Reason, polling: bool) -> None:
     plan = scheduler(**{f"{reason}_interval": 1})
     at = plan.next(polling=polling)[0]
     assert plan.next(polling=polling) == (at, reason)
     for late in (0, TICK, 0.5, 1 - TICK):
-        look(plan, reason, at + late, compared=False)
+        sync(plan, reason, at + late, compared=False)
         at += 1
         assert plan.next(polling=polling) == (at, reason)
 
@@ -200,7 +200,7 @@ def test_the_pace_is_steady_even_when_looks_are_late(reason: Reason, polling: bo
 def test_missed_beats_are_skipped_not_made_up_for(reason: Reason, polling: bool) -> None:
     plan = scheduler(**{f"{reason}_interval": 2})
     at = plan.next(polling=polling)[0]
-    look(plan, reason, at + 7.25, compared=False)
+    sync(plan, reason, at + 7.25, compared=False)
     assert plan.next(polling=polling) == (at + 8, reason)
 
 
@@ -215,7 +215,7 @@ def test_there_are_sweeps_between_polls() -> None:
     served: list[tuple[float, Reason]] = []
     while len(served) < 6:
         served.append(plan.next(polling=True))
-        look(plan, served[-1][1], served[-1][0], compared=False)
+        sync(plan, served[-1][1], served[-1][0], compared=False)
     assert [(at - START, reason) for at, reason in served] == [
         (0, "poll"),
         (2, "poll"),
@@ -230,11 +230,11 @@ def test_polling_that_sets_in_later_begins_at_once_and_keeps_pace() -> None:
     plan = scheduler(poll_interval=1)
     at, reason = plan.next(polling=True)
     assert (at <= START + 50.5, reason) == (True, "poll")
-    look(plan, "poll", START + 50.5, compared=False)
+    sync(plan, "poll", START + 50.5, compared=False)
     assert plan.next(polling=True) == (START + 51, "poll")
 
 
-def test_a_ring_goes_before_a_poll_that_is_due_at_the_same_time() -> None:
+def test_a_rename_goes_before_a_poll_that_is_due_at_the_same_time() -> None:
     plan = scheduler(poll_interval=1)
     plan.notify(START)
     assert plan.next(polling=True) == (START, "rename")
@@ -246,18 +246,18 @@ def test_a_ring_goes_before_a_poll_that_is_due_at_the_same_time() -> None:
 def test_resync_counts_from_the_last_comparison() -> None:
     plan = scheduler(resync=10)
     assert plan.next(polling=False) == (START + 10, "resync")
-    look(plan, "rename", START + 4, seconds=1)
+    sync(plan, "rename", START + 4, seconds=1)
     assert plan.next(polling=False) == (START + 15, "resync")
-    look(plan, "poll", START + 6, compared=False)  # the file had not changed: nothing compared
+    sync(plan, "poll", START + 6, compared=False)  # the file had not changed: nothing compared
     assert plan.next(polling=False) == (START + 15, "resync")
-    look(plan, "resync", START + 15)
+    sync(plan, "resync", START + 15)
     assert plan.next(polling=False) == (START + 25, "resync")
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
 def test_a_resync_that_failed_is_not_due_again_at_once(seconds: float) -> None:
     plan = scheduler(resync=10)
-    look(plan, "resync", START + 10, seconds=seconds, compared=False)
+    sync(plan, "resync", START + 10, seconds=seconds, compared=False)
     assert plan.next(polling=False) == (START + 20 + seconds, "resync")
 
 
@@ -266,52 +266,45 @@ def test_a_resync_that_failed_is_not_due_again_at_once(seconds: float) -> None:
 
 def test_a_retry_is_due_once() -> None:
     plan = scheduler()
-    look(plan, "rename", START, seconds=1, compared=False, retry_in=0.5)
+    sync(plan, "rename", START, seconds=1, compared=False, retry_in=0.5)
     assert plan.next(polling=False) == (START + 1.5, "retry")
-    look(plan, "retry", START + 1.5, compared=False)
+    sync(plan, "retry", START + 1.5, compared=False)
     assert plan.next(polling=False)[1] != "retry"
 
 
 def test_a_retry_that_fails_too_may_ask_for_another() -> None:
     plan = scheduler()
-    look(plan, "rename", START, compared=False, retry_in=1)
-    look(plan, "retry", START + 1, compared=False, retry_in=2)
+    sync(plan, "rename", START, compared=False, retry_in=1)
+    sync(plan, "retry", START + 1, compared=False, retry_in=2)
     assert plan.next(polling=False) == (START + 3, "retry")
 
 
-def test_success_on_the_way_makes_the_retry_needless() -> None:
+def test_a_sync_that_had_nothing_to_do_leaves_the_retry_alone() -> None:
     plan = scheduler()
-    look(plan, "rename", START, compared=False, retry_in=5)
-    look(plan, "rename", START + 2)
-    assert plan.next(polling=False)[1] != "retry"
-
-
-def test_a_look_that_had_nothing_to_do_leaves_the_retry_alone() -> None:
-    plan = scheduler()
-    look(plan, "rename", START, compared=False, retry_in=5)
-    look(plan, "sweep", START + 2, compared=False)
+    sync(plan, "rename", START, compared=False, retry_in=5)
+    sync(plan, "sweep", START + 2, compared=False)
     assert plan.next(polling=False) == (START + 5, "retry")
 
 
 def test_a_late_sweep_does_not_swallow_the_retry() -> None:
     """A sweep may find nothing new and do nothing; what is to be retried still is."""
     plan = scheduler()
-    look(plan, "rename", START, compared=False, retry_in=1)
-    look(plan, "sweep", START + 1, compared=False)
+    sync(plan, "rename", START, compared=False, retry_in=1)
+    sync(plan, "sweep", START + 1, compared=False)
     assert plan.next(polling=False) == (START + 1, "retry")
 
 
 def test_a_comparison_makes_the_retry_needless() -> None:
     plan = scheduler()
-    look(plan, "rename", START, compared=False, retry_in=1)
-    look(plan, "rename", START + 0.5, compared=True)
+    sync(plan, "rename", START, compared=False, retry_in=1)
+    sync(plan, "rename", START + 0.5, compared=True)
     assert plan.next(polling=False)[1] != "retry"
 
 
-def test_a_rename_just_after_an_idle_look_is_served_at_once() -> None:
+def test_a_rename_just_after_an_idle_sync_is_served_at_once() -> None:
     """Measured before: one rename in thirty met a sweep that had found nothing, and waited."""
     plan = scheduler()
-    look(plan, "sweep", START + 1, idle=True, compared=False)
+    sync(plan, "sweep", START + 1, idle=True, compared=False)
     plan.notify(START + 1 + TICK)
     assert plan.next(polling=False) == (START + 1 + TICK, "rename")
 
@@ -324,15 +317,15 @@ def test_a_request_is_served_once_and_at_once() -> None:
     plan.request(START + 3)
     plan.request(START + 4)
     assert plan.next(polling=False) == (START + 3, "request")
-    look(plan, "request", START + 4)
+    sync(plan, "request", START + 4)
     assert plan.next(polling=False)[1] != "request"
 
 
 def test_requests_just_after_a_sync_merge_into_one() -> None:
     plan = scheduler()
-    look(plan, "rename", START)
+    sync(plan, "rename", START)
     for number in range(1, 5):
         plan.request(START + number * TICK)
         assert plan.next(polling=False) == (START + DEBOUNCE, "request")
-    look(plan, "request", START + DEBOUNCE)
+    sync(plan, "request", START + DEBOUNCE)
     assert plan.next(polling=False)[1] != "request"
