@@ -340,6 +340,17 @@ def test_another_user_is_told_to_ask_as_root(database: Path) -> None:
 
 
 @as_root
+def test_processes_that_proc_hides_may_run(database: Path) -> None:
+    inside = unshared("mount -t proc -o hidepid=invisible proc /proc")
+    runs = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    if subprocess.run([*runs, *COMMAND, "--version"], check=False, capture_output=True).returncode:
+        pytest.skip("the interpreter is out of the other user's reach")
+    with daemon(database, prefix=inside):
+        code, told = status(database, prefix=[*inside, *runs])
+    assert (code, told["state"], codes(told)) == (1, "unknown", ["hidden"])
+
+
+@as_root
 def test_another_users_daemon_may_be_the_one(database: Path) -> None:
     """Its environment names its database, and that is closed to others."""
     runs = as_nobody()

@@ -51,7 +51,7 @@ STATES: Final[dict[str, State]] = {
     **dict.fromkeys(("stuck", "no_sync", "blocked"), "stuck"),
     "paused": "paused",
     **dict.fromkeys(("not_running", "gone"), "not running"),
-    **dict.fromkeys(("no_proc", "not_asked", "not_trusted", "not_understood"), "unknown"),
+    **dict.fromkeys(("no_proc", "hidden", "not_asked", "not_trusted", "not_understood"), "unknown"),
 }
 
 

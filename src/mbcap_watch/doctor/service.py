@@ -263,7 +263,9 @@ def _absent(
     here: Installation, bridges: Sequence[Bridge], ours: Sequence[Bridge]
 ) -> Iterator[Finding]:
     gone = [each.pid for each in ours if each.believed and each.fate == "gone"]
-    yield from [here.finding("gone", pid=pid) for pid in gone] or [here.finding("not_running")]
+    code = "hidden" if machine.hides_others() else "not_running"
+    none = here.finding(code, me=os.geteuid())
+    yield from [here.finding("gone", pid=pid) for pid in gone] or [none]
     for each in bridges:
         if (stats := each.stats) is not None and each not in ours:
             code = "other_snapshot_dir" if each.has_database(here) else "other_settings"

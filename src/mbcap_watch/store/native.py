@@ -83,6 +83,9 @@ class Connection(sqlite3.Connection):
                 uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
             )
             try:
+                # Else it was replaced before it was opened. What was not read leaves the -wal alone
+                # when it is closed.
+                self._require_same_database()
                 _attach(self)
                 self._is_wal = self.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
                 if self._is_wal:
@@ -108,12 +111,15 @@ class Connection(sqlite3.Connection):
             DatabaseBusy: another file was copied over the database. The next connection sees it.
 
         """
-        if file_identity(self._path) != self._identity:
-            raise DatabaseFailed(self._path, "was replaced while it was open")
+        self._require_same_database()
         if lost := self._lost():
             raise DatabaseFailed(self._path, f"had its {lost} removed while it was open")
         if self._is_overwritten():
             raise DatabaseBusy(self._path, "was overwritten by another process meanwhile")
+
+    def _require_same_database(self) -> None:
+        if file_identity(self._path) != self._identity:
+            raise DatabaseFailed(self._path, "was replaced while it was open")
 
     def _lost(self) -> str:
         """Return which file beside the database was removed or replaced, if one was.
