@@ -749,6 +749,19 @@ async def test_a_mount_that_does_not_answer(
     report("tables", "ok")
 
 
+async def test_a_mount_whose_server_has_died(installation: Path, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    with bindfs(snapshot_of(installation).parent, near) as process:
+        process.kill()
+        wait_until(lambda: not os.path.exists(near), "what the kernel has cached to go")
+        report = await report_on(installation, snapshot_dir=near)
+    said = report("snapshot dir", "problem")
+    assert f"{near} cannot be reached: Transport endpoint is not connected" in said
+    assert "umount" in said
+    assert report.worse == {("snapshot dir", "problem")}
+    assert "does not exist" not in report("watch", "ok")
+
+
 def test_a_snapshot_that_is_mounted_alone(installation: Path) -> None:
     """What is renamed over it outside does not arrive inside."""
     path = snapshot_of(installation)

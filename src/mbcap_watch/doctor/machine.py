@@ -120,8 +120,8 @@ def beyond_mode(shut: Iterable[Place], wanted: int) -> str:
         return ""
     return (
         f"the mode would allow it, so something else refuses: lsattr -d {names} (as root: chattr"
-        f" -i), getfacl {names} (setfacl), the capabilities of the unit or container, or a security"
-        " module (dmesg)"
+        f" -i), getfacl {names} (setfacl), the capabilities of the unit or container, a security"
+        " module (dmesg), or on NFS the server's export (root_squash)"
     )
 
 

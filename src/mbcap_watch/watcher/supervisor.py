@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +72,8 @@ class Watch:
         try:
             why, degraded = self._arm(directory), False
         except OSError as exc:
-            missing = not os.path.exists(directory)
-            # The directory may have appeared just now, between the two calls.
-            self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
-            degraded = not missing or isinstance(exc, PermissionError)
+            self.awaits_directory = isinstance(exc, FileNotFoundError)
+            degraded = not self.awaits_directory
             why = f"{directory} does not exist"
             if degraded:
                 why = f"no inotify watch on {directory} for now: {exc.strerror}"
