@@ -20,11 +20,11 @@ SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 
 
 @contextlib.contextmanager
-def fuse(kind: str, far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
+def fuse(kind: str, far: Path, near: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """Mount `far` on `near` by bindfs or sshfs; yield the process that serves it."""
     if shutil.which(kind) is None or not os.access("/dev/fuse", os.W_OK):
         pytest.skip(f"needs {kind} and /dev/fuse")
-    with {"bindfs": bindfs, "sshfs": sshfs}[kind](far, near) as process:
+    with {"bindfs": bindfs, "sshfs": sshfs}[kind](far, near, *options) as process:
         try:
             wait_until(lambda: os.path.ismount(near) or process.poll() is not None, "the mount")
             if not os.path.ismount(near):
@@ -36,8 +36,10 @@ def fuse(kind: str, far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextlib.contextmanager
-def bindfs(far: Path, near: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["bindfs", "-f", str(far), str(near)]) as process:
+def bindfs(far: Path, near: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(
+        ["bindfs", "-f", *(f"-o{each}" for each in options), str(far), str(near)]
+    ) as process:
         yield process
 
 

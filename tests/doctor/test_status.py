@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from fuse import fuse
 from mbcap_watch import Settings, snapshot_path
 from mbcap_watch.telemetry.ask import digest_of
 from mbcap_watch.telemetry.metrics import Metrics
@@ -214,6 +216,29 @@ def named(told: dict[str, Any], pid: int) -> str:
     [text] = [each["text"] for each in told["warnings"] if each["code"] == "several_bridges"]
     [who] = [each for each in text.partition(": ")[2].split("; ") if f"pid {pid} " in each]
     return str(who)
+
+
+@pytest.mark.system
+def test_a_mount_that_does_not_answer_does_not_keep_status(database: Path, tmp_path: Path) -> None:
+    """Who waits for a lookup of another process cannot be killed, and its command does not end."""
+    far, near = tmp_path / "far", tmp_path / "near"
+    (far / "inner").mkdir(parents=True)
+    near.mkdir()
+    inner = ["--snapshot-dir", str(near / "inner")]
+    command = [*COMMAND, "status", "--json", "--database", str(database), *inner]
+    with fuse("bindfs", far, near, "attr_timeout=600") as server:
+        os.stat(near)
+        server.send_signal(signal.SIGSTOP)
+        # If it is kept, this test shall fail and not hang.
+        rescue = threading.Timer(DEADLINE, server.send_signal, [signal.SIGCONT])
+        rescue.start()
+        with daemon(database, *inner):
+            wait_until(lambda: b"does not answer" in database.with_name("log").read_bytes())
+            told = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)
+            assert rescue.is_alive()
+            rescue.cancel()
+            server.send_signal(signal.SIGCONT)
+    assert told["state"] == "stuck"
 
 
 # ------------------------------------------------------------------------------ no socket
