@@ -841,7 +841,8 @@ def test_ages(written_at: str | None, placed_ago: float, level: str, words: str)
     [
         (Mount("nfs4", "/mnt", ("rw", "nocto", "vers=4.2")), ["nocto"]),
         (Mount("nfs4", "/mnt", ("rw", "vers=4.2", "acregmax=60")), []),
-        (Mount("nfs4", "/mnt", ("acregmax=600", "acdirmax=60")), ["attribute_cache"]),
+        (Mount("nfs4", "/mnt", ("acregmax=60", "acdirmax=600")), ["attribute_cache"]),
+        (Mount("nfs4", "/mnt", ("acregmin=600", "acregmax=600", "acdirmax=60")), []),
         (Mount("nfs4", "/mnt", ("nocto", "actimeo=3600")), ["nocto", "attribute_cache"]),
         (Mount("ext4", "/", ("nocto", "actimeo=3600")), []),
     ],

@@ -41,9 +41,11 @@ if TYPE_CHECKING:
 
 # For so many seconds, an NFS client believes without asking, by default (nfs(5)).
 _CACHED_SECONDS: Final = 60
+# Of directories alone: files are seen anew all the same, since their directory is listed first.
+_CACHES: Final = ("acdirmin", "acdirmax", "actimeo")
+
 # A directory that is missing, or hidden by a file or a circle of links.
 _NOTHING_THERE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-_CACHES: Final = ("acregmin", "acregmax", "acdirmin", "acdirmax", "actimeo")
 
 
 def examine(
