@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +71,10 @@ class Watch:
             self.close()
             self.update(last_problem=problem)
         directory = self._settings.snapshot_dir
+        # Until the directory above is listed, an NFS client believes for up to a minute that this
+        # one is missing, or still the one that was replaced.
+        with contextlib.suppress(OSError), os.scandir(directory.parent) as above:
+            next(above, None)
         try:
             why, degraded = self._arm(directory), False
         except OSError as exc:
