@@ -20,6 +20,7 @@ Cause = Literal[
     "disk_error",
     "limit",
     "snapshot_unreadable",
+    "filesystem_failed",
     "no_database",
     "wal_replaced",
     "wal_left_behind",

@@ -31,7 +31,17 @@ from mbcap_watch.store import steps
 from mbcap_watch.store.native import HAS_RESET_BUG
 from mbcap_watch.watcher.mounts import Mount
 from processes import call, call_json
-from support import IN_USE, connect, document, in_use, locked, make_database, put, run_sql
+from support import (
+    IN_USE,
+    connect,
+    document,
+    in_use,
+    locked,
+    make_database,
+    put,
+    run_sql,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -684,6 +694,20 @@ async def test_a_mount_that_does_not_answer(
     report("tables", "ok")
 
 
+async def test_a_mount_whose_server_has_died(installation: Path, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    near.mkdir()
+    with fuse("bindfs", snapshot_of(installation).parent, near) as process:
+        process.kill()
+        wait_until(lambda: not os.path.exists(near), "what the kernel has cached to go")
+        report = await report_on(installation, snapshot_dir=near)
+    said = report("snapshot dir", "problem")
+    assert f"{near} cannot be reached: Transport endpoint is not connected" in said
+    assert "umount" in said
+    assert report.worse == {("snapshot dir", "problem")}
+    assert "does not exist" not in report("watch", "ok")
+
+
 def test_a_snapshot_that_is_mounted_alone(installation: Path) -> None:
     """What is renamed over it outside does not arrive inside."""
     path = snapshot_of(installation)
@@ -763,7 +787,8 @@ def test_ages(written_at: str | None, placed_ago: float, level: str, words: str)
     [
         (Mount("nfs4", "/mnt", ("rw", "nocto", "vers=4.2")), ["nocto"]),
         (Mount("nfs4", "/mnt", ("rw", "vers=4.2", "acregmax=60")), []),
-        (Mount("nfs4", "/mnt", ("acregmax=600", "acdirmax=60")), ["attribute_cache"]),
+        (Mount("nfs4", "/mnt", ("acregmax=60", "acdirmax=600")), ["attribute_cache"]),
+        (Mount("nfs4", "/mnt", ("acregmin=600", "acregmax=600", "acdirmax=60")), []),
         (Mount("nfs4", "/mnt", ("nocto", "actimeo=3600")), ["nocto", "attribute_cache"]),
         (Mount("ext4", "/", ("nocto", "actimeo=3600")), []),
     ],

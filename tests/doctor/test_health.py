@@ -145,6 +145,7 @@ def test_every_kind_of_trouble_has_a_remedy() -> None:
         ("disk_error", "dmesg"),
         ("limit", "LimitNOFILE"),
         ("snapshot_unreadable", "namei"),
+        ("filesystem_failed", "umount"),
     ],
 )
 def test_each_cause_of_a_failure_has_its_own_remedy(cause: Cause, remedy: str) -> None:

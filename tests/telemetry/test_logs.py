@@ -226,6 +226,18 @@ STATES: dict[str, tuple[list[WatchState], Lines]] = {
             ("INFO", "the filesystem answers again"),
         ],
     ),
+    "a read that hangs until the kernel gives up": (
+        [
+            replace(POLLING, read_errors=1),
+            replace(POLLING, read_errors=1, stuck_since=5.0),
+            replace(POLLING, read_errors=2),
+        ],
+        [
+            BY_POLL,
+            ("WARNING", "the filesystem does not answer; waiting for it"),
+            ("INFO", "the call that hung has ended, with an error"),
+        ],
+    ),
 }
 
 

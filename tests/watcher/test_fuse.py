@@ -60,3 +60,20 @@ async def test_the_filesystem_goes_and_comes_back(tmp_path: Path) -> None:
                 await results.count("applied", number + 1)
                 await until(lambda: results.state.mode == "poll")
             await until(lambda: results.state.mode == "inotify")
+
+
+async def test_a_filesystem_whose_server_has_died(tmp_path: Path) -> None:
+    """As a stale handle on NFS: the mount is there, and each call gives an error."""
+    far, near = tmp_path / "far", tmp_path / "near"
+    (far / "inner").mkdir(parents=True)
+    near.mkdir()
+    database = make_database(tmp_path / "m.db", [("nodes", "aa11", 0, None)])
+    clocks = {"poll_interval": "50ms", "sweep_interval": "100ms"}
+    async with bridge(database, snapshot_dir=near / "inner", **clocks) as results:
+        with fuse("bindfs", far, near) as server:
+            put(document(("aa11", "confirmed", "far")), far / "inner" / "snapshot.json")
+            await results.next("applied")
+            server.kill()
+            assert (await results.next("failed")).cause == "filesystem_failed"
+            await until(lambda: "not connected" in results.state.why)
+        await until(lambda: "does not exist" in results.state.why)

@@ -34,6 +34,7 @@ pytestmark = [
 ]
 
 POLL = 0.2
+SWEEP = 1.0
 LONG = 150.0  # an NFSv4 server that was restarted has a grace period of up to 90 s
 needs_faults = pytest.mark.skipif(shutil.which("nfsctl") is None, reason="needs nfsctl")
 
@@ -50,6 +51,7 @@ class Daemon:
         self.log = base / "log.txt"
         options = ["--database", str(self.database), "--snapshot-dir", str(self.near)]
         options += ["--poll-interval", f"{POLL}s", "--log-format", "json"]
+        options += ["--sweep-interval", f"{SWEEP}s"]
         with open(self.log, "wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mbcap_watch", "run", *options], stderr=stderr
@@ -136,6 +138,22 @@ def test_a_file_that_was_missing_is_found_at_once(daemon: Daemon) -> None:
     (daemon.far / "snapshot.json").unlink()
     daemon.wait_for("waiting for a snapshot")
     assert daemon.landed("again", daemon.publish("again")) < POLL + 3
+
+
+def test_a_directory_that_appears_or_is_replaced_is_found_by_the_sweep(daemon: Daemon) -> None:
+    """The client would believe for a minute that it is missing, or still the old one."""
+    old = daemon.far.with_suffix(".old")
+    daemon.landed("first", daemon.publish("first"))
+    daemon.far.rename(old)
+    daemon.far.mkdir()
+    times = [daemon.landed("replaced", daemon.publish("replaced"))]
+    shutil.rmtree(daemon.far)
+    daemon.wait_for("does not exist")
+    time.sleep(2)
+    daemon.far.mkdir()
+    times.append(daemon.landed("new", daemon.publish("new")))
+    report("a directory that was replaced, or is new", times)
+    assert max(times) < SWEEP + POLL + 3
 
 
 @needs_faults

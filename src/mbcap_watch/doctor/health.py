@@ -38,7 +38,9 @@ _FOUND: Final[tuple[Outcome, ...]] = ("applied", "unchanged", "malformed", "refu
 _LATELY_SECONDS: Final = 3600.0
 
 # With these there may be no directory to watch. Then `no_inotify` would say nothing new.
-_NO_DIRECTORY: Final = {"snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable"}
+_NO_DIRECTORY: Final = {
+    *("snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable", "filesystem_failed"),
+}
 
 # The findings about the daemon's outputs.
 _OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"}

@@ -120,8 +120,8 @@ def beyond_mode(shut: Iterable[Place], wanted: int) -> str:
         return ""
     return (
         f"the mode would allow it, so something else refuses: lsattr -d {names} (as root: chattr"
-        f" -i), getfacl {names} (setfacl), the capabilities of the unit or container, or a security"
-        " module (dmesg)"
+        f" -i), getfacl {names} (setfacl), the capabilities of the unit or container, a security"
+        " module (dmesg), or on NFS the server's export (root_squash)"
     )
 
 
@@ -203,10 +203,15 @@ def _stat_of(pid: int) -> list[str]:
 
 def leads_to(pid: int, its: str, ours: str) -> bool:
     """Whether a path of a process, which may be in a container, leads where ours does."""
+    root, is_alike = f"/proc/{pid}/root", printable(its) == printable(ours)
     try:
-        return os.path.samefile(f"/proc/{pid}/root{its}", ours)
+        # One path is not looked up: where a lookup of the process itself gets no answer, ours would
+        # wait for that one, and could not even be killed.
+        if is_alike and os.path.samefile(root, "/"):
+            return True
+        return os.path.samefile(root + its, ours)
     except OSError:
-        return printable(its) == printable(ours)
+        return is_alike
 
 
 # ------------------------------------------------------------------------------ daemons

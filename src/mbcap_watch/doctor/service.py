@@ -108,9 +108,10 @@ def _with_our_paths(bridge: Bridge, here: Installation) -> Bridge:
         leads_there = its is not None and machine.leads_to(bridge.pid, its, ours)
         return printable(ours) if leads_there else its
 
-    database = seen(bridge.database, here.database)
-    snapshot_dir = seen(bridge.snapshot_dir, here.snapshot_dir)
-    return bridge._replace(database=database, snapshot_dir=snapshot_dir)
+    bridge = bridge._replace(database=seen(bridge.database, here.database))
+    if not bridge.has_database(here):
+        return bridge
+    return bridge._replace(snapshot_dir=seen(bridge.snapshot_dir, here.snapshot_dir))
 
 
 def _within(function: Callable[[], T], otherwise: T) -> T:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
+from mbcap_watch.doctor.findings import Finding, Installation, ago, counted, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
 from mbcap_watch.doctor.machine import (
     Place,
@@ -26,7 +27,7 @@ from mbcap_watch.errors import (
     SnapshotUnreadable,
 )
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
-from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
+from mbcap_watch.snapshot.files import SNAPSHOT_NAME, cause_of, parse, read_file
 from mbcap_watch.snapshot.timestamp import canonical
 from mbcap_watch.store import plan
 from mbcap_watch.telemetry.stats import seconds_of
@@ -40,7 +41,11 @@ if TYPE_CHECKING:
 
 # For so many seconds, an NFS client believes without asking, by default (nfs(5)).
 _CACHED_SECONDS: Final = 60
-_CACHES: Final = ("acregmin", "acregmax", "acdirmin", "acdirmax", "actimeo")
+# Of directories alone: files are seen anew all the same, since their directory is listed first.
+_CACHES: Final = ("acdirmin", "acdirmax", "actimeo")
+
+# A directory that is missing, or hidden by a file or a circle of links.
+_NOTHING_THERE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def examine(
@@ -53,6 +58,7 @@ def examine(
     directory = settings.snapshot_dir
     path = directory / SNAPSHOT_NAME
     blocked = blocked_way(here, "snapshot_unreadable", "snapshot dir", path)
+    blocked = blocked or _beyond_reach(here, place(directory))
     yield blocked or _judge_directory(here, directory)
     if blocked or not place(directory).directory:
         return
@@ -67,12 +73,20 @@ def examine(
     desired = plan.desired_state(snapshot.entries)
     values.update(desired.values)
     unknown, unrecognized = desired.skipped_unknown, desired.skipped_unrecognized
-    text = f"valid, {size(len(file.data))}, {desired.entries:,} entries, {len(desired.values):,}"
-    text += f" to be written, {unknown:,} unknown, {unrecognized:,} without a known status or key"
+    text = f"valid, {size(len(file.data))}, {counted(desired.entries, 'entry', 'entries')}, "
+    text += f"{len(desired.values):,} to be written, {unknown:,} unknown, {unrecognized:,}"
+    text += " without a known status or key"
     found = list(judge_entries(here, desired.entries, unknown, unrecognized))
     yield from found or [ok("snapshot", text)]
     placed = time.time() - file.changed_at
     yield judge_stamp(here, snapshot.written_at, placed, time.time())
+
+
+def _beyond_reach(here: Installation, directory: Place) -> Finding | None:
+    if directory.error is None or directory.error.errno in _NOTHING_THERE:
+        return None
+    text = f"{directory.path} cannot be reached: {directory.error.strerror}"
+    return here.finding(cause_of(directory.error), text, subject="snapshot dir")
 
 
 def _judge_directory(here: Installation, path: Path) -> Finding:

@@ -30,6 +30,8 @@ from mbcap_watch.snapshot.codec import SNAPSHOT_NAME, Entry, Snapshot, parse, pa
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mbcap_watch.errors import Cause
+
 # Of codec, for whoever reads and publishes.
 __all__ = ["SNAPSHOT_NAME", "Entry", "Snapshot", "parse", "parse_entries"]
 
@@ -134,9 +136,16 @@ def read_file(path: Path, max_bytes: int) -> SnapshotFile:
     except OSError as exc:
         if exc.errno == errno.ELOOP:
             raise SnapshotRefused(path, "is a symbolic link that leads in a circle") from exc
-        text = f"cannot be read: {exc.strerror}"
-        limit = exc.errno in LIMIT_ERRORS
-        raise SnapshotUnreadable(path, text, "limit" if limit else None) from exc
+        raise SnapshotUnreadable(path, f"cannot be read: {exc.strerror}", cause_of(exc)) from exc
+
+
+def cause_of(error: OSError) -> Cause:
+    """Return what is behind an error on the way to the snapshot, or of reading it."""
+    if error.errno in LIMIT_ERRORS:
+        return "limit"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return "snapshot_unreadable"
+    return "filesystem_failed"
 
 
 def _read(path: Path, descriptor: int, max_bytes: int) -> SnapshotFile:

@@ -99,8 +99,7 @@ class Connection(sqlite3.Connection):
                 self._first_version = self._version()
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
-                # The file may have been replaced before it was opened, and is the new one then.
-                self._close_not_as_last(identity_of(self._real))
+                self._close_not_as_last()
                 raise
 
     def require_same_files(self) -> None:
@@ -161,7 +160,7 @@ class Connection(sqlite3.Connection):
                 self._tidy()
         finally:
             if is_another or self._leaves_files():
-                self._close_not_as_last(self._identity)
+                self._close_not_as_last()
             else:
                 super().close()
 
@@ -200,7 +199,7 @@ class Connection(sqlite3.Connection):
             return not wal.is_open_elsewhere(self._path, self._real)
         return self._found is Wal.EMPTY and not _size(self._wal)
 
-    def _close_not_as_last(self, identity: tuple[int, int] | None) -> None:
+    def _close_not_as_last(self) -> None:
         """Close while a read-only connection is attached, which itself cannot remove anything.
 
         `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on. Of a file that
@@ -208,7 +207,7 @@ class Connection(sqlite3.Connection):
         that of a host's connection in this process, to the old file.
         """
         with contextlib.ExitStack() as stack:
-            if identity_of(self._real) == identity:
+            if identity_of(self._real) == self._identity:
                 with contextlib.suppress(sqlite3.Error):
                     anchor = sqlite3.connect(f"{_uri(self._real)}?mode=ro", uri=True, timeout=0)
                     stack.callback(anchor.close)

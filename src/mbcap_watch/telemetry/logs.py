@@ -258,7 +258,7 @@ class StateLog:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, remedy: str = "") -> None:
         self._clock, self._remedy = clock, remedy
-        start, self._said_rearms = WatchState(), 0
+        start, self._said_rearms, self._read_errors = WatchState(), 0, 0
         self._watching = Throttle((start.mode, start.why, start.rearms))
         self._sweeps = Throttle(start.sweep_hits)
         self._stuck = Throttle(calm=False, remind_after=REMINDER)
@@ -277,8 +277,11 @@ class StateLog:
             if state.stuck_since is not None:
                 text = "the filesystem does not answer; waiting for it"
                 logger.warning("%s", "; ".join(filter(None, (text, self._remedy))), extra=data)
+            elif state.read_errors > self._read_errors:  # of a soft NFS mount
+                logger.info("the call that hung has ended, with an error", extra=data)
             else:
                 logger.info("the filesystem answers again", extra=data)
+        self._read_errors = state.read_errors
 
     def end(self) -> None:
         """Say what is left to say of lines that were not logged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -70,13 +71,15 @@ class Watch:
             self.close()
             self.update(last_problem=problem)
         directory = self._settings.snapshot_dir
+        # Until the directory above is listed, an NFS client believes for up to a minute that this
+        # one is missing, or still the one that was replaced.
+        with contextlib.suppress(OSError), os.scandir(directory.parent) as above:
+            next(above, None)
         try:
             why, degraded = self._arm(directory), False
         except OSError as exc:
-            missing = not os.path.exists(directory)
-            # The directory may have appeared just now, between the two calls.
-            self.awaits_directory = missing or isinstance(exc, FileNotFoundError)
-            degraded = not missing or isinstance(exc, PermissionError)
+            self.awaits_directory = isinstance(exc, FileNotFoundError)
+            degraded = not self.awaits_directory
             why = f"{directory} does not exist"
             if degraded:
                 why = f"no inotify watch on {directory} for now: {exc.strerror}"
