@@ -169,7 +169,7 @@ def apply(database: Path, *options: str) -> Process:
     return Process(command, database.with_name("apply.txt"))
 
 
-def neighbour(role: str, database: Path, *arguments: str) -> Process:
+def neighbour(role: str, database: Path, *arguments: str, log: Path | None = None) -> Process:
     """Start one of `neighbours.py`, and wait until it has the database open."""
     command = [sys.executable, str(TESTS / "neighbours.py"), role, str(database), *arguments]
-    return Process(command, database.with_name(f"{role}.txt")).ready("ready")
+    return Process(command, log or database.with_name(f"{role}.txt")).ready("ready")

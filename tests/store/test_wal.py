@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from machine import mounted
 from mbcap_watch import DatabaseFailed, Settings, persist_once, snapshot_path
 from mbcap_watch.errors import DatabaseBusy
 from mbcap_watch.store.descriptors import opening_lock
 from mbcap_watch.store.native import Connection, has_reset_bug
-from mbcap_watch.store.wal import require_own_wal
+from mbcap_watch.store.wal import Wal, require_own_wal
 from processes import apply, call, neighbour, running, start_daemon
 from restores import BACKUP_PACKETS, judge, make_packets, remove_wal, snapshot
 from support import (
@@ -474,6 +475,22 @@ async def test_what_is_open_with_another_wal_is_left_alone(
             told = await results.next("foreign_wal")
             assert told.cause == "wal_elsewhere"
             assert files(ours) == before
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("leave, found", [("empty", Wal.EMPTY), ("behind", Wal.LEFT_BEHIND)])
+def test_a_server_on_a_mount_that_is_read_only(
+    meshcore: Path, tmp_path: Path, leave: str, found: Wal
+) -> None:
+    """It has the database open, and locks no -shm."""
+    {"empty": leave_empty_wal, "behind": leave_wal_behind}[leave](meshcore)
+    near, log = tmp_path / "near", tmp_path / "log.txt"
+    with (
+        mounted(near, "--bind", "-o", "ro", str(meshcore.parent)),
+        running(neighbour("server", near / meshcore.name, log=log)),
+        opening_lock(meshcore),
+    ):
+        assert require_own_wal(meshcore, 0.0) is found
 
 
 def test_the_daemon_says_it_once_and_recovers(meshcore: Path) -> None:

@@ -119,14 +119,15 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
 
 
 def _require_none_elsewhere(database: Path, real: str) -> None:
-    """Raise ForeignWal if somebody has the database open, and not with the `-shm` beside it.
+    """Raise ForeignWal if somebody has the database open, and there is no `-shm` beside it.
 
-    While it is being opened, that is so for a moment.
+    While it is being opened, that is so for a moment. A server on a mount that is read-only has it
+    open without a lock of the `-shm` that is there.
     """
     for _ in range(_LOOKS):
-        if _held_lock(database, real, _DATABASE_SHARED) != fcntl.F_RDLCK:
+        if os.path.exists(f"{real}-shm"):
             return
-        if _held_lock(database, f"{real}-shm", _SHM_ALIVE) != fcntl.F_UNLCK:
+        if _held_lock(database, real, _DATABASE_SHARED) != fcntl.F_RDLCK:
             return
         time.sleep(_PAUSES[0] / _LOOKS)
     problem = "somebody has it open with a -wal that is not beside it"
