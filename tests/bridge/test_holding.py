@@ -11,7 +11,7 @@ import pytest
 
 from mbcap_watch import Settings, apply_snapshot, persist_once, read_snapshot, snapshot_path
 from mbcap_watch.bridge import spot, sync
-from mbcap_watch.store import native
+from mbcap_watch.store import reader
 from support import (
     DEADLINE,
     Results,
@@ -233,7 +233,7 @@ async def test_what_nobody_wrote_is_not_looked_at(
 
     def count(*args: Any) -> Any:
         looks.append(args)
-        return native.open_to_read(*args)
+        return reader.open_to_read(*args)
 
     monkeypatch.setattr(sync, "open_to_read", count)
     with connect(mesh) as connection:

@@ -17,7 +17,7 @@ import pytest
 
 from mbcap_watch import Entry, Snapshot, write_snapshot
 from mbcap_watch.store import descriptors
-from mbcap_watch.store.native import open_to_read
+from mbcap_watch.store.reader import open_to_read
 from mbcap_watch.store.wal import require_own_wal
 from support import DEADLINE, connect, make_database, other_process, read_line, read_rows
 

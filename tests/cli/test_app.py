@@ -157,8 +157,9 @@ def test_the_daemon_outlives_a_lack_of_descriptors(database: Path) -> None:
     put(document(("aa11", "confirmed")), snapshot_path(database))
     with daemon(database, "--sweep-interval=24h") as process:
         pid, kind = process.popen.pid, resource.RLIMIT_NOFILE
+        wal = database.with_name(f"{database.name}-wal")
         limits = resource.prlimit(pid, kind)
-        wait_until(lambda: not has_open(database, pid))
+        wait_until(lambda: not has_open(wal, pid), "the end of the sync")
         free = next(number for number in range(1000) if str(number) not in open_descriptors(pid))
         resource.prlimit(pid, kind, (free, limits[1]))
         put(document(("aa11", "suspected")), snapshot_path(database))

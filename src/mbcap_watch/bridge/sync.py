@@ -27,7 +27,7 @@ from mbcap_watch.results import PersistResult, Reason, Timings
 from mbcap_watch.store import plan
 from mbcap_watch.store.connection import open_database
 from mbcap_watch.store.descriptors import release
-from mbcap_watch.store.native import open_to_read
+from mbcap_watch.store.reader import open_to_read
 from mbcap_watch.store.reconcile import PAGES, Tally, reconcile
 from mbcap_watch.store.steps import preview_steps, run_steps
 

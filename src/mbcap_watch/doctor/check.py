@@ -211,7 +211,7 @@ def _examine_daemons(
     found = [each for each in service.survey(here, settings, environ) if each.program]
     ours = [each for each in found if each.has_database(here)]
     named = (f"pid {each.pid} (user {each.uid}, {each.database}, {each.program})" for each in ours)
-    seen = "none that this user may see" if machine.hides_others() else "none"
+    seen = "none that this user may see" if service.hides_others() else "none"
     who = ", ".join(named) or f"{seen} runs for this database"
     if len(ours) == 1:  # `look` names several
         if machine.is_paused(ours[0].pid):

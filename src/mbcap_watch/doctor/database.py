@@ -39,7 +39,8 @@ from mbcap_watch.errors import (
 from mbcap_watch.settings import DATABASE_VARIABLE
 from mbcap_watch.store.descriptors import release
 from mbcap_watch.store.errors import SIDES
-from mbcap_watch.store.native import HAS_RESET_BUG, open_to_read
+from mbcap_watch.store.native import HAS_RESET_BUG
+from mbcap_watch.store.reader import open_to_read
 from mbcap_watch.store.reconcile import Tally, reconcile
 from mbcap_watch.store.steps import TABLES, preview_steps
 from mbcap_watch.store.wal import Wal, is_wal_database

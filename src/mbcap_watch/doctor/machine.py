@@ -158,11 +158,6 @@ def running() -> list[int]:
     return sorted(pids - {os.getpid()})
 
 
-def hides_others() -> bool:
-    """Whether /proc shows this user no processes of others (`hidepid`, proc(5))."""
-    return not os.access("/proc/1/cmdline", os.R_OK)
-
-
 def described(pid: int) -> str:
     """Return a process for people: its number, if it has one here, and what its command is."""
     if pid <= 0:

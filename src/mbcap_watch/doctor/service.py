@@ -114,6 +114,11 @@ def _with_our_paths(bridge: Bridge, here: Installation) -> Bridge:
     return bridge._replace(snapshot_dir=seen(bridge.snapshot_dir, here.snapshot_dir))
 
 
+def hides_others() -> bool:
+    """Whether /proc shows this user no processes of others (`hidepid`, proc(5))."""
+    return not os.access("/proc/1/cmdline", os.R_OK)
+
+
 def _within(function: Callable[[], T], otherwise: T) -> T:
     """Call a function that touches files; return `otherwise` if it fails or takes long."""
     answer = [otherwise]
@@ -264,7 +269,7 @@ def _absent(
     here: Installation, bridges: Sequence[Bridge], ours: Sequence[Bridge]
 ) -> Iterator[Finding]:
     gone = [each.pid for each in ours if each.believed and each.fate == "gone"]
-    code = "hidden" if machine.hides_others() else "not_running"
+    code = "hidden" if hides_others() else "not_running"
     none = here.finding(code, me=os.geteuid())
     yield from [here.finding("gone", pid=pid) for pid in gone] or [none]
     for each in bridges:

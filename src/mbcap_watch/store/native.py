@@ -1,4 +1,4 @@
-"""SQLite's own connections: one to write beside others, and one that only reads."""
+"""SQLite's own connection, to write beside others."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import sqlite3
 import stat
 import sys
 import time
-from functools import cache, partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, DatabaseMissing
 from mbcap_watch.store import wal
 from mbcap_watch.store.descriptors import identity_of, opening_lock
-from mbcap_watch.store.errors import as_database_errors, cause_of
-from mbcap_watch.store.forks import forks
+from mbcap_watch.store.errors import cause_of
 from mbcap_watch.store.wal import Wal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 logger = logging.getLogger("mbcap_watch")
@@ -54,9 +52,6 @@ _EMPTY: Final = ("PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCA
 # After which pauses emptying the WAL is tried while somebody reads from it.
 _EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
 
-# How long one that only reads waits for a lock that keeps readers out.
-_READ_SECONDS: Final = 0.1
-
 
 class Connection(sqlite3.Connection):
     """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
@@ -77,8 +72,8 @@ class Connection(sqlite3.Connection):
         with opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
-            self._stamp = _stamp(path)
-            uri = f"{_uri(path)}?mode=rw"
+            self._stamp = stamp_of(path)
+            uri = f"{uri_of(path)}?mode=rw"
             super().__init__(
                 uri, timeout=0, isolation_level=None, check_same_thread=False, uri=True
             )
@@ -86,7 +81,7 @@ class Connection(sqlite3.Connection):
                 # Else it was replaced before it was opened. What was not read leaves the -wal alone
                 # when it is closed.
                 self._require_same_database()
-                _attach(self)
+                attach(self)
                 self._is_wal = self.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
                 if self._is_wal:
                     # Do not flush to disk or checkpoint while holding the lock. In WAL mode, NORMAL
@@ -106,13 +101,14 @@ class Connection(sqlite3.Connection):
         """Never write into files that an operator has just replaced or removed.
 
         Raises:
-            DatabaseMissing, DatabaseFailed: other files are there now, or none.
-            DatabaseBusy: another file was copied over the database. The next connection sees it.
+            DatabaseMissing, DatabaseFailed: another file is at the path now, or none.
+            DatabaseBusy: a file beside it is gone, or it was overwritten. The next connection sees
+                the files as they are then.
 
         """
         self._require_same_database()
         if lost := self._lost():
-            raise DatabaseFailed(self._path, f"had its {lost} removed while it was open")
+            raise DatabaseBusy(self._path, f"had its {lost} removed by another process meanwhile")
         if self._is_overwritten():
             raise DatabaseBusy(self._path, "was overwritten by another process meanwhile")
 
@@ -139,7 +135,7 @@ class Connection(sqlite3.Connection):
         """
         if not self._is_wal or self._found not in (Wal.ABSENT, Wal.EMPTY):
             return False
-        now, then = _stamp(self._path), self._stamp
+        now, then = stamp_of(self._path), self._stamp
         is_changed = now[0] == then[0] and now != then
         return is_changed and self._version() in (None, self._first_version)
 
@@ -209,9 +205,9 @@ class Connection(sqlite3.Connection):
         with contextlib.ExitStack() as stack:
             if identity_of(self._real) == self._identity:
                 with contextlib.suppress(sqlite3.Error):
-                    anchor = sqlite3.connect(f"{_uri(self._real)}?mode=ro", uri=True, timeout=0)
+                    anchor = sqlite3.connect(f"{uri_of(self._real)}?mode=ro", uri=True, timeout=0)
                     stack.callback(anchor.close)
-                    _attach(anchor)
+                    attach(anchor)
             super().close()
 
 
@@ -227,44 +223,6 @@ def _warn_of_second_sqlite(name: str) -> None:
         " damaged, because their locks do not keep each other out; open it with one of them only",
         name,
     )
-
-
-class ReadOnly(NamedTuple):
-    """A database that is open for reading, and what lay beside it."""
-
-    connection: sqlite3.Connection
-    found: Wal
-
-
-@contextlib.contextmanager
-def open_to_read(path: Path, grace: float, timeout: float = _READ_SECONDS) -> Iterator[ReadOnly]:
-    """Open the database so that no file appears, vanishes or changes. Blocks.
-
-    Whoever opens a WAL database creates -wal and -shm where they are missing, `mode=ro` or not.
-    Where one is missing, nobody has it open, and `immutable` does without (sqlite.org/uri.html).
-
-    Raises:
-        DatabaseMissing, ForeignWal, DatabaseFailed: as `open_database`.
-        DatabaseBusy: or somebody opened the database meanwhile, so that what was read may be torn.
-
-    """
-    identity = file_identity(path)
-    with as_database_errors(path), forks.wait(), contextlib.ExitStack() as stack:
-        with opening_lock(path):
-            found = wal.require_own_wal(path, grace)
-            before = _stamp(path)
-            alone = found is not Wal.LEFT_BEHIND and not _is_shared(path)
-            immutable = alone and wal.is_wal_database(path)
-            uri = f"{_uri(path)}?mode=ro{'&immutable=1' if immutable else ''}"
-            connection = sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None)
-            stack.enter_context(contextlib.closing(connection))
-            if file_identity(path) != identity:
-                raise DatabaseFailed(path, "was replaced while it was being opened")
-            _attach(connection)
-        connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
-        yield ReadOnly(connection, found)
-        if immutable and (_is_shared(path) or _stamp(path) != before):
-            raise DatabaseBusy(path, "was opened by another process while it was being read")
 
 
 def file_identity(path: Path) -> tuple[int, int]:
@@ -286,26 +244,22 @@ def file_identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _attach(connection: sqlite3.Connection) -> None:
+def attach(connection: sqlite3.Connection) -> None:
     """Read once: only then does SQLite open the `-wal` and take the locks that say so."""
     connection.execute("PRAGMA schema_version").fetchone()
 
 
-def _uri(path: str | Path) -> str:
+def uri_of(path: str | Path) -> str:
+    """Return the path as a URI for SQLite, without its parameters (sqlite.org/uri.html)."""
     return f"file://{quote(os.fsencode(os.path.abspath(path)))}"
-
-
-def _is_shared(path: Path) -> bool:
-    """Whether the files are there without which nobody can have a WAL database open."""
-    return all(os.path.exists(os.path.realpath(path) + side) for side in ("-wal", "-shm"))
 
 
 def _size(path: str) -> int:
     """Return the size of a file in bytes; 0 if there is none."""
-    return _stamp(path)[1]
+    return stamp_of(path)[1]
 
 
-def _stamp(path: str | Path) -> tuple[int, int, int]:
+def stamp_of(path: str | Path) -> tuple[int, int, int]:
     """Return what tells that a file was replaced or written to; zeros if there is none."""
     try:
         status = os.stat(path)
