@@ -220,7 +220,7 @@ class ForeignWal(DatabaseError):
 
 
 class DatabaseBusy(DatabaseError):
-    """Another connection kept the lock for longer than we wait."""
+    """Another connection kept the lock for longer than we wait, or files changed under ours."""
 
     hint = "nothing is lost; the snapshot stays pending and is tried again"
 

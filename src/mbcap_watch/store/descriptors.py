@@ -45,10 +45,8 @@ kept: Final[dict[tuple[int, int], tuple[int, set[str]]]] = {}
 def descriptor_of(database: Path, path: str) -> int | None:
     """Return a descriptor of a file of the database, to ask with; None if there is no file.
 
-    Closing a descriptor drops every lock that the process holds on its file (fcntl(2), "record
-    locks"), also one that a host's connection has got a moment ago. And what a connection has
-    opened it may close at any moment. So the descriptor is one of our own, and is kept until
-    `release`.
+    A host's connection may get a lock on the file at any moment, and close what it has opened. So
+    the descriptor is one of our own, and is kept until `release`.
     """
     try:
         status = os.stat(path)

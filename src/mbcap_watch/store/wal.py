@@ -81,7 +81,7 @@ def _ask(database: Path, grace: float) -> Wal:
         if found is Wal.IN_USE:
             return _judge(database, real, grace)
         with contextlib.suppress(PermissionError):  # SQLite may not open it either, and says so
-            _require_own_files(database, real)
+            _require_own_files(database, real, found)
     except FileNotFoundError:  # or no longer: somebody closes the last connection just now
         return Wal.ABSENT
     except OSError as exc:
@@ -130,8 +130,12 @@ def _require_none_elsewhere(database: Path, real: str) -> None:
         if _held_lock(database, real, _DATABASE_SHARED) != fcntl.F_RDLCK:
             return
         time.sleep(_PAUSES[0] / _LOOKS)
+    raise _elsewhere(database)
+
+
+def _elsewhere(database: Path) -> ForeignWal:
     problem = "somebody has it open with a -wal that is not beside it"
-    raise ForeignWal(database, problem, "wal_elsewhere")
+    return ForeignWal(database, problem, "wal_elsewhere")
 
 
 def is_open_elsewhere(database: Path, real: str) -> bool:
@@ -140,7 +144,7 @@ def is_open_elsewhere(database: Path, real: str) -> bool:
     return kind != fcntl.F_UNLCK
 
 
-def _require_own_files(database: Path, real: str) -> None:
+def _require_own_files(database: Path, real: str, found: Wal) -> None:
     """Raise ForeignWal if whoever has the database open has other files. No `-wal` has frames here.
 
     Others have it open with another `-wal`: two of them damage it. Or a file was copied over it:
@@ -151,6 +155,8 @@ def _require_own_files(database: Path, real: str) -> None:
         if is_wal_database(database):
             _require_none_elsewhere(database, real)
         return
+    if found is Wal.ABSENT:  # it was removed: SQLite opens it before the -shm, and removes it after
+        raise _elsewhere(database)
     index, length = _index(database, real), os.stat(real).st_size
     if index is None or index != _index(database, real):  # somebody writes
         return
