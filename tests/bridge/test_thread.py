@@ -98,6 +98,16 @@ async def test_what_a_call_returned_is_not_kept() -> None:
     assert returned() is None
 
 
+async def test_a_thread_goes_when_nobody_has_it() -> None:
+    assert not gc.isenabled()
+    async with BridgeThread(anyio.lowlevel.checkpoint) as thread:
+        thread.start()
+        await thread.outcome()
+    left = weakref.ref(thread)
+    del thread
+    await until(lambda: left() is None)
+
+
 async def test_without_a_thread_the_call_fails(few_threads: Callable[[int], None]) -> None:
     few_threads(0)
     with pytest.raises(BlockingIOError):

@@ -22,7 +22,7 @@ from mbcap_watch.errors import (
 )
 from mbcap_watch.settings import MAX_BATCH_ROWS, Settings
 from mbcap_watch.store import plan
-from mbcap_watch.store.errors import as_database_errors, refuses_rows
+from mbcap_watch.store.errors import as_database_errors, refuses_rows, without_frames
 from mbcap_watch.store.reconcile import Pages, Tally, reconcile
 from mbcap_watch.store.steps import (
     CHANGES,
@@ -113,7 +113,7 @@ async def apply_snapshot(
     except TransactionOpen:
         raise
     except DatabaseError as exc:
-        error = exc
+        error = without_frames(exc)
     seconds = time.perf_counter() - started
     result = describe("once", tally, error, seconds, desired, snapshot.written_at)
     # Nothing is pending and nothing is tried again here: that is the host's to decide.
@@ -169,7 +169,7 @@ class HostAccess:
             # The extended code: what is masked off tells this from a lock of somebody else's.
             if getattr(exc, "sqlite_errorcode", 0) != sqlite3.SQLITE_BUSY_SNAPSHOT:
                 raise
-            raise DatabaseBusy(HOSTS, _HALF_READ) from exc
+            raise DatabaseBusy(HOSTS, _HALF_READ) from without_frames(exc)
         except (ValueError, sqlite3.ProgrammingError) as exc:
             try:
                 _ = self.connection and self.connection.in_transaction
@@ -193,7 +193,7 @@ class HostAccess:
         except (sqlite3.Error, UnicodeDecodeError) as exc:
             if not refuses_rows(exc):
                 raise
-            error = exc.with_traceback(None)
+            error = without_frames(exc)
         self._tally.holds.append(time.perf_counter() - started)
         [(rows,)] = await self._fetch(CHANGES)
         return Written(rows, error)

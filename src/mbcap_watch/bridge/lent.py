@@ -16,7 +16,7 @@ from mbcap_watch.bridge.host import HOSTS, HostAccess, Lock, asyncio_loop
 from mbcap_watch.bridge.thread import in_other_loop
 from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, TransactionOpen
 from mbcap_watch.store.descriptors import identity_of
-from mbcap_watch.store.errors import as_database_errors, is_busy
+from mbcap_watch.store.errors import as_database_errors, is_busy, without_frames
 from mbcap_watch.store.reconcile import Tally
 from mbcap_watch.store.steps import Preview, Query, Write, Written, run_steps
 
@@ -135,6 +135,6 @@ class _Lent(HostAccess):
                 if time.monotonic() >= give_up:
                     raise DatabaseBusy(HOSTS, exc.problem) from exc
             except sqlite3.OperationalError as exc:
-                if not is_busy(exc) or time.monotonic() >= give_up:
+                if not is_busy(without_frames(exc)) or time.monotonic() >= give_up:
                     raise
             pause = _TRANSACTION_PAUSE

@@ -95,6 +95,7 @@ class DaemonThread(Generic[T]):
             self._outcome.set_result(self._function())
         except BaseException as exc:  # noqa: BLE001 - `outcome` raises it
             self._outcome.set_exception(exc)
+        del self._function  # it may be our own method, and hold us until the collector comes
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             self.call_host(self._end)
 

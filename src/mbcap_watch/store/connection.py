@@ -14,7 +14,7 @@ import aiosqlite
 import anyio
 
 from mbcap_watch.limits import no_thread, require_descriptors
-from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
+from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows, without_frames
 from mbcap_watch.store.forks import forks
 from mbcap_watch.store.native import Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
@@ -98,7 +98,7 @@ class Database:
         if isinstance(done, (sqlite3.Error, UnicodeDecodeError)) and refuses_rows(done):
             # SQLite counts what a statement has done before RAISE(FAIL), and nothing if it was
             # undone.
-            return Written(rows, done.with_traceback(None))
+            return Written(rows, without_frames(done))
         raise done
 
 
@@ -119,7 +119,7 @@ async def when_free(call: Callable[[], Awaitable[T]]) -> T:
             with anyio.CancelScope(shield=True):
                 return await call()
         except sqlite3.OperationalError as exc:
-            if not is_busy(exc) or time.monotonic() >= give_up:
+            if not is_busy(without_frames(exc)) or time.monotonic() >= give_up:
                 raise
         await anyio.sleep(next(pauses) * random.uniform(0.5, 1.0))
 

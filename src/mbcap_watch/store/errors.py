@@ -10,7 +10,7 @@ import contextlib
 import os
 import sqlite3
 import stat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, printable
 from mbcap_watch.limits import LIMIT_ERRORS
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from mbcap_watch.errors import Cause
+    from mbcap_watch.errors import Cause, DatabaseError
+
+T = TypeVar("T", bound=BaseException)
 
 # What is beside a database, and has to be writable as well.
 SIDES: Final = ("-wal", "-shm", "-journal")
@@ -33,16 +35,31 @@ def as_database_errors(database: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours, by their code (https://www.sqlite.org/rescode.html)."""
     try:
         yield
-    except UnicodeDecodeError as exc:  # see `message`; none of our SQL says what is not UTF-8
-        text = f"is corrupt: its schema holds text that is not UTF-8 ({message(exc)})"
-        raise DatabaseFailed(database, text, "corrupt") from exc
-    except sqlite3.Error as exc:
-        if is_busy(exc):
-            raise DatabaseBusy(database, "is locked by another connection") from exc
-        name = getattr(exc, "sqlite_errorname", type(exc).__name__)
-        problem, cause = explain(database, primary_code(exc))
-        said = printable(str(exc), QUOTED)  # a trigger's message, say
-        raise DatabaseFailed(database, f"{problem} ({name}: {said})", cause) from exc
+    except (sqlite3.Error, UnicodeDecodeError) as exc:
+        raise _as_ours(database, without_frames(exc)) from exc
+
+
+def without_frames(error: T) -> T:
+    """Return the error, and let go of its frames, which may hold the whole snapshot.
+
+    aiosqlite's future holds the error, and one of the frames holds the future. Only Python's
+    collector would free them, and it may come minutes later.
+    """
+    return error.with_traceback(None)
+
+
+def _as_ours(database: Path, error: sqlite3.Error | UnicodeDecodeError) -> DatabaseError:
+    if isinstance(
+        error, UnicodeDecodeError
+    ):  # see `message`; none of our SQL says what is not UTF-8
+        text = f"is corrupt: its schema holds text that is not UTF-8 ({message(error)})"
+        return DatabaseFailed(database, text, "corrupt")
+    if is_busy(error):
+        return DatabaseBusy(database, "is locked by another connection")
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    problem, cause = explain(database, primary_code(error))
+    said = printable(str(error), QUOTED)  # a trigger's message, say
+    return DatabaseFailed(database, f"{problem} ({name}: {said})", cause)
 
 
 def cause_of(error: OSError) -> Cause | None:
