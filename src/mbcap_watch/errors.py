@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal, TypeVar
 
 Cause = Literal[
     "disk_full",
@@ -33,6 +33,8 @@ Cause = Literal[
 `nodes_not_served` is behind no error, either: the other table was compared.
 """
 
+
+T = TypeVar("T", bound=BaseException)
 
 # How much of what a file or a database says is shown to people.
 QUOTED: Final = 100
@@ -70,6 +72,16 @@ def quoted(value: object) -> str:
     """Return what a file or a database said as Python writes it, safe and at most `QUOTED` long."""
     said = value[:QUOTED] if isinstance(value, str | bytes) else value
     return printable(repr(said), QUOTED)
+
+
+def without_frames(error: T) -> T:
+    """Return the error without its frames, and without the errors behind it and theirs.
+
+    The frames may hold the whole snapshot, and one of them the error: aiosqlite's has the future
+    with the error in it. Only Python's collector would free all that, perhaps minutes later.
+    """
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 class MbcapWatchError(Exception):

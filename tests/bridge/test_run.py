@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from mbcap_watch import Entry, EventLoopError, Settings, persist_once, run, snapshot_path
+from mbcap_watch import (
+    Entry,
+    EventLoopError,
+    MbcapWatchError,
+    Settings,
+    persist_once,
+    run,
+    snapshot_path,
+)
 from mbcap_watch.store import plan
 from support import (
     bridge,
@@ -132,6 +141,12 @@ async def test_inotify_takes_over_once_the_directory_is_there(tmp_path: Path) ->
         assert "does not exist" in results.state.why
         snapshot_path(database).parent.mkdir()
         await until(lambda: results.state.mode == "inotify")
+
+
+async def test_waiting_for_a_snapshot_keeps_nothing(database: Path) -> None:
+    assert not gc.isenabled()
+    assert (await persist_once(Settings(database))).outcome == "no_snapshot"
+    assert not [each for each in gc.get_objects() if isinstance(each, MbcapWatchError)]
 
 
 # ------------------------------------------------------------------------------ a busy database

@@ -19,10 +19,11 @@ from mbcap_watch.errors import (
     DatabaseFailed,
     EventLoopError,
     TransactionOpen,
+    without_frames,
 )
 from mbcap_watch.settings import MAX_BATCH_ROWS, Settings
 from mbcap_watch.store import plan
-from mbcap_watch.store.errors import as_database_errors, refuses_rows, without_frames
+from mbcap_watch.store.errors import as_database_errors, refuses_rows
 from mbcap_watch.store.reconcile import Pages, Tally, reconcile
 from mbcap_watch.store.steps import (
     CHANGES,

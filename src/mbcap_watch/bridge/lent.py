@@ -14,9 +14,9 @@ import anyio
 
 from mbcap_watch.bridge.host import HOSTS, HostAccess, Lock, asyncio_loop
 from mbcap_watch.bridge.thread import in_other_loop
-from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, TransactionOpen
+from mbcap_watch.errors import DatabaseBusy, DatabaseFailed, TransactionOpen, without_frames
 from mbcap_watch.store.descriptors import identity_of
-from mbcap_watch.store.errors import as_database_errors, is_busy, without_frames
+from mbcap_watch.store.errors import as_database_errors, is_busy
 from mbcap_watch.store.reconcile import Tally
 from mbcap_watch.store.steps import Preview, Query, Write, Written, run_steps
 

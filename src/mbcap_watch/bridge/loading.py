@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.errors import SnapshotError
+from mbcap_watch.errors import SnapshotError, without_frames
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse, read_file
 from mbcap_watch.store import plan
 from mbcap_watch.store.descriptors import identity_of
@@ -89,7 +89,8 @@ def load(
     try:
         data, changed_at = read_file(path, settings.max_bytes)
     except SnapshotError as exc:
-        return LoadedSnapshot(Fingerprint(hash((type(exc), str(exc))), database), error=exc)
+        fingerprint = Fingerprint(hash((type(exc), str(exc))), database)
+        return LoadedSnapshot(fingerprint, error=without_frames(exc))
     fingerprint = Fingerprint(hash(data), database)
     if fingerprint == known:
         return LoadedSnapshot(fingerprint, stamp=now)
@@ -97,9 +98,7 @@ def load(
     try:
         snapshot = parse(data, source=str(path))
     except SnapshotError as exc:
-        # Kept until the next sync: it may not keep the frames, and with them the whole document.
-        exc.__cause__ = exc.__context__ = None
-        return LoadedSnapshot(fingerprint, error=exc.with_traceback(None), stamp=now)
+        return LoadedSnapshot(fingerprint, error=without_frames(exc), stamp=now)
     size = len(data)
     del data
     alive()

@@ -22,6 +22,7 @@ from mbcap_watch.errors import (
     SnapshotUnreadable,
     printable,
     quoted,
+    without_frames,
 )
 from mbcap_watch.results import Outcome, PersistResult, Reason, Timings
 from mbcap_watch.snapshot.codec import SNAPSHOT_NAME
@@ -136,10 +137,7 @@ def out_of_resources(settings: Settings, reason: Reason, error: OSError) -> Pers
 
 
 class Unforeseen:
-    """Turns any error into one of ours: none may end the bridge. Logs the unforeseen ones.
-
-    An error is kept until the next sync, and so without its frames, which hold the whole snapshot.
-    """
+    """Turns any error into one of ours: none may end the bridge. Logs the unforeseen ones."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -157,8 +155,7 @@ class Unforeseen:
             text = f"could not be compared or written: {self._name(error)}"
             cause: Cause | None = "limit" if isinstance(error, MemoryError) else None
             failed = DatabaseFailed(database, text, cause)
-        failed.__cause__ = failed.__context__ = None
-        return failed.with_traceback(None)
+        return without_frames(failed)
 
     def of_snapshot(self, error: Exception) -> SnapshotUnreadable:
         """Return the error as one of the snapshot."""

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import aiosqlite
 import anyio
 
+from mbcap_watch.errors import without_frames
 from mbcap_watch.limits import no_thread, require_descriptors
-from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows, without_frames
+from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
 from mbcap_watch.store.forks import forks
 from mbcap_watch.store.native import Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page

@@ -10,9 +10,9 @@ import contextlib
 import os
 import sqlite3
 import stat
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, printable
+from mbcap_watch.errors import QUOTED, DatabaseBusy, DatabaseFailed, printable, without_frames
 from mbcap_watch.limits import LIMIT_ERRORS
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mbcap_watch.errors import Cause, DatabaseError
-
-T = TypeVar("T", bound=BaseException)
 
 # What is beside a database, and has to be writable as well.
 SIDES: Final = ("-wal", "-shm", "-journal")
@@ -37,15 +35,6 @@ def as_database_errors(database: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as exc:
         raise _as_ours(database, without_frames(exc)) from exc
-
-
-def without_frames(error: T) -> T:
-    """Return the error, and let go of its frames, which may hold the whole snapshot.
-
-    aiosqlite's future holds the error, and one of the frames holds the future. Only Python's
-    collector would free them, and it may come minutes later.
-    """
-    return error.with_traceback(None)
 
 
 def _as_ours(database: Path, error: sqlite3.Error | UnicodeDecodeError) -> DatabaseError:
