@@ -15,19 +15,9 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, counted, ok, quote, size
-from mbcap_watch.doctor.machine import (
-    WAL_READERS,
-    Place,
-    beyond_mode,
-    blocked_way,
-    holder,
-    is_remote,
-    judge_lock,
-    judge_space,
-    mode_of,
-    place,
-)
+from mbcap_watch.doctor.machine import Place, place
 from mbcap_watch.errors import (
     QUOTED,
     DatabaseBusy,
@@ -69,7 +59,7 @@ def examine(here: Installation, environ: Mapping[str, str]) -> Iterator[Finding]
     """Examine the file, its directory and its filesystem. Blocks."""
     database = Path(here.database)
     file, real = place(database), Path(os.path.realpath(database))
-    blocked = blocked_way(here, "not_permitted", "database", database)
+    blocked = machine.blocked_way(here, "not_permitted", "database", database)
     if blocked or not file.regular or not file.status:
         yield blocked or _no_file(here, file, real, environ)
         return
@@ -90,7 +80,7 @@ def examine(here: Installation, environ: Mapping[str, str]) -> Iterator[Finding]
     if any(Path(mount.mount_point) == real for mount in mount_table()):
         yield there.finding("single_file", path=real)
     yield from judge_filesystem(there, mount_of(real.parent))
-    yield judge_space(there, space)
+    yield machine.judge_space(there, space)
 
 
 def _no_file(here: Installation, file: Place, real: Path, environ: Mapping[str, str]) -> Finding:
@@ -120,7 +110,10 @@ def _no_file(here: Installation, file: Place, real: Path, environ: Mapping[str, 
 
 
 def _judge_permissions(
-    here: Installation, file: Place, directory: Place, sides: Iterable[Place]
+    here: Installation,
+    file: Place,
+    directory: Place,
+    sides: Iterable[Place],
 ) -> Finding:
     uid, owner = os.geteuid(), file.status.st_uid if file.status else 0
     shut = [each for each in (file, *sides) if not (each.readable and each.writable)]
@@ -135,12 +128,17 @@ def _judge_permissions(
     if uid != owner:
         remedy = f"run mbcap-watch as the database's owner, user {owner} (User= in the unit, user:"
         remedy += " in compose), or give this user the rights by a common group"
-    remedy = beyond_mode(shut, os.R_OK | os.W_OK) or remedy
+    remedy = machine.beyond_mode(shut, os.R_OK | os.W_OK) or remedy
     return here.finding("not_permitted", f"user {uid} {'; '.join(refused)}", remedy=remedy)
 
 
 def judge_owner(
-    here: Installation, file: Place, directory: Place, sides: Iterable[Place], uid: int, gid: int
+    here: Installation,
+    file: Place,
+    directory: Place,
+    sides: Iterable[Place],
+    uid: int,
+    gid: int,
 ) -> Iterator[Finding]:
     """Judge whether the files that SQLite creates beside the database lock its owner out.
 
@@ -149,7 +147,7 @@ def judge_owner(
     """
     assert file.status
     owner, group, mode = file.status.st_uid, file.status.st_gid, file.status.st_mode
-    out = [s for s in sides if s.status and not mode_of(s.status, owner, [group]) & os.W_OK]
+    out = [s for s in sides if s.status and not machine.mode_of(s.status, owner, [group]) & os.W_OK]
     if owner and out:
         paths, files = ", ".join(s.shown for s in out), " ".join(quote(s.path) for s in out)
         yield here.finding("locked_out", path=paths, file=files, owner=owner, group=group)
@@ -163,7 +161,7 @@ def judge_owner(
 def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
     """Judge whether SQLite's locks and shared memory work (sqlite.org/wal.html, "Overview", 6)."""
     where = f"the database is on {mount.type} ({mount.mount_point})"
-    if is_remote(mount):
+    if machine.is_remote(mount):
         yield here.finding("network_filesystem", where=where)
     elif mount.type in _LOCAL:
         yield ok("filesystem", where)
@@ -188,7 +186,7 @@ def examine_contents(
     wal = is_wal_database(real)
     if wal and HAS_RESET_BUG:
         yield here.finding("wal_reset_bug", version=sqlite3.sqlite_version)
-    lock, rows = judge_lock(here, real, wal=wal), list[Finding]()
+    lock, rows = machine.judge_lock(here, real, wal=wal), list[Finding]()
     # A database that nobody has open is read again if somebody opens it meanwhile: a daemon does.
     for _ in range(_TRIES if lock.severity == "ok" else 1):
         rows = list(_read(here, settings, dict(values), wal=wal))
@@ -198,7 +196,7 @@ def examine_contents(
     release(settings.database)
     log = place(Path(f"{real}-wal"))
     if log.status and log.status.st_size > _LARGE_WAL:
-        who = holder({Path(f"{real}-shm"): WAL_READERS}, fcntl.F_WRLCK)
+        who = machine.holder({Path(f"{real}-shm"): machine.WAL_READERS}, fcntl.F_WRLCK)
         why = f"; {who} keeps a transaction open, which keeps it from being emptied" if who else ""
         yield here.finding("wal_grows", wal=log.path, size=size(log.status.st_size), why=why)
 

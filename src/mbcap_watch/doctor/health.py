@@ -38,9 +38,9 @@ _FOUND: Final[tuple[Outcome, ...]] = ("applied", "unchanged", "malformed", "refu
 _LATELY_SECONDS: Final = 3600.0
 
 # With these there may be no directory to watch. Then `no_inotify` would say nothing new.
-_NO_DIRECTORY: Final = {
-    *("snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable", "filesystem_failed"),
-}
+_NO_DIRECTORY: Final = frozenset(
+    ("snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable", "filesystem_failed")
+)
 
 # The findings about the daemon's outputs.
 _OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"}
@@ -219,25 +219,22 @@ def judge_age(here: Installation, written: float, placed: float | None = None) -
 
 def _of_late(stats: Stats, here: Installation) -> Iterator[Finding]:
     """Judge how it went lately; what was over an hour ago is of no use to anybody."""
-    watch, lock, now = stats.watch, stats.mbcap_persist, stats.sampled
-    if watch.last_sweep_hit is not None and now - watch.last_sweep_hit < _LATELY_SECONDS:
+    watch, wait = stats.watch, (stats.mbcap_persist.wait_ms_p95 or 0) / 1000
+
+    def since(moment: float | None) -> float:
+        return float("inf") if moment is None else stats.sampled - moment
+
+    if (age := since(watch.last_sweep_hit)) < _LATELY_SECONDS:
         changes = counted(watch.sweep_hits, "change was", "changes were")
-        when = ago(now - watch.last_sweep_hit)
-        yield here.finding("sweep_hits", changes=changes, when=when)
-    if stats.last_set_back_at is not None and now - stats.last_set_back_at < _LATELY_SECONDS:
-        yield _set_back(here, stats.last_set_back, f", {ago(now - stats.last_set_back_at)}")
-    slow = [
-        each
-        for each in stats.history
-        if (each.hold_ms or 0) > SLOW_HOLD_SECONDS * 1000 and now - each.at < _LATELY_SECONDS
-    ]
-    if slow:
-        times = counted(len(slow), "time", "times")
-        seconds = duration(SLOW_HOLD_SECONDS)
-        yield here.finding("slow_holds", seconds=seconds, times=times)
-    contended = stats.contended_at is not None and now - stats.contended_at < _LATELY_SECONDS
-    if contended and lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
-        yield here.finding("contention", wait=duration(lock.wait_ms_p95 / 1000))
+        yield here.finding("sweep_hits", changes=changes, when=ago(age))
+    if (age := since(stats.last_set_back_at)) < _LATELY_SECONDS:
+        yield _set_back(here, stats.last_set_back, f", {ago(age)}")
+    late = [each for each in stats.history if since(each.at) < _LATELY_SECONDS]
+    if slow := sum((each.hold_ms or 0) > SLOW_HOLD_SECONDS * 1000 for each in late):
+        times = counted(slow, "time", "times")
+        yield here.finding("slow_holds", seconds=duration(SLOW_HOLD_SECONDS), times=times)
+    if since(stats.contended_at) < _LATELY_SECONDS and wait > CONTENDED_SECONDS:
+        yield here.finding("contention", wait=duration(wait))
 
 
 def _about_outputs(stats: Stats, here: Installation) -> Iterator[Finding]:
