@@ -72,6 +72,11 @@ def quoted(value: object) -> str:
     return printable(repr(said), QUOTED)
 
 
+def counted(count: int, one: str, several: str, separator: str = ",") -> str:
+    """Return a count for people: `1 entry`, `2,400 entries`."""
+    return f"{count:{separator}} {one if count == 1 else several}"
+
+
 class MbcapWatchError(Exception):
     """Base of all errors raised by this package."""
 

@@ -38,8 +38,6 @@ DEFAULT_MAX_BYTES = 12 << 20
 # statement takes 32,766 parameters (https://www.sqlite.org/limits.html), of which a row has four.
 MAX_BATCH_ROWS = 8_000
 
-# ------------------------------------------------------------------------------ kinds of settings
-
 Given = TypeVar("Given")
 Value = TypeVar("Value")
 
@@ -202,9 +200,6 @@ class Size(_Quantity[int]):
     most = "1024GiB"
     units: ClassVar = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
     kept = int
-
-
-# ------------------------------------------------------------------------------ the settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,15 @@ from mbcap_watch.cli import config, inspection, output
 from mbcap_watch.cli import run as daemon
 from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
 from mbcap_watch.cli.signals import Stop
-from mbcap_watch.doctor.findings import Installation, counted
+from mbcap_watch.doctor.findings import Installation
 from mbcap_watch.doctor.health import explain
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
+from mbcap_watch.errors import (
+    MbcapWatchError,
+    SettingsError,
+    SnapshotMalformed,
+    SnapshotRefused,
+    counted,
+)
 from mbcap_watch.results import PersistResult
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse_entries, write_snapshot
 from mbcap_watch.telemetry import logs
@@ -165,9 +171,6 @@ def demo(**given: Any) -> int:
     return 0 if main(**given) else 1
 
 
-# ------------------------------------------------------------------------------ all of them
-
-
 class _Group(click.Group):
     def list_commands(self, _: click.Context) -> list[str]:
         return list(self.commands)  # in the order in which they are written
@@ -191,9 +194,6 @@ def app(context: click.Context) -> int | None:
         click.echo(context.get_help(), err=True)
         return output.EXIT_USAGE
     return None
-
-
-# ------------------------------------------------------------------------------ the way out
 
 
 def main() -> None:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
-from mbcap_watch.doctor.findings import counted
-from mbcap_watch.errors import QUOTED, MbcapWatchError, printable, quoted
+from mbcap_watch.errors import QUOTED, MbcapWatchError, counted, printable, quoted
 from mbcap_watch.telemetry.logs import summary
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
         if each.remedy:
             show(" " * (width + 10), ("-> ", "bold"), plain(each.remedy, console))
     counts = [
-        f"{number} {severity}{'s' if number > 1 else ''}"
+        counted(number, severity, f"{severity}s")
         for severity in ("problem", "warning")
         if (number := sum(each.severity == severity for each in findings))
     ]

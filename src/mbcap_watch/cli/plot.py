@@ -12,7 +12,7 @@ from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.errors import printable
+from mbcap_watch.errors import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,15 +133,15 @@ def svg(stats: Stats) -> str:
     ]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     up = Scale(low, max(high, low + 1), *UP)
-    times = "result" if len(results) == 1 else "results"
-    notes = [f"{len(results)} {times}, {_minute(first)} to {_minute(last)}", "UTC"]
+    count = counted(len(results), "result", "results")
+    notes = [f"{count}, {_minute(first)} to {_minute(last)}", "UTC"]
     legend = [
         (partial(_dot, "lag"), "lag: rename to commit"),
         (partial(_dot, "hold"), "longest hold of the write lock"),
     ]
     marks = []
     for each in results:
-        rows = f"{each.changed} row{'s' * (each.changed != 1)}"
+        rows = counted(each.changed, "row", "rows")
         for kind, value in (("lag", each.lag_ms), ("hold", each.hold_ms)):
             if value is not None:
                 tip = f"{_moment(each.at):%H:%M:%S}: {kind} {value:g} ms, {rows}"

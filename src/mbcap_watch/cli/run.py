@@ -13,9 +13,9 @@ import anyio
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import run
 from mbcap_watch.cli import config, output
-from mbcap_watch.doctor.findings import Installation, catalogue, counted
+from mbcap_watch.doctor.findings import Installation, catalogue
 from mbcap_watch.doctor.health import explain
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, counted
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry import logs
 from mbcap_watch.telemetry.ack import Ack

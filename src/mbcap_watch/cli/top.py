@@ -48,9 +48,6 @@ _BARS: Final = "▁▂▃▄▅▆▇█"
 _STYLES: Final = {"applied": "green", "unchanged": "dim", "no_snapshot": "yellow", "busy": "yellow"}
 
 
-# ------------------------------------------------------------------------------ drawing
-
-
 def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group:
     """Return `height` lines at most, each of `width` at most.
 
@@ -118,9 +115,6 @@ def sparkline(history: Sequence[HistoryEntry], width: int) -> str:
     step = (high - low) / (len(_BARS) - 1) or 1.0
     bars = "".join(_BARS[round((math.log(lag) - low) / step)] for lag in lags)
     return f"{bars}  {_ms(min(lags))} to {_ms(max(lags))}"
-
-
-# ------------------------------------------------------------------------------ living
 
 
 def show(load: Load) -> None:

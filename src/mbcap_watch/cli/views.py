@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mbcap_watch.doctor.findings import ago, counted, duration
-from mbcap_watch.errors import printable
+from mbcap_watch.doctor.findings import ago, duration
+from mbcap_watch.errors import counted, printable
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 
 if TYPE_CHECKING:

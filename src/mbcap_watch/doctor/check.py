@@ -134,9 +134,6 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return int(any(finding.severity == "problem" for finding in findings))
 
 
-# ------------------------------------------------------------------------------ who is there
-
-
 def _examine_holders(here: Installation) -> Iterator[Finding]:
     """Examine who has the database open, and whether anybody writes it. Blocks."""
     file = machine.place(Path(os.path.realpath(here.database)))

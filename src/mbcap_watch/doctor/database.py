@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mbcap_watch.doctor import machine
-from mbcap_watch.doctor.findings import Finding, Installation, counted, ok, quote, size
+from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
 from mbcap_watch.doctor.machine import Place, place
 from mbcap_watch.errors import (
     QUOTED,
@@ -24,6 +24,7 @@ from mbcap_watch.errors import (
     DatabaseError,
     ForeignWal,
     SchemaMissing,
+    counted,
     printable,
 )
 from mbcap_watch.settings import DATABASE_VARIABLE
@@ -50,9 +51,6 @@ _TRIES: Final = 5
 _LARGE_WAL: Final = 64 << 20
 
 _LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
-
-
-# ------------------------------------------------------------------------------ from outside
 
 
 def examine(here: Installation, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -169,9 +167,6 @@ def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
         yield here.finding("unknown_filesystem", where=where)
 
 
-# ------------------------------------------------------------------------------ from inside
-
-
 def examine_contents(
     here: Installation, settings: Settings, values: Mapping[str, Value]
 ) -> Iterator[Finding]:
@@ -252,11 +247,10 @@ def _unusable(here: Installation, error: DatabaseError) -> Finding:
         return here.finding("no_proc")
     if primary == sqlite3.SQLITE_READONLY:
         return here.finding("half_written")
-    code = "busy" if isinstance(error, DatabaseBusy) else getattr(error, "cause", None) or "failed"
-    subject = "wal" if isinstance(error, ForeignWal) else "tables"
-    # In the catalogue, these two say to run `check`.
-    remedy = "check again as root, and as the user of the service; see dmesg"
-    remedy = remedy if code in ("busy", "failed") else ""
+    code = "busy" if isinstance(error, DatabaseBusy) else error.cause or "failed"
+    subject, remedy = "wal" if isinstance(error, ForeignWal) else "tables", ""
+    if code in ("busy", "failed"):  # in the catalogue, these two say to run `check`
+        remedy = "check again as root, and as the user of the service; see dmesg"
     return here.finding(code, error.what, subject=subject, remedy=remedy)
 
 
@@ -277,9 +271,8 @@ def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> F
     text = ", ".join(tables)
     if tally.waiting is None:
         return ok("tables", f"{text}, with all columns")
-    text = f"{tally.waiting}; there is {text}"
     code = "table_waits" if "nodes" in tally.served else "nodes_not_served"
-    return here.finding(code, text)
+    return here.finding(code, f"{tally.waiting}; there is {text}")
 
 
 def _judge_preview(here: Installation, tally: Tally, wanted: int, rows: int) -> Finding:

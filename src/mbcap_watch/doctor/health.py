@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from mbcap_watch.doctor.findings import Finding, Installation, ago, counted, duration
+from mbcap_watch.doctor.findings import Finding, Installation, ago, duration
+from mbcap_watch.errors import counted
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
 

@@ -162,14 +162,13 @@ def described(pid: int) -> str:
     """Return a process for people: its number, if it has one here, and what its command is."""
     if pid <= 0:
         return "a process in another container"
-    command = "?"
-    with contextlib.suppress(OSError):
-        command = " ".join(_arguments_of(pid))[:80]
-    return f"pid {pid} ({command})"
+    try:
+        return f"pid {pid} ({' '.join(_arguments_of(pid))[:80]})"
+    except OSError:
+        return f"pid {pid} (?)"
 
 
 def _arguments_of(pid: int) -> list[str]:
-    """Return the command line of a process."""
     data = Path(f"/proc/{pid}/cmdline").read_bytes()
     return [os.fsdecode(part) for part in data.rstrip(b"\0").split(b"\0")]
 
@@ -250,7 +249,6 @@ def _database_of(pid: int, arguments: list[str]) -> str | None:
 
 
 def _option(arguments: list[str], name: str) -> str | None:
-    """Return the value of an option on a command line."""
     for word, following in itertools.pairwise([*arguments, ""]):
         option, _, value = word.partition("=")
         if option == name:

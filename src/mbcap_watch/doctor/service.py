@@ -40,9 +40,6 @@ _FILE_SECONDS: Final = 1.0
 _DELETED: Final = {"database_missing", "no_database", "no_snapshot", "snapshot_vanished"}
 
 
-# ------------------------------------------------------------------------------ finding them
-
-
 class Bridge(NamedTuple):
     """A bridge, as its socket and /proc tell of it.
 
@@ -132,9 +129,6 @@ def _within(function: Callable[[], T], otherwise: T) -> T:
         thread.start()
         thread.join(_FILE_SECONDS)
     return answer[0]
-
-
-# ------------------------------------------------------------------------------ judging
 
 
 def look(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.doctor import machine
-from mbcap_watch.doctor.findings import Finding, Installation, ago, counted, ok, quote, size
+from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
 from mbcap_watch.doctor.machine import Place, place
 from mbcap_watch.errors import (
@@ -18,6 +18,7 @@ from mbcap_watch.errors import (
     SnapshotMalformed,
     SnapshotNotFound,
     SnapshotUnreadable,
+    counted,
 )
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, cause_of, parse, read_file
@@ -135,9 +136,6 @@ def judge_stamp(here: Installation, written_at: str | None, placed: float, now: 
     written = placed if stamp is None else now - stamp
     found = next(judge_age(here, written, placed), None)
     return found or ok("age", f"put in place {ago(placed)}, {text}")
-
-
-# ------------------------------------------------------------------------------ the watch
 
 
 def examine_watch(here: Installation, settings: Settings) -> Iterator[Finding]:

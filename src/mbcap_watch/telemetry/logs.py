@@ -7,11 +7,12 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from mbcap_watch.errors import printable
+from mbcap_watch.errors import counted, printable
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.outputs import LineWriter
 
@@ -32,6 +33,8 @@ REMINDER: Final = 3600.0
 
 # For how long the end waits for whoever reads the log.
 _FLUSH_SECONDS: Final = 0.5
+
+_counted: Final = partial(counted, separator="")  # programs read it as well
 
 # ------------------------------------------------------------------------------ how lines look
 
@@ -243,11 +246,6 @@ def summary(result: PersistResult) -> str:
         f" most {result.lock_seconds * 1000:.1f} ms; {result.reason}, written at"
         f" {result.written_at}"
     )
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    """Return a count as programs read it as well: without separators of thousands."""
-    return f"{count} {one if count == 1 else several}"
 
 
 class StateLog:
