@@ -38,13 +38,7 @@ _FLUSH_SECONDS: Final = 0.5
 
 
 def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
-    """Bridge until `stop` says so; `as_json`: print each result.
-
-    Raises:
-        SettingsError: there is no library for what was asked for, or no database in /.
-        OutputError: a result cannot be printed.
-
-    """
+    """Bridge until `stop` says so; `as_json`: print each result."""
     handler, settings = logs.UnblockedHandler(), loaded.settings
     logs.configure(loaded.log_level, loaded.log_format, handler)
     _require_database(loaded)

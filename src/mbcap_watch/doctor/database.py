@@ -15,18 +15,11 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from mbcap_watch import errors
 from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
 from mbcap_watch.doctor.machine import Place, place
-from mbcap_watch.errors import (
-    QUOTED,
-    DatabaseBusy,
-    DatabaseError,
-    ForeignWal,
-    SchemaMissing,
-    counted,
-    printable,
-)
+from mbcap_watch.errors import QUOTED, counted, printable
 from mbcap_watch.settings import DATABASE_VARIABLE
 from mbcap_watch.store.descriptors import release
 from mbcap_watch.store.errors import SIDES
@@ -228,11 +221,11 @@ def _read(
                 downgrade=settings.downgrade,
             )
             preview_steps(steps, connection)
-    except SchemaMissing as exc:
+    except errors.SchemaMissing as exc:
         there = printable(", ".join(names[:8]), QUOTED) or "no table at all"
         yield here.finding("schema_missing", f"{exc.problem}; there is {there}")
         return
-    except DatabaseError as exc:
+    except errors.DatabaseError as exc:
         yield _unusable(here, exc)
         return
     yield _judge_tables(here, tally, counts)
@@ -240,15 +233,15 @@ def _read(
         yield _judge_preview(here, tally, len(values), sum(counts.values()))
 
 
-def _unusable(here: Installation, error: DatabaseError) -> Finding:
+def _unusable(here: Installation, error: errors.DatabaseError) -> Finding:
     """Return why the database cannot be read."""
     primary = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
     if not os.path.isdir("/proc/self"):
         return here.finding("no_proc")
     if primary == sqlite3.SQLITE_READONLY:
         return here.finding("half_written")
-    code = "busy" if isinstance(error, DatabaseBusy) else error.cause or "failed"
-    subject, remedy = "wal" if isinstance(error, ForeignWal) else "tables", ""
+    code = "busy" if isinstance(error, errors.DatabaseBusy) else error.cause or "failed"
+    subject, remedy = "wal" if isinstance(error, errors.ForeignWal) else "tables", ""
     if code in ("busy", "failed"):  # in the catalogue, these two say to run `check`
         remedy = "check again as root, and as the user of the service; see dmesg"
     return here.finding(code, error.what, subject=subject, remedy=remedy)

@@ -9,17 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from mbcap_watch import errors
 from mbcap_watch.doctor import machine
 from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
 from mbcap_watch.doctor.machine import Place, place
-from mbcap_watch.errors import (
-    SnapshotError,
-    SnapshotMalformed,
-    SnapshotNotFound,
-    SnapshotUnreadable,
-    counted,
-)
+from mbcap_watch.errors import counted
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, cause_of, parse, read_file
 from mbcap_watch.snapshot.timestamp import canonical
@@ -60,7 +55,7 @@ def examine(
     try:
         file = read_file(path, settings.max_bytes)
         snapshot = parse(file.data, source=str(path))
-    except SnapshotError as exc:
+    except errors.SnapshotError as exc:
         yield _unusable(here, exc)
         return
     desired = plan.desired_state(snapshot.entries)
@@ -104,13 +99,13 @@ def _judge_disk(here: Installation) -> Iterator[Finding]:
             yield machine.judge_space(there, os.statvfs(path), "snapshot disk")
 
 
-def _unusable(here: Installation, error: SnapshotError) -> Finding:
-    if isinstance(error, SnapshotNotFound):
+def _unusable(here: Installation, error: errors.SnapshotError) -> Finding:
+    if isinstance(error, errors.SnapshotNotFound):
         code = "snapshot_misplaced" if error.unusual else "no_snapshot"
         return here.finding(code, error.what, path=error.path)
-    if isinstance(error, SnapshotMalformed):
+    if isinstance(error, errors.SnapshotMalformed):
         return here.finding("malformed", f"malformed: {error.what}")
-    if isinstance(error, SnapshotUnreadable):
+    if isinstance(error, errors.SnapshotUnreadable):
         shut = place(Path(error.path))
         if isinstance(error.__cause__, PermissionError) and shut.status:
             return _refused(here, "snapshot", error.what, shut)
