@@ -135,16 +135,12 @@ def judge_stamp(here: Installation, written_at: str | None, placed: float, now: 
 
 def examine_watch(here: Installation, settings: Settings) -> Iterator[Finding]:
     """Watch as `run` does at its start, and undo it; judge that, and the mount. Blocks."""
-    watch = Watch(settings, lambda: None)
-    try:
+    with contextlib.closing(Watch(settings, lambda: None)) as watch:
         watch.refresh()
         state = watch.state
-    finally:
-        watch.close()
-    try:
+    mount = UNKNOWN
+    with contextlib.suppress(OSError):
         mount = mount_of(settings.snapshot_dir)
-    except OSError:
-        mount = UNKNOWN
     readable = place(settings.snapshot_dir).readable  # else `snapshot_unreadable` was reported
     if state.mode == "inotify" and not mount.delivers_inotify and mount != UNKNOWN:
         yield here.finding("inotify_blind", type=mount.type, mount_point=mount.mount_point)
