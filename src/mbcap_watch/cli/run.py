@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from mbcap_watch.telemetry.stats import Stats
 
 logger = logging.getLogger("mbcap_watch")
-
-# For how long the end waits for whoever reads the results.
-_FLUSH_SECONDS: Final = 0.5
 
 
 def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
@@ -110,7 +107,7 @@ class _Printer:
 
     def end(self) -> None:
         """Give the reader a moment, and say what went wrong."""
-        unread = self._writer.flush(_FLUSH_SECONDS)
+        unread = self._writer.flush()
         if self._error is not None:
             raise output.OutputError(f"standard output cannot be written: {self._error}")
         if unread:

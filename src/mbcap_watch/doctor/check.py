@@ -148,33 +148,30 @@ def _examine_holders(here: Installation) -> Iterator[Finding]:
         yield here.finding("no_proc")
         return
     holders, strays = set[str](), set[str]()
-    for pid in machine.running():
-        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(FileNotFoundError):  # it was closed just now
-                    _note_holder(pid, f"/proc/{pid}/fd/{number}", file, holders, strays)
+    for pid, descriptor, link in _open_files():
+        name = link.removesuffix(" (deleted)")
+        if name != link and name in (str(file.path), f"{file.path}-wal"):
+            strays.add(machine.described(pid))
+        # By name first: to ask for the status of just any file could block. In a container the
+        # directory may have another name.
+        elif os.path.basename(name) == file.path.name and file.status:
+            its = machine.place(Path(descriptor)).status
+            if its and os.path.samestat(its, file.status):
+                holders.add(machine.described(pid))
     if strays:
         yield here.finding("database_replaced", who=", ".join(sorted(strays)))
     nobody = "nobody that this user may see; other containers cannot be seen"
     yield ok("open by", ", ".join(sorted(holders)) or nobody)
 
 
-def _note_holder(
-    pid: int, descriptor: str, file: machine.Place, holders: set[str], strays: set[str]
-) -> None:
-    """Note a process that has the database open, or one that was deleted or replaced."""
-    link = os.readlink(descriptor)
-    name = link.removesuffix(" (deleted)")
-    if name != link and name in (str(file.path), f"{file.path}-wal"):
-        strays.add(machine.described(pid))
-    # By name first: to ask for the status of just any file could block. In a container the
-    # directory may have another name.
-    elif (
-        os.path.basename(name) == file.path.name
-        and file.status
-        and os.path.samestat(os.stat(descriptor), file.status)
-    ):
-        holders.add(machine.described(pid))
+def _open_files() -> Iterator[tuple[int, str, str]]:
+    """Yield what other processes have open: the pid, the descriptor in /proc, the file's name."""
+    for pid in machine.running():
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                descriptor = f"/proc/{pid}/fd/{number}"
+                with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                    yield pid, descriptor, os.readlink(descriptor)
 
 
 def _examine_service(

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 # A sync ends within milliseconds, one that changes a million rows on a small machine within
 # minutes. A call that hangs is reported by the bridge itself (`stuck_since`) after five seconds.
 _SYNC_SECONDS: Final = 300.0
-_SYNC_INTERVALS: Final = 3
 
-# Likewise for comparisons with the database.
-_RESYNCS: Final = 3
+# So many intervals may pass besides: sweeps without a sync, resyncs without a comparison.
+_INTERVALS: Final = 3
 
 # CoreScope's server publishes at least every five minutes.
 OLD_SNAPSHOT_SECONDS: Final = 15 * 60.0
@@ -97,8 +96,8 @@ class Health(msgspec.Struct, frozen=True):
 def judge(stats: Stats, max_age: float | None = None, here: Installation | None = None) -> Health:
     """Judge a daemon by stats that were made just now.
 
-    It is unhealthy if the last comparison is more than `max_age` seconds ago; None: see `_RESYNCS`.
-    `here` is what the findings are about, if more is known than the stats say.
+    It is unhealthy if the last comparison is more than `max_age` seconds ago; without one, after
+    `_INTERVALS`. `here` is what the findings are about, if more is known than the stats say.
     """
     here = here or Installation(stats.database, stats.snapshot_dir)
     findings = [*_of_process(stats, here), *_about_result(stats, here)]
@@ -121,11 +120,10 @@ def _of_process(stats: Stats, here: Installation) -> Iterator[Finding]:
         last = f"the last sync ended {ago(now - watch.last_sync)}"
     if watch.stuck_since is not None:
         yield here.finding("stuck", last=last)
-    elif idle > _SYNC_INTERVALS * stats.sweep_interval + _SYNC_SECONDS:
+    elif idle > _INTERVALS * stats.sweep_interval + _SYNC_SECONDS:
         yield here.finding("no_sync", last=last, interval=duration(stats.sweep_interval))
     elif watch.last_sync is None:
-        when = ago(now - stats.started_at)
-        yield here.finding("starting", pid=stats.pid, when=when)
+        yield here.finding("starting", pid=stats.pid, when=ago(now - stats.started_at))
 
 
 def _about_result(stats: Stats, here: Installation) -> Iterator[Finding]:
@@ -152,23 +150,23 @@ def explain(result: PersistResult, here: Installation) -> Finding | None:
 
 def _explained(result: PersistResult, here: Installation, since: str = "") -> Iterator[Finding]:
     """Make findings of a result; `since` says for how long its error has been there."""
-    outcome = result.outcome
-    code: str | None = None if result.compared else outcome
+    outcome, error, text = result.outcome, result.error, ""
+    if error is not None:
+        text = f"{since}{error}"
     if result.failed_rows and (result.compared or outcome == "failed"):
-        code = "rows_refused"
+        yield here.finding("rows_refused", text)
     elif result.cause is not None:
-        code = result.cause
-    elif outcome == "no_snapshot" and result.error is not None:
+        yield here.finding(result.cause, text)
+    elif result.compared and error is not None:
+        yield here.finding("table_waits", waiting=error)
+    elif outcome == "no_snapshot" and error is not None:
         itself = os.path.basename(here.snapshot_dir) == SNAPSHOT_NAME
-        code = "snapshot_dir_is_file" if itself else "snapshot_misplaced"
-    if code is not None and code != "no_snapshot":
-        yield here.finding(code, f"{since}{result.error}" if result.error else "")
-    elif result.compared and result.error is not None:
-        yield here.finding("table_waits", waiting=result.error)
-    if outcome == "no_snapshot" and result.error is None:
-        path = f"{here.snapshot_dir}/{SNAPSHOT_NAME}"
-        yield here.finding("no_snapshot", path=path)
-    elif result.compared:
+        yield here.finding("snapshot_dir_is_file" if itself else "snapshot_misplaced", text)
+    elif outcome != "no_snapshot" and not result.compared:
+        yield here.finding(outcome, text)
+    if outcome == "no_snapshot" and error is None:
+        yield here.finding("no_snapshot", path=f"{here.snapshot_dir}/{SNAPSHOT_NAME}")
+    if result.compared:
         yield from judge_entries(
             here, result.entries, result.skipped_unknown, result.skipped_unrecognized
         )
@@ -185,7 +183,7 @@ def _overdue(stats: Stats, here: Installation, max_age: float | None) -> Iterato
     result, limit = stats.last_result, max_age
     if limit is None:
         waits = result is not None and result.outcome == "no_snapshot" and result.error is None
-        limit = float("inf") if waits else _RESYNCS * stats.resync + _SYNC_SECONDS
+        limit = float("inf") if waits else _INTERVALS * stats.resync + _SYNC_SECONDS
     age = stats.sampled - (stats.last_apply or stats.started_at)
     if age > limit:
         never = "" if stats.last_apply else "the database has never been compared with a snapshot"

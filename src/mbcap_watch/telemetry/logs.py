@@ -31,9 +31,6 @@ WINDOW: Final = 300.0
 # Trouble that lasts is said again: whoever reads the log of today is to see it.
 REMINDER: Final = 3600.0
 
-# For how long the end waits for whoever reads the log.
-_FLUSH_SECONDS: Final = 0.5
-
 _counted: Final = partial(counted, separator="")  # programs read it as well
 
 # ------------------------------------------------------------------------------ how lines look
@@ -109,7 +106,7 @@ class UnblockedHandler(logging.Handler):
 
     def flush(self) -> None:
         """Give the reader a moment."""
-        self.writer.flush(_FLUSH_SECONDS)
+        self.writer.flush()
 
     def _lost(self, count: int) -> str:
         lines = _counted(count, "line of the log is", "lines of the log are")
