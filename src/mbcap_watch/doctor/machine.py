@@ -199,8 +199,8 @@ def leads_to(pid: int, its: str, ours: str) -> bool:
     """Whether a path of a process, which may be in a container, leads where ours does."""
     root, is_alike = f"/proc/{pid}/root", printable(its) == printable(ours)
     try:
-        # One path is not looked up: where a lookup of the process itself gets no answer, ours would
-        # wait for that one, and could not even be killed.
+        # The same path under the same root needs no lookup. Where a lookup by that process hangs,
+        # ours through its root would hang as well, and could not be killed.
         if is_alike and os.path.samefile(root, "/"):
             return True
         return os.path.samefile(root + its, ours)

@@ -46,7 +46,7 @@ class Bridge(NamedTuple):
     Attributes:
         pid: of the process; `uid` whose it is.
         believed: whether what that user's socket says is believed.
-        program: which program it is, by /proc or by a word that is believed; else empty.
+        program: its program, as /proc or a socket that is believed names it; else empty.
         database: its database: our path if that leads to the same; None: only root can tell.
         snapshot_dir: likewise; None if that cannot be told.
         fate: as of `Peer`; `unseen` if it has no socket that can be reached from here.
@@ -180,7 +180,7 @@ def _judge_answers(
 
 
 def _with_files(here: Installation, found: list[Finding]) -> list[Finding]:
-    """Add what no sync has met yet, or never will; leave out what comes of it."""
+    """Add what a look at the files shows and no sync has met; leave out what follows from it."""
     cut = machine.cut_off(here)
     if any(each.code == "deleted_mount" for each in cut):
         return cut + [each for each in found if each.code not in _DELETED]

@@ -49,7 +49,7 @@ def homes(environ: _Environ, root: Path) -> Iterator[Path]:
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if runtime.startswith("/"):
         home = Path(runtime).resolve()
-        # That of a program that embeds the bridge has another name; `places` knows ours.
+        # The directory of a program that embeds the bridge has its name; `places` looks for ours.
         yield home if home.name.startswith("mbcap-watch") else home / "mbcap-watch"
     if (user := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         yield Path(user, "mbcap-watch")

@@ -33,8 +33,6 @@ REMINDER: Final = 3600.0
 
 _counted: Final = partial(counted, separator="")  # programs read it as well
 
-# ------------------------------------------------------------------------------ how lines look
-
 
 class _TextFormatter(logging.Formatter):
     """Makes all text safe for a terminal: no message can look like a line of its own."""
@@ -128,17 +126,14 @@ def configure(level: str, style: str, handler: logging.Handler | None = None) ->
     logger.setLevel(level.upper())
 
 
-# ------------------------------------------------------------------------------ which lines
-
-
 class Throttle:
     """Follows one state, and decides when it is said. All times are seconds of any one clock.
 
     What counts is the difference between the state and what was logged last. So a change that was
     suppressed is logged once that is allowed again, unless the state has changed back by then.
 
-    `calm` is the state at the start. It is not said until another state was; any other is said
-    again after `remind_after` seconds.
+    `calm` is the state at the start, and needs no line. Any other that lasts is said again after
+    `remind_after` seconds.
     """
 
     def __init__(self, calm: Hashable, *, remind_after: float = math.inf) -> None:
