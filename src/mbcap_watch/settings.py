@@ -116,9 +116,8 @@ class Location(Setting[str | os.PathLike[str] | None, Path]):
             os.fsencode(text)
             return Path(os.path.abspath(text))
         except UnicodeEncodeError as exc:
-            raise SettingsError(
-                self._name, f"{quoted(text)} is no file name in {exc.encoding}"
-            ) from exc
+            problem = f"{quoted(text)} is no file name in {exc.encoding}"
+            raise SettingsError(self._name, problem) from exc
         except OSError as exc:
             problem = f"{quoted(text)} is relative to a directory that is gone"
             raise SettingsError(self._name, problem) from exc
@@ -274,10 +273,8 @@ class Settings:
         """
         for name in values:
             if name not in SETTING_NAMES:
-                raise SettingsError(
-                    printable(f"{name}", QUOTED),
-                    "unknown setting; known: " + ", ".join(SETTING_NAMES),
-                )
+                problem = f"unknown setting; known: {', '.join(SETTING_NAMES)}"
+                raise SettingsError(printable(f"{name}", QUOTED), problem)
         if "database" not in values:
             raise SettingsError("database", "is not set")
         return cls(**values)

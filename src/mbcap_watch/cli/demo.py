@@ -147,10 +147,8 @@ def create_database(path: Path, nodes: int, seed: int) -> None:
     ]
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = wal")
-        for table, part in (
-            ("nodes", rows[nodes // 10 :]),
-            ("inactive_nodes", rows[: nodes // 10]),
-        ):
+        tables = {"nodes": rows[nodes // 10 :], "inactive_nodes": rows[: nodes // 10]}
+        for table, part in tables.items():
             connection.execute(_SCHEMA.format(table=table))
             connection.executemany(
                 f"INSERT INTO {table} (public_key, name, role, lat, lon, last_seen, first_seen,"

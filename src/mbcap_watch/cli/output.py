@@ -70,22 +70,18 @@ def written() -> Iterator[None]:
 
 def print_config(values: Mapping[str, Any], origins: Mapping[str, str], *, as_json: bool) -> None:
     """Print settings, and where each came from."""
+    if as_json:
+        fields = {}
+        for name, value in values.items():
+            known = value if isinstance(value, int | float | None) else str(value)
+            fields[name] = {"value": known, "origin": origins[name]}
+        print_json(fields)
+        return
     from rich.console import Console
     from rich.table import Table
 
     from mbcap_watch.cli.views import plain
 
-    if as_json:
-        print_json(
-            {
-                name: {
-                    "value": value if isinstance(value, bool | int | float | None) else str(value),
-                    "origin": origins[name],
-                }
-                for name, value in values.items()
-            }
-        )
-        return
     table, console = Table("setting", "value", "from"), Console(soft_wrap=True)
     for name, value in values.items():
         table.add_row(name, plain(str(value), console), plain(origins[name], console))

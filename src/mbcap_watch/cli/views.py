@@ -52,10 +52,10 @@ def render(stats: Stats | None, health: Health, console: Console) -> None:
     """Print it for people. Long lines are left to the terminal."""
     from rich.text import Text  # noqa: PLC0415 - `run` can do without
 
-    fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
+    marks = ("✗", "→") if "utf" in console.encoding.lower() else ("x", "->")
     style = "green" if health.healthy else "red"
     console.print(plain(health.verdict, console), style=f"bold {style}", soft_wrap=True)
-    for text, style in marked(health, *(("✗", "→") if fancy else ("x", "->"))):
+    for text, style in marked(health, *marks):
         console.print(plain(text, console), style=style, soft_wrap=True)
     if stats is None:
         return

@@ -39,9 +39,6 @@ DATA_SECONDS: Final = 15.0
 # What the examinations need at once: a database with its -wal and -shm, a watch, directories.
 _DESCRIPTORS: Final = 24
 
-# Where the control sockets may be, for the line about a filesystem that does not answer.
-_RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
-
 # After so long without a write, a database may be an old copy.
 _SILENT_SECONDS: Final = 3600.0
 
@@ -86,7 +83,8 @@ async def examine(
         ):
             findings += found
     explained = exit_code(findings) == 1
-    findings += await ask(DATA_SECONDS, _RUNTIME, _examine_service, settings, environ, explained)
+    # The control sockets are in /run, or near it.
+    findings += await ask(DATA_SECONDS, "/run", _examine_service, settings, environ, explained)
     return list(_once(findings))
 
 

@@ -107,9 +107,7 @@ def judge(stats: Stats, max_age: float | None = None, here: Installation | None 
         findings += judge_age(here, stats.sampled - stats.snapshot_time)
     if stats.watch.degraded and not _NO_DIRECTORY.intersection(each.code for each in findings):
         findings.append(here.finding("no_inotify", why=stats.watch.why))
-    findings += _of_late(stats, here)
-    findings += _about_outputs(stats, here)
-    return Health(tuple(findings))
+    return Health((*findings, *_of_late(stats, here), *_about_outputs(stats, here)))
 
 
 def _of_process(stats: Stats, here: Installation) -> Iterator[Finding]:
