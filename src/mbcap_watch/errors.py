@@ -68,6 +68,11 @@ def printable(text: str, limit: int | None = None) -> str:
     return shown
 
 
+def counted(count: int, one: str, several: str, separator: str = ",") -> str:
+    """Return a count for people: `1 entry`, `2,400 entries`."""
+    return f"{count:{separator}} {one if count == 1 else several}"
+
+
 def quoted(value: object) -> str:
     """Return what a file or a database said as Python writes it, safe and at most `QUOTED` long."""
     said = value[:QUOTED] if isinstance(value, str | bytes) else value

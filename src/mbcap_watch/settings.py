@@ -38,8 +38,6 @@ DEFAULT_MAX_BYTES = 12 << 20
 # statement takes 32,766 parameters (https://www.sqlite.org/limits.html), of which a row has four.
 MAX_BATCH_ROWS = 8_000
 
-# ------------------------------------------------------------------------------ kinds of settings
-
 Given = TypeVar("Given")
 Value = TypeVar("Value")
 
@@ -118,9 +116,8 @@ class Location(Setting[str | os.PathLike[str] | None, Path]):
             os.fsencode(text)
             return Path(os.path.abspath(text))
         except UnicodeEncodeError as exc:
-            raise SettingsError(
-                self._name, f"{quoted(text)} is no file name in {exc.encoding}"
-            ) from exc
+            problem = f"{quoted(text)} is no file name in {exc.encoding}"
+            raise SettingsError(self._name, problem) from exc
         except OSError as exc:
             problem = f"{quoted(text)} is relative to a directory that is gone"
             raise SettingsError(self._name, problem) from exc
@@ -204,9 +201,6 @@ class Size(_Quantity[int]):
     kept = int
 
 
-# ------------------------------------------------------------------------------ the settings
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Everything the bridge can be told. Frozen, and validated when made.
@@ -279,10 +273,8 @@ class Settings:
         """
         for name in values:
             if name not in SETTING_NAMES:
-                raise SettingsError(
-                    printable(f"{name}", QUOTED),
-                    "unknown setting; known: " + ", ".join(SETTING_NAMES),
-                )
+                problem = f"unknown setting; known: {', '.join(SETTING_NAMES)}"
+                raise SettingsError(printable(f"{name}", QUOTED), problem)
         if "database" not in values:
             raise SettingsError("database", "is not set")
         return cls(**values)

@@ -12,15 +12,14 @@ from typing import Any
 import anyio
 import click
 
-from mbcap_watch import __version__
+from mbcap_watch import __version__, errors
 from mbcap_watch.bridge.run import persist_once, preview_once
 from mbcap_watch.cli import config, inspection, output
 from mbcap_watch.cli import run as daemon
 from mbcap_watch.cli.options import AS_JSON, PATHS, command, load
 from mbcap_watch.cli.signals import Stop
-from mbcap_watch.doctor.findings import Installation, counted
+from mbcap_watch.doctor.findings import Installation
 from mbcap_watch.doctor.health import explain
-from mbcap_watch.errors import MbcapWatchError, SettingsError, SnapshotMalformed, SnapshotRefused
 from mbcap_watch.results import PersistResult
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, parse_entries, write_snapshot
 from mbcap_watch.telemetry import logs
@@ -126,16 +125,16 @@ def publish(*, file: str, as_json: bool, **given: Any) -> None:
             snapshot_dir=settings.snapshot_dir,
             max_bytes=settings.max_bytes,
         )
-    except (SnapshotMalformed, SnapshotRefused) as exc:
+    except (errors.SnapshotMalformed, errors.SnapshotRefused) as exc:
         output.fail(f"{source}: {exc.problem}; nothing was published", output.EXIT_BAD_SNAPSHOT)
-    except MbcapWatchError as exc:
+    except errors.MbcapWatchError as exc:
         output.fail(str(exc), 1)
     path, count = str(settings.snapshot_dir / SNAPSHOT_NAME), len(snapshot.entries)
     if as_json:
         stamp = snapshot.written_at
         output.print_json({"path": path, "entries": count, "written_at": stamp})
     else:
-        entries = counted(count, "entry", "entries")
+        entries = errors.counted(count, "entry", "entries")
         output.print_line(f"published {entries} to {path}, written at {snapshot.written_at}")
 
 
@@ -165,9 +164,6 @@ def demo(**given: Any) -> int:
     return 0 if main(**given) else 1
 
 
-# ------------------------------------------------------------------------------ all of them
-
-
 class _Group(click.Group):
     def list_commands(self, _: click.Context) -> list[str]:
         return list(self.commands)  # in the order in which they are written
@@ -193,9 +189,6 @@ def app(context: click.Context) -> int | None:
     return None
 
 
-# ------------------------------------------------------------------------------ the way out
-
-
 def main() -> None:
     """Run the command line; every error becomes one line and an exit code."""
     try:
@@ -212,7 +205,7 @@ def _run() -> int:
         return app.main(prog_name="mbcap-watch", standalone_mode=False) or 0
     except click.Abort:
         return 1
-    except (SettingsError, click.ClickException) as exc:
+    except (errors.SettingsError, click.ClickException) as exc:
         problem = exc.format_message() if isinstance(exc, click.ClickException) else str(exc)
     output.say(problem)
     if {"apply", "--json"} <= set(sys.argv):  # an object even though there was no sync

@@ -73,13 +73,9 @@ class Flag(Setting[bool | str, bool]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings, those of the command line alone declared here, and where each came from.
+    """The settings of the library, those of the command line alone, and where each came from.
 
-    Attributes:
-        settings: for the library.
-        origins: for every name, where its value came from.
-        file: the TOML file that was read; None if there is none.
-
+    `file` is the TOML file that was read; None if there is none.
     """
 
     settings: Settings

@@ -21,21 +21,13 @@ import anyio
 from anyio.streams.buffered import BufferedByteReceiveStream
 from rich.console import Console
 
-from mbcap_watch.bridge.service import watch
+from mbcap_watch import Entry, Snapshot, ensure_snapshot_dir, snapshot_path, watch, write_snapshot
 from mbcap_watch.cli import config
-from mbcap_watch.snapshot.files import (
-    SNAPSHOT_NAME,
-    Entry,
-    Snapshot,
-    ensure_snapshot_dir,
-    snapshot_path,
-    write_snapshot,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from mbcap_watch.settings import Settings
+    from mbcap_watch import PersistResult, Settings
 
 Rows = dict[str, tuple[int, str | None]]
 
@@ -47,12 +39,7 @@ _PAUSE_SECONDS: Final = 0.2
 
 
 def main(*, nodes: int, snapshots: int, **given: str | None) -> bool:
-    """Run the demo in a temporary directory; return whether every row was right.
-
-    Raises:
-        SettingsError: one of the settings that are `given` is unusable.
-
-    """
+    """Run the demo in a temporary directory; return whether every row was right."""
     console = Console(highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="mbcap-watch-demo-") as directory:
         database = Path(directory) / "meshcore.db"
@@ -67,8 +54,8 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
     wanted: Rows = dict.fromkeys(keys(nodes, SEED), (0, None))
     command = [sys.executable, "-m", __spec__.name, settings.database, nodes, snapshots]
     times: list[float] = []  # from each rename to the committed rows, in ms
-    locks: list[float] = []
-    changed, right = 0, True
+    applied: list[PersistResult] = []
+    right = True
     async with (
         watch(settings) as results,
         await anyio.open_process([str(part) for part in command], stderr=None) as publisher,
@@ -79,7 +66,7 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
         assert publisher.stdout is not None
         answers = BufferedByteReceiveStream(publisher.stdout)
         await anext(results)  # of the start: there was no snapshot yet
-        for number, snapshot in enumerate(series(nodes, snapshots), 1):
+        for number, statuses in enumerate(series(nodes, snapshots), 1):
             await anyio.sleep(_PAUSE_SECONDS)
             await publisher.stdin.send(b"\n")
             renamed_at = int(await answers.receive_until(b"\n", 64))
@@ -89,13 +76,12 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
                 console.print(f"  {number:2}  did not arrive within {LANDING_SECONDS:g} s")
                 continue
             times.append((time.monotonic_ns() - renamed_at) / 1e6)
-            locks.append(result.lock_seconds * 1000)
-            changed += result.changed
-            # Without the code under test.
-            for entry in snapshot.entries:
-                if entry.public_key is not None and entry.status in ("confirmed", "suspected"):
-                    sup = 2 if entry.status == "confirmed" else 1
-                    wanted[entry.public_key] = (sup, entry.evidence)
+            applied.append(result)
+            wanted |= {
+                key: (_SUP[status], evidence)
+                for key, (status, evidence) in statuses.items()
+                if status in _SUP
+            }
             same = _rows(settings.database) == wanted
             right = right and same
             verdict = "[green]every row is right[/]" if same else "[red]rows are wrong[/]"
@@ -103,12 +89,13 @@ async def _watch(settings: Settings, nodes: int, snapshots: int, console: Consol
                 f"  {number:2}  {times[-1]:7.1f} ms  {result.entries:,} entries,"
                 f" {result.changed:5,} rows changed  {verdict}"
             )
+    changed = sum(result.changed for result in applied)
     console.print(f"\n{len(times)} of {snapshots} snapshots arrived, {changed:,} rows changed.")
     if times:
+        held = max(result.lock_seconds for result in applied) * 1000
         console.print(
             f"From rename to committed rows: {statistics.median(times):.1f} ms in the median,"
-            f" {max(times):.1f} ms at most; the write lock was held for"
-            f" {max(locks):.1f} ms at most."
+            f" {max(times):.1f} ms at most; the write lock was held for {held:.1f} ms at most."
         )
     right = right and len(times) == snapshots
     console.print("[green]Every row is right.[/]" if right else "[red]Something is wrong.[/]")
@@ -127,8 +114,6 @@ def _rows(database: Path) -> Rows:
         }
 
 
-# ------------------------------------------------------------------------------ the mesh
-
 # The two tables of CoreScope, with the columns that matter here and a few that make rows as wide
 # as real ones.
 _SCHEMA: Final = """
@@ -138,8 +123,14 @@ CREATE TABLE {table} (
     multibyte_sup INTEGER NOT NULL DEFAULT 0, multibyte_evidence TEXT
 )
 """
-_STATUSES: Final = (("unknown", None), ("suspected", "path"), ("confirmed", "advert"))
+Status = tuple[str, str | None]
+_STATUSES: Final[tuple[Status, ...]] = (
+    ("unknown", None),
+    ("suspected", "path"),
+    ("confirmed", "advert"),
+)
 _WEIGHTS: Final = (70, 20, 10)
+_SUP: Final = {"suspected": 1, "confirmed": 2}
 
 
 def keys(nodes: int, seed: int) -> list[str]:
@@ -156,10 +147,8 @@ def create_database(path: Path, nodes: int, seed: int) -> None:
     ]
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = wal")
-        for table, part in (
-            ("nodes", rows[nodes // 10 :]),
-            ("inactive_nodes", rows[: nodes // 10]),
-        ):
+        tables = {"nodes": rows[nodes // 10 :], "inactive_nodes": rows[: nodes // 10]}
+        for table, part in tables.items():
             connection.execute(_SCHEMA.format(table=table))
             connection.executemany(
                 f"INSERT INTO {table} (public_key, name, role, lat, lon, last_seen, first_seen,"
@@ -168,18 +157,15 @@ def create_database(path: Path, nodes: int, seed: int) -> None:
             )
 
 
-def series(nodes: int, count: int) -> Iterator[Snapshot]:
-    """Yield `count` snapshots; from one to the next about every hundredth node changes."""
+def series(nodes: int, count: int) -> Iterator[dict[str, Status]]:
+    """Yield `count` states of the mesh; each changes about every hundredth node."""
     source = random.Random(SEED + 1)
     changing = names = keys(nodes, SEED)
-    statuses: dict[str, tuple[str, str | None]] = {}
+    statuses: dict[str, Status] = {}
     for _ in range(count):
         statuses |= {key: source.choices(_STATUSES, _WEIGHTS)[0] for key in changing}
-        yield Snapshot(tuple(Entry(key, *status) for key, status in statuses.items()))
+        yield statuses
         changing = source.sample(names, max(1, nodes // 100))
-
-
-# ------------------------------------------------------------------------------ the publisher
 
 
 def publish(database: Path, nodes: int, count: int) -> None:
@@ -187,11 +173,12 @@ def publish(database: Path, nodes: int, count: int) -> None:
 
     Each snapshot is first written in full in another directory, so that the rename alone is timed.
     """
-    staging = database.parent / "staging"
-    for _, snapshot in zip(sys.stdin, series(nodes, count), strict=False):
+    path, staging = snapshot_path(database), database.parent / "staging"
+    for _, statuses in zip(sys.stdin, series(nodes, count), strict=False):
+        snapshot = Snapshot(tuple(Entry(key, *status) for key, status in statuses.items()))
         write_snapshot(database, snapshot, snapshot_dir=staging)
         renamed_at = time.monotonic_ns()
-        os.replace(staging / SNAPSHOT_NAME, snapshot_path(database))
+        os.replace(staging / path.name, path)
         print(renamed_at, flush=True)  # noqa: T201 - the answer
 
 

@@ -78,8 +78,8 @@ class Endpoint:
                 self.state.update(os.strerror(number) if number > 0 else exc)  # no address again
                 await asyncio.sleep(_RETRY_SECONDS)
         self.state.update()
-        shown = type(self._address)(host, server.sockets[0].getsockname()[1])
-        logger.info("http: listening at http://%s", shown)
+        port = server.sockets[0].getsockname()[1]  # for 0 the kernel chooses one
+        logger.info("http: listening at http://%s", self._address._replace(port=port))
         try:
             await asyncio.get_running_loop().create_future()  # until it is cancelled
         finally:

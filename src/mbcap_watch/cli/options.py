@@ -36,7 +36,7 @@ Files:
 
 
 def option(name: str, setting: Setting[Any, Any]) -> click.Option:
-    """Return the option for a setting. It checks nothing: `config.load` knows whom to blame."""
+    """Return the option for a setting. It checks nothing: `config.load` names a bad source."""
     names = [config.option_name(name)]
     if isinstance(setting, config.Flag):
         return click.Option(names, flag_value=True, default=None, help=setting.help)

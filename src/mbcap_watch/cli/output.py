@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
-from mbcap_watch.doctor.findings import counted
-from mbcap_watch.errors import QUOTED, MbcapWatchError, printable, quoted
+from mbcap_watch.errors import QUOTED, MbcapWatchError, counted, printable, quoted
 from mbcap_watch.telemetry.logs import summary
 
 if TYPE_CHECKING:
@@ -71,22 +70,18 @@ def written() -> Iterator[None]:
 
 def print_config(values: Mapping[str, Any], origins: Mapping[str, str], *, as_json: bool) -> None:
     """Print settings, and where each came from."""
+    if as_json:
+        fields = {}
+        for name, value in values.items():
+            known = value if isinstance(value, int | float | None) else str(value)
+            fields[name] = {"value": known, "origin": origins[name]}
+        print_json(fields)
+        return
     from rich.console import Console
     from rich.table import Table
 
     from mbcap_watch.cli.views import plain
 
-    if as_json:
-        print_json(
-            {
-                name: {
-                    "value": value if isinstance(value, bool | int | float | None) else str(value),
-                    "origin": origins[name],
-                }
-                for name, value in values.items()
-            }
-        )
-        return
     table, console = Table("setting", "value", "from"), Console(soft_wrap=True)
     for name, value in values.items():
         table.add_row(name, plain(str(value), console), plain(origins[name], console))
@@ -155,7 +150,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
         if each.remedy:
             show(" " * (width + 10), ("-> ", "bold"), plain(each.remedy, console))
     counts = [
-        f"{number} {severity}{'s' if number > 1 else ''}"
+        counted(number, severity, f"{severity}s")
         for severity in ("problem", "warning")
         if (number := sum(each.severity == severity for each in findings))
     ]

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from mbcap_watch.errors import printable
+from mbcap_watch.errors import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,33 +120,30 @@ def svg(stats: Stats) -> str:
     name = escape(printable(PurePath(stats.database).name, _LONGEST_NAME))
     title = f"{name}: from rename to commit, and holds of the write lock"
     if not results:
-        return chart(
-            title, [f"nothing was written since {_minute(stats.started_at)}"], (), ((), ()), ()
-        )
-    first, last = results[0].at, results[-1].at
-    right = Scale(first, max(last, first + _LEAST_SPAN), *ACROSS)
-    values = [
-        max(value, _LEAST_MS)
+        note = f"nothing was written since {_minute(stats.started_at)}"
+        return chart(title, [note], (), ((), ()), ())
+    measured = [
+        (each, kind, value, math.log10(max(value, _LEAST_MS)))
         for each in results
-        for value in (each.lag_ms, each.hold_ms)
+        for kind, value in (("lag", each.lag_ms), ("hold", each.hold_ms))
         if value is not None
     ]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    first, last = results[0].at, results[-1].at
+    right = Scale(first, max(last, first + _LEAST_SPAN), *ACROSS)
+    logarithms = [logarithm for *_, logarithm in measured]
+    low, high = math.floor(min(logarithms)), math.ceil(max(logarithms))
     up = Scale(low, max(high, low + 1), *UP)
-    times = "result" if len(results) == 1 else "results"
-    notes = [f"{len(results)} {times}, {_minute(first)} to {_minute(last)}", "UTC"]
+    count = counted(len(results), "result", "results")
+    notes = [f"{count}, {_minute(first)} to {_minute(last)}", "UTC"]
     legend = [
         (partial(_dot, "lag"), "lag: rename to commit"),
         (partial(_dot, "hold"), "longest hold of the write lock"),
     ]
     marks = []
-    for each in results:
-        rows = f"{each.changed} row{'s' * (each.changed != 1)}"
-        for kind, value in (("lag", each.lag_ms), ("hold", each.hold_ms)):
-            if value is not None:
-                tip = f"{_moment(each.at):%H:%M:%S}: {kind} {value:g} ms, {rows}"
-                place = right(each.at), up(math.log10(max(value, _LEAST_MS)))
-                marks.append(_dot(kind, *place, tip))
+    for each, kind, value, logarithm in measured:
+        rows = counted(each.changed, "row", "rows")
+        tip = f"{_moment(each.at):%H:%M:%S}: {kind} {value:g} ms, {rows}"
+        marks.append(_dot(kind, right(each.at), up(logarithm), tip))
     return chart(title, notes, legend, (_times(right), decades(up)), marks)
 
 

@@ -6,16 +6,16 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import anyio
 
 from mbcap_watch import __version__
 from mbcap_watch.bridge.run import run
 from mbcap_watch.cli import config, output
-from mbcap_watch.doctor.findings import Installation, catalogue, counted
+from mbcap_watch.doctor.findings import Installation, catalogue
 from mbcap_watch.doctor.health import explain
-from mbcap_watch.errors import SettingsError
+from mbcap_watch.errors import SettingsError, counted
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry import logs
 from mbcap_watch.telemetry.ack import Ack
@@ -33,18 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mbcap_watch")
 
-# For how long the end waits for whoever reads the results.
-_FLUSH_SECONDS: Final = 0.5
-
 
 def serve(loaded: config.Config, stop: Stop, *, as_json: bool) -> None:
-    """Bridge until `stop` says so; `as_json`: print each result.
-
-    Raises:
-        SettingsError: there is no library for what was asked for, or no database in /.
-        OutputError: a result cannot be printed.
-
-    """
+    """Bridge until `stop` says so; `as_json`: print each result."""
     handler, settings = logs.UnblockedHandler(), loaded.settings
     logs.configure(loaded.log_level, loaded.log_format, handler)
     _require_database(loaded)
@@ -116,7 +107,7 @@ class _Printer:
 
     def end(self) -> None:
         """Give the reader a moment, and say what went wrong."""
-        unread = self._writer.flush(_FLUSH_SECONDS)
+        unread = self._writer.flush()
         if self._error is not None:
             raise output.OutputError(f"standard output cannot be written: {self._error}")
         if unread:

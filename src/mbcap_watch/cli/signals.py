@@ -32,11 +32,11 @@ class Stop:
     def __init__(self, *also: signal.Signals) -> None:
         self._cancel: Callable[[], object] | None = None
         self._signum: int | None = None
-        self._hook: Callable[[], None] | None = None
+        self._hook: Callable[[], object] | None = None
         for signum in (signal.SIGTERM, signal.SIGINT, *also):
             signal.signal(signum, self._handle)
 
-    def on_stop(self, hook: Callable[[], None]) -> None:
+    def on_stop(self, hook: Callable[[], object]) -> None:
         """Have `hook` called when a signal comes; it must not block."""
         self._hook = hook
 

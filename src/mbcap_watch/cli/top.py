@@ -16,7 +16,6 @@ import termios
 import textwrap
 import tty
 from datetime import UTC, datetime
-from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from rich.console import Console, Group
@@ -43,12 +42,8 @@ _ESSENTIAL: Final = ("mode", "last sync", "last compared", "rows changed", "lag"
 _LEAST_RESULTS: Final = 4
 
 _PLAIN_WIDTH, _PLAIN_HEIGHT = 100, 40
-_LABEL_WIDTH: Final = 15
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _STYLES: Final = {"applied": "green", "unchanged": "dim", "no_snapshot": "yellow", "busy": "yellow"}
-
-
-# ------------------------------------------------------------------------------ drawing
 
 
 def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group:
@@ -56,14 +51,22 @@ def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group
 
     The verdict comes first, then what is wrong, the figures, and as many results as fit.
     """
-    lines = [_verdict(health)]
-    lines += list(_findings(health, width))[: max(2, height // 2)]
+    verdict = f"bold {'green' if health.healthy else 'red'}"
+    lines = [Text("mbcap-watch: ").append(printable(health.verdict), style=verdict)]
+    found = [
+        Text(line, style=style)
+        for text, style in views.marked(health)
+        for line in textwrap.wrap(printable(text), max(width, 10), subsequent_indent="  ")
+    ]
+    lines += found[: max(2, height // 2)]
     if stats is not None:
         figures = [*views.rows(stats), ("recent lags", sparkline(stats.history, width // 2))]
         if len(lines) + len(figures) + _LEAST_RESULTS > height:
             figures = [each for each in figures if each[0] in (*_ESSENTIAL, "recent lags")]
         lines += [
-            Text(f"{name:<{_LABEL_WIDTH}}", style="dim").append(printable(value), style="not dim")
+            Text(f"{name:<{views.LABEL_WIDTH}}", style="dim").append(
+                printable(value), style="not dim"
+            )
             for name, value in figures
         ]
         room = height - len(lines) - 1
@@ -73,17 +76,6 @@ def frame(stats: Stats | None, health: Health, width: int, height: int) -> Group
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
     return Group(*lines[:height])
-
-
-def _verdict(health: Health) -> Text:
-    style = "green" if health.healthy else "red"
-    return Text("mbcap-watch: ").append(printable(health.verdict), style=f"bold {style}")
-
-
-def _findings(health: Health, width: int) -> Iterator[Text]:
-    for text, style in views.marked(health):
-        for line in textwrap.wrap(printable(text), max(width, 10), subsequent_indent="  "):
-            yield Text(line, style=style)
 
 
 _HEADING: Final = (
@@ -120,16 +112,8 @@ def sparkline(history: Sequence[HistoryEntry], width: int) -> str:
     return f"{bars}  {_ms(min(lags))} to {_ms(max(lags))}"
 
 
-# ------------------------------------------------------------------------------ living
-
-
 def show(load: Load) -> None:
-    """Show it until the user has seen enough; without a terminal, print it once.
-
-    Raises:
-        OutputError: standard output cannot be written, and is no terminal.
-
-    """
+    """Show it until the user has seen enough; without a terminal, print it once."""
     if sys.stdin.isatty() and sys.stdout.isatty() and not Console().is_dumb_terminal:
         watch(load)
         return
@@ -142,12 +126,8 @@ def show(load: Load) -> None:
 def watch(load: Load) -> None:
     """Show it on the terminal until q, Ctrl-C, SIGTERM, or the terminal's end; then restore it."""
     wakened, waker = os.pipe()  # never closed: a signal may come until the process has ended
-
-    def wake(key: bytes) -> None:
-        os.write(waker, key)
-
-    Stop(signal.SIGHUP).on_stop(partial(wake, b"q"))
-    signal.signal(signal.SIGWINCH, lambda *_: wake(b"."))
+    Stop(signal.SIGHUP).on_stop(lambda: os.write(waker, b"q"))
+    signal.signal(signal.SIGWINCH, lambda *_: os.write(waker, b"."))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars in Latin-1, say
     keyboard = sys.stdin.fileno()
@@ -170,10 +150,9 @@ def _draw(load: Load, sources: tuple[int, int]) -> None:
     ) as live:
         while True:
             size = os.get_terminal_size(1)  # rich would believe COLUMNS and LINES instead
-            width, height = size.columns or 80, size.lines or 24
-            console.width, console.height = width, height
-            help_line = Text("q quits", style="dim", no_wrap=True)
-            live.update(Group(frame(*load(), width, height - 1), help_line), refresh=True)
+            console.width, console.height = size.columns or 80, size.lines or 24
+            shown = frame(*load(), console.width, console.height - 1)
+            live.update(Group(shown, Text("q quits", style="dim", no_wrap=True)), refresh=True)
             readable, _, _ = select.select(sources, (), (), _EVERY)
             for source in readable:
                 keys = os.read(source, 1024)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from mbcap_watch.doctor.findings import ago, counted, duration
-from mbcap_watch.errors import printable
+from mbcap_watch.doctor.findings import ago, duration
+from mbcap_watch.errors import counted, printable
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from mbcap_watch.doctor.health import Health
     from mbcap_watch.telemetry.stats import Stats, Summary
+
+
+LABEL_WIDTH: Final = 15
 
 
 def as_json(stats: Stats | None, health: Health) -> dict[str, Any]:
@@ -46,22 +49,19 @@ def _ages(stats: Stats) -> dict[str, float | None]:
 
 
 def render(stats: Stats | None, health: Health, console: Console) -> None:
-    """Print it for people."""
-    from rich.table import Table  # noqa: PLC0415 - a HEALTHCHECK, which only asks, starts sooner
+    """Print it for people. Long lines are left to the terminal."""
+    from rich.text import Text  # noqa: PLC0415 - `run` can do without
 
-    fancy = "utf" in console.encoding.lower()  # else ✗ and → cannot be printed
+    marks = ("✗", "→") if "utf" in console.encoding.lower() else ("x", "->")
     style = "green" if health.healthy else "red"
     console.print(plain(health.verdict, console), style=f"bold {style}", soft_wrap=True)
-    for text, style in marked(health, *(("✗", "→") if fancy else ("x", "->"))):
+    for text, style in marked(health, *marks):
         console.print(plain(text, console), style=style, soft_wrap=True)
     if stats is None:
         return
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     for name, value in rows(stats):
-        table.add_row(name, plain(value, console))
-    console.print(table)
+        line = Text.assemble((f"{name:<{LABEL_WIDTH}}", "dim"), plain(value, console))
+        console.print(line, soft_wrap=True)
 
 
 def marked(health: Health, cross: str = "✗", arrow: str = "→") -> Iterator[tuple[str, str]]:

@@ -39,9 +39,6 @@ DATA_SECONDS: Final = 15.0
 # What the examinations need at once: a database with its -wal and -shm, a watch, directories.
 _DESCRIPTORS: Final = 24
 
-# Where the control sockets may be, for the line about a filesystem that does not answer.
-_RUNTIME: Final = "/dev/shm"  # noqa: S108 - only a name
-
 # After so long without a write, a database may be an old copy.
 _SILENT_SECONDS: Final = 3600.0
 
@@ -86,7 +83,8 @@ async def examine(
         ):
             findings += found
     explained = exit_code(findings) == 1
-    findings += await ask(DATA_SECONDS, _RUNTIME, _examine_service, settings, environ, explained)
+    # The control sockets are in /run, or near it.
+    findings += await ask(DATA_SECONDS, "/run", _examine_service, settings, environ, explained)
     return list(_once(findings))
 
 
@@ -134,9 +132,6 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return int(any(finding.severity == "problem" for finding in findings))
 
 
-# ------------------------------------------------------------------------------ who is there
-
-
 def _examine_holders(here: Installation) -> Iterator[Finding]:
     """Examine who has the database open, and whether anybody writes it. Blocks."""
     file = machine.place(Path(os.path.realpath(here.database)))
@@ -151,33 +146,30 @@ def _examine_holders(here: Installation) -> Iterator[Finding]:
         yield here.finding("no_proc")
         return
     holders, strays = set[str](), set[str]()
-    for pid in machine.running():
-        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(FileNotFoundError):  # it was closed just now
-                    _note_holder(pid, f"/proc/{pid}/fd/{number}", file, holders, strays)
+    for pid, descriptor, link in _open_files():
+        name = link.removesuffix(" (deleted)")
+        if name != link and name in (str(file.path), f"{file.path}-wal"):
+            strays.add(machine.described(pid))
+        # By name first: to ask for the status of just any file could block. In a container the
+        # directory may have another name.
+        elif os.path.basename(name) == file.path.name and file.status:
+            its = machine.place(Path(descriptor)).status
+            if its and os.path.samestat(its, file.status):
+                holders.add(machine.described(pid))
     if strays:
         yield here.finding("database_replaced", who=", ".join(sorted(strays)))
     nobody = "nobody that this user may see; other containers cannot be seen"
     yield ok("open by", ", ".join(sorted(holders)) or nobody)
 
 
-def _note_holder(
-    pid: int, descriptor: str, file: machine.Place, holders: set[str], strays: set[str]
-) -> None:
-    """Note a process that has the database open, or one that was deleted or replaced."""
-    link = os.readlink(descriptor)
-    name = link.removesuffix(" (deleted)")
-    if name != link and name in (str(file.path), f"{file.path}-wal"):
-        strays.add(machine.described(pid))
-    # By name first: to ask for the status of just any file could block. In a container the
-    # directory may have another name.
-    elif (
-        os.path.basename(name) == file.path.name
-        and file.status
-        and os.path.samestat(os.stat(descriptor), file.status)
-    ):
-        holders.add(machine.described(pid))
+def _open_files() -> Iterator[tuple[int, str, str]]:
+    """Yield what other processes have open: the pid, the descriptor in /proc, the file's name."""
+    for pid in machine.running():
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                descriptor = f"/proc/{pid}/fd/{number}"
+                with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                    yield pid, descriptor, os.readlink(descriptor)
 
 
 def _examine_service(

@@ -15,27 +15,11 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from mbcap_watch.doctor.findings import Finding, Installation, counted, ok, quote, size
-from mbcap_watch.doctor.machine import (
-    WAL_READERS,
-    Place,
-    beyond_mode,
-    blocked_way,
-    holder,
-    is_remote,
-    judge_lock,
-    judge_space,
-    mode_of,
-    place,
-)
-from mbcap_watch.errors import (
-    QUOTED,
-    DatabaseBusy,
-    DatabaseError,
-    ForeignWal,
-    SchemaMissing,
-    printable,
-)
+from mbcap_watch import errors
+from mbcap_watch.doctor import machine
+from mbcap_watch.doctor.findings import Finding, Installation, ok, quote, size
+from mbcap_watch.doctor.machine import Place, place
+from mbcap_watch.errors import QUOTED, counted, printable
 from mbcap_watch.settings import DATABASE_VARIABLE
 from mbcap_watch.store.descriptors import release
 from mbcap_watch.store.errors import SIDES
@@ -62,14 +46,11 @@ _LARGE_WAL: Final = 64 << 20
 _LOCAL: Final = INOTIFY_FILESYSTEMS | {"bcachefs", "exfat", "fuseblk", "jfs", "ntfs3", "vfat"}
 
 
-# ------------------------------------------------------------------------------ from outside
-
-
 def examine(here: Installation, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Examine the file, its directory and its filesystem. Blocks."""
     database = Path(here.database)
     file, real = place(database), Path(os.path.realpath(database))
-    blocked = blocked_way(here, "not_permitted", "database", database)
+    blocked = machine.blocked_way(here, "not_permitted", "database", database)
     if blocked or not file.regular or not file.status:
         yield blocked or _no_file(here, file, real, environ)
         return
@@ -90,7 +71,7 @@ def examine(here: Installation, environ: Mapping[str, str]) -> Iterator[Finding]
     if any(Path(mount.mount_point) == real for mount in mount_table()):
         yield there.finding("single_file", path=real)
     yield from judge_filesystem(there, mount_of(real.parent))
-    yield judge_space(there, space)
+    yield machine.judge_space(there, space)
 
 
 def _no_file(here: Installation, file: Place, real: Path, environ: Mapping[str, str]) -> Finding:
@@ -120,7 +101,10 @@ def _no_file(here: Installation, file: Place, real: Path, environ: Mapping[str, 
 
 
 def _judge_permissions(
-    here: Installation, file: Place, directory: Place, sides: Iterable[Place]
+    here: Installation,
+    file: Place,
+    directory: Place,
+    sides: Iterable[Place],
 ) -> Finding:
     uid, owner = os.geteuid(), file.status.st_uid if file.status else 0
     shut = [each for each in (file, *sides) if not (each.readable and each.writable)]
@@ -135,12 +119,17 @@ def _judge_permissions(
     if uid != owner:
         remedy = f"run mbcap-watch as the database's owner, user {owner} (User= in the unit, user:"
         remedy += " in compose), or give this user the rights by a common group"
-    remedy = beyond_mode(shut, os.R_OK | os.W_OK) or remedy
+    remedy = machine.beyond_mode(shut, os.R_OK | os.W_OK) or remedy
     return here.finding("not_permitted", f"user {uid} {'; '.join(refused)}", remedy=remedy)
 
 
 def judge_owner(
-    here: Installation, file: Place, directory: Place, sides: Iterable[Place], uid: int, gid: int
+    here: Installation,
+    file: Place,
+    directory: Place,
+    sides: Iterable[Place],
+    uid: int,
+    gid: int,
 ) -> Iterator[Finding]:
     """Judge whether the files that SQLite creates beside the database lock its owner out.
 
@@ -149,7 +138,7 @@ def judge_owner(
     """
     assert file.status
     owner, group, mode = file.status.st_uid, file.status.st_gid, file.status.st_mode
-    out = [s for s in sides if s.status and not mode_of(s.status, owner, [group]) & os.W_OK]
+    out = [s for s in sides if s.status and not machine.mode_of(s.status, owner, [group]) & os.W_OK]
     if owner and out:
         paths, files = ", ".join(s.shown for s in out), " ".join(quote(s.path) for s in out)
         yield here.finding("locked_out", path=paths, file=files, owner=owner, group=group)
@@ -163,15 +152,12 @@ def judge_owner(
 def judge_filesystem(here: Installation, mount: Mount) -> Iterator[Finding]:
     """Judge whether SQLite's locks and shared memory work (sqlite.org/wal.html, "Overview", 6)."""
     where = f"the database is on {mount.type} ({mount.mount_point})"
-    if is_remote(mount):
+    if machine.is_remote(mount):
         yield here.finding("network_filesystem", where=where)
     elif mount.type in _LOCAL:
         yield ok("filesystem", where)
     elif mount != UNKNOWN:  # else `no_proc` says why
         yield here.finding("unknown_filesystem", where=where)
-
-
-# ------------------------------------------------------------------------------ from inside
 
 
 def examine_contents(
@@ -188,7 +174,7 @@ def examine_contents(
     wal = is_wal_database(real)
     if wal and HAS_RESET_BUG:
         yield here.finding("wal_reset_bug", version=sqlite3.sqlite_version)
-    lock, rows = judge_lock(here, real, wal=wal), list[Finding]()
+    lock, rows = machine.judge_lock(here, real, wal=wal), list[Finding]()
     # A database that nobody has open is read again if somebody opens it meanwhile: a daemon does.
     for _ in range(_TRIES if lock.severity == "ok" else 1):
         rows = list(_read(here, settings, dict(values), wal=wal))
@@ -198,7 +184,7 @@ def examine_contents(
     release(settings.database)
     log = place(Path(f"{real}-wal"))
     if log.status and log.status.st_size > _LARGE_WAL:
-        who = holder({Path(f"{real}-shm"): WAL_READERS}, fcntl.F_WRLCK)
+        who = machine.holder({Path(f"{real}-shm"): machine.WAL_READERS}, fcntl.F_WRLCK)
         why = f"; {who} keeps a transaction open, which keeps it from being emptied" if who else ""
         yield here.finding("wal_grows", wal=log.path, size=size(log.status.st_size), why=why)
 
@@ -235,11 +221,11 @@ def _read(
                 downgrade=settings.downgrade,
             )
             preview_steps(steps, connection)
-    except SchemaMissing as exc:
+    except errors.SchemaMissing as exc:
         there = printable(", ".join(names[:8]), QUOTED) or "no table at all"
         yield here.finding("schema_missing", f"{exc.problem}; there is {there}")
         return
-    except DatabaseError as exc:
+    except errors.DatabaseError as exc:
         yield _unusable(here, exc)
         return
     yield _judge_tables(here, tally, counts)
@@ -247,18 +233,17 @@ def _read(
         yield _judge_preview(here, tally, len(values), sum(counts.values()))
 
 
-def _unusable(here: Installation, error: DatabaseError) -> Finding:
+def _unusable(here: Installation, error: errors.DatabaseError) -> Finding:
     """Return why the database cannot be read."""
     primary = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
     if not os.path.isdir("/proc/self"):
         return here.finding("no_proc")
     if primary == sqlite3.SQLITE_READONLY:
         return here.finding("half_written")
-    code = "busy" if isinstance(error, DatabaseBusy) else getattr(error, "cause", None) or "failed"
-    subject = "wal" if isinstance(error, ForeignWal) else "tables"
-    # In the catalogue, these two say to run `check`.
-    remedy = "check again as root, and as the user of the service; see dmesg"
-    remedy = remedy if code in ("busy", "failed") else ""
+    code = "busy" if isinstance(error, errors.DatabaseBusy) else error.cause or "failed"
+    subject, remedy = "wal" if isinstance(error, errors.ForeignWal) else "tables", ""
+    if code in ("busy", "failed"):  # in the catalogue, these two say to run `check`
+        remedy = "check again as root, and as the user of the service; see dmesg"
     return here.finding(code, error.what, subject=subject, remedy=remedy)
 
 
@@ -279,9 +264,8 @@ def _judge_tables(here: Installation, tally: Tally, counts: dict[str, int]) -> F
     text = ", ".join(tables)
     if tally.waiting is None:
         return ok("tables", f"{text}, with all columns")
-    text = f"{tally.waiting}; there is {text}"
     code = "table_waits" if "nodes" in tally.served else "nodes_not_served"
-    return here.finding(code, text)
+    return here.finding(code, f"{tally.waiting}; there is {text}")
 
 
 def _judge_preview(here: Installation, tally: Tally, wanted: int, rows: int) -> Finding:

@@ -131,8 +131,3 @@ def duration(seconds: float) -> str:
 def ago(seconds: float) -> str:
     """Return how long ago something was, for people; of a moment to come, how far away it is."""
     return f"{duration(seconds)} ago" if seconds >= 0 else f"{duration(-seconds)} in the future"
-
-
-def counted(count: int, one: str, several: str) -> str:
-    """Return a count for people: `1 entry`, `2 entries`."""
-    return f"{count:,} {one if count == 1 else several}"

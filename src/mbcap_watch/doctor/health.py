@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from mbcap_watch.doctor.findings import Finding, Installation, ago, counted, duration
+from mbcap_watch.doctor.findings import Finding, Installation, ago, duration
+from mbcap_watch.errors import counted
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME
 from mbcap_watch.telemetry.stats import CONTENDED_SECONDS, SLOW_HOLD_SECONDS
 
@@ -20,10 +21,9 @@ if TYPE_CHECKING:
 # A sync ends within milliseconds, one that changes a million rows on a small machine within
 # minutes. A call that hangs is reported by the bridge itself (`stuck_since`) after five seconds.
 _SYNC_SECONDS: Final = 300.0
-_SYNC_INTERVALS: Final = 3
 
-# Likewise for comparisons with the database.
-_RESYNCS: Final = 3
+# So many intervals may pass besides: sweeps without a sync, resyncs without a comparison.
+_INTERVALS: Final = 3
 
 # CoreScope's server publishes at least every five minutes.
 OLD_SNAPSHOT_SECONDS: Final = 15 * 60.0
@@ -38,9 +38,9 @@ _FOUND: Final[tuple[Outcome, ...]] = ("applied", "unchanged", "malformed", "refu
 _LATELY_SECONDS: Final = 3600.0
 
 # With these there may be no directory to watch. Then `no_inotify` would say nothing new.
-_NO_DIRECTORY: Final = {
-    *("snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable", "filesystem_failed"),
-}
+_NO_DIRECTORY: Final = frozenset(
+    ("snapshot_misplaced", "snapshot_dir_is_file", "snapshot_unreadable", "filesystem_failed")
+)
 
 # The findings about the daemon's outputs.
 _OUTPUTS: Final = {"log": "log_unread", "ack": "ack_failed", "http": "http_down"}
@@ -96,8 +96,8 @@ class Health(msgspec.Struct, frozen=True):
 def judge(stats: Stats, max_age: float | None = None, here: Installation | None = None) -> Health:
     """Judge a daemon by stats that were made just now.
 
-    It is unhealthy if the last comparison is more than `max_age` seconds ago; None: see `_RESYNCS`.
-    `here` is what the findings are about, if more is known than the stats say.
+    It is unhealthy if the last comparison is more than `max_age` seconds ago; without one, after
+    `_INTERVALS`. `here` is what the findings are about, if more is known than the stats say.
     """
     here = here or Installation(stats.database, stats.snapshot_dir)
     findings = [*_of_process(stats, here), *_about_result(stats, here)]
@@ -107,9 +107,7 @@ def judge(stats: Stats, max_age: float | None = None, here: Installation | None 
         findings += judge_age(here, stats.sampled - stats.snapshot_time)
     if stats.watch.degraded and not _NO_DIRECTORY.intersection(each.code for each in findings):
         findings.append(here.finding("no_inotify", why=stats.watch.why))
-    findings += _of_late(stats, here)
-    findings += _about_outputs(stats, here)
-    return Health(tuple(findings))
+    return Health((*findings, *_of_late(stats, here), *_about_outputs(stats, here)))
 
 
 def _of_process(stats: Stats, here: Installation) -> Iterator[Finding]:
@@ -120,11 +118,10 @@ def _of_process(stats: Stats, here: Installation) -> Iterator[Finding]:
         last = f"the last sync ended {ago(now - watch.last_sync)}"
     if watch.stuck_since is not None:
         yield here.finding("stuck", last=last)
-    elif idle > _SYNC_INTERVALS * stats.sweep_interval + _SYNC_SECONDS:
+    elif idle > _INTERVALS * stats.sweep_interval + _SYNC_SECONDS:
         yield here.finding("no_sync", last=last, interval=duration(stats.sweep_interval))
     elif watch.last_sync is None:
-        when = ago(now - stats.started_at)
-        yield here.finding("starting", pid=stats.pid, when=when)
+        yield here.finding("starting", pid=stats.pid, when=ago(now - stats.started_at))
 
 
 def _about_result(stats: Stats, here: Installation) -> Iterator[Finding]:
@@ -151,23 +148,23 @@ def explain(result: PersistResult, here: Installation) -> Finding | None:
 
 def _explained(result: PersistResult, here: Installation, since: str = "") -> Iterator[Finding]:
     """Make findings of a result; `since` says for how long its error has been there."""
-    outcome = result.outcome
-    code: str | None = None if result.compared else outcome
+    outcome, error, text = result.outcome, result.error, ""
+    if error is not None:
+        text = f"{since}{error}"
     if result.failed_rows and (result.compared or outcome == "failed"):
-        code = "rows_refused"
+        yield here.finding("rows_refused", text)
     elif result.cause is not None:
-        code = result.cause
-    elif outcome == "no_snapshot" and result.error is not None:
+        yield here.finding(result.cause, text)
+    elif result.compared and error is not None:
+        yield here.finding("table_waits", waiting=error)
+    elif outcome == "no_snapshot" and error is not None:
         itself = os.path.basename(here.snapshot_dir) == SNAPSHOT_NAME
-        code = "snapshot_dir_is_file" if itself else "snapshot_misplaced"
-    if code is not None and code != "no_snapshot":
-        yield here.finding(code, f"{since}{result.error}" if result.error else "")
-    elif result.compared and result.error is not None:
-        yield here.finding("table_waits", waiting=result.error)
-    if outcome == "no_snapshot" and result.error is None:
-        path = f"{here.snapshot_dir}/{SNAPSHOT_NAME}"
-        yield here.finding("no_snapshot", path=path)
-    elif result.compared:
+        yield here.finding("snapshot_dir_is_file" if itself else "snapshot_misplaced", text)
+    elif outcome != "no_snapshot" and not result.compared:
+        yield here.finding(outcome, text)
+    if outcome == "no_snapshot" and error is None:
+        yield here.finding("no_snapshot", path=f"{here.snapshot_dir}/{SNAPSHOT_NAME}")
+    if result.compared:
         yield from judge_entries(
             here, result.entries, result.skipped_unknown, result.skipped_unrecognized
         )
@@ -184,7 +181,7 @@ def _overdue(stats: Stats, here: Installation, max_age: float | None) -> Iterato
     result, limit = stats.last_result, max_age
     if limit is None:
         waits = result is not None and result.outcome == "no_snapshot" and result.error is None
-        limit = float("inf") if waits else _RESYNCS * stats.resync + _SYNC_SECONDS
+        limit = float("inf") if waits else _INTERVALS * stats.resync + _SYNC_SECONDS
     age = stats.sampled - (stats.last_apply or stats.started_at)
     if age > limit:
         never = "" if stats.last_apply else "the database has never been compared with a snapshot"
@@ -219,25 +216,22 @@ def judge_age(here: Installation, written: float, placed: float | None = None) -
 
 def _of_late(stats: Stats, here: Installation) -> Iterator[Finding]:
     """Judge how it went lately; what was over an hour ago is of no use to anybody."""
-    watch, lock, now = stats.watch, stats.mbcap_persist, stats.sampled
-    if watch.last_sweep_hit is not None and now - watch.last_sweep_hit < _LATELY_SECONDS:
+    watch, wait = stats.watch, (stats.mbcap_persist.wait_ms_p95 or 0) / 1000
+
+    def since(moment: float | None) -> float:
+        return float("inf") if moment is None else stats.sampled - moment
+
+    if (age := since(watch.last_sweep_hit)) < _LATELY_SECONDS:
         changes = counted(watch.sweep_hits, "change was", "changes were")
-        when = ago(now - watch.last_sweep_hit)
-        yield here.finding("sweep_hits", changes=changes, when=when)
-    if stats.last_set_back_at is not None and now - stats.last_set_back_at < _LATELY_SECONDS:
-        yield _set_back(here, stats.last_set_back, f", {ago(now - stats.last_set_back_at)}")
-    slow = [
-        each
-        for each in stats.history
-        if (each.hold_ms or 0) > SLOW_HOLD_SECONDS * 1000 and now - each.at < _LATELY_SECONDS
-    ]
-    if slow:
-        times = counted(len(slow), "time", "times")
-        seconds = duration(SLOW_HOLD_SECONDS)
-        yield here.finding("slow_holds", seconds=seconds, times=times)
-    contended = stats.contended_at is not None and now - stats.contended_at < _LATELY_SECONDS
-    if contended and lock.wait_ms_p95 is not None and lock.wait_ms_p95 > CONTENDED_SECONDS * 1000:
-        yield here.finding("contention", wait=duration(lock.wait_ms_p95 / 1000))
+        yield here.finding("sweep_hits", changes=changes, when=ago(age))
+    if (age := since(stats.last_set_back_at)) < _LATELY_SECONDS:
+        yield _set_back(here, stats.last_set_back, f", {ago(age)}")
+    late = [each for each in stats.history if since(each.at) < _LATELY_SECONDS]
+    if slow := sum((each.hold_ms or 0) > SLOW_HOLD_SECONDS * 1000 for each in late):
+        times = counted(slow, "time", "times")
+        yield here.finding("slow_holds", seconds=duration(SLOW_HOLD_SECONDS), times=times)
+    if since(stats.contended_at) < _LATELY_SECONDS and wait > CONTENDED_SECONDS:
+        yield here.finding("contention", wait=duration(wait))
 
 
 def _about_outputs(stats: Stats, here: Installation) -> Iterator[Finding]:

@@ -162,14 +162,13 @@ def described(pid: int) -> str:
     """Return a process for people: its number, if it has one here, and what its command is."""
     if pid <= 0:
         return "a process in another container"
-    command = "?"
-    with contextlib.suppress(OSError):
-        command = " ".join(_arguments_of(pid))[:80]
-    return f"pid {pid} ({command})"
+    try:
+        return f"pid {pid} ({' '.join(_arguments_of(pid))[:80]})"
+    except OSError:
+        return f"pid {pid} (?)"
 
 
 def _arguments_of(pid: int) -> list[str]:
-    """Return the command line of a process."""
     data = Path(f"/proc/{pid}/cmdline").read_bytes()
     return [os.fsdecode(part) for part in data.rstrip(b"\0").split(b"\0")]
 
@@ -200,8 +199,8 @@ def leads_to(pid: int, its: str, ours: str) -> bool:
     """Whether a path of a process, which may be in a container, leads where ours does."""
     root, is_alike = f"/proc/{pid}/root", printable(its) == printable(ours)
     try:
-        # One path is not looked up: where a lookup of the process itself gets no answer, ours would
-        # wait for that one, and could not even be killed.
+        # The same path under the same root needs no lookup. Where a lookup by that process hangs,
+        # ours through its root would hang as well, and could not be killed.
         if is_alike and os.path.samefile(root, "/"):
             return True
         return os.path.samefile(root + its, ours)
@@ -250,7 +249,6 @@ def _database_of(pid: int, arguments: list[str]) -> str | None:
 
 
 def _option(arguments: list[str], name: str) -> str | None:
-    """Return the value of an option on a command line."""
     for word, following in itertools.pairwise([*arguments, ""]):
         option, _, value = word.partition("=")
         if option == name:

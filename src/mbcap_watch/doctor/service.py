@@ -40,16 +40,13 @@ _FILE_SECONDS: Final = 1.0
 _DELETED: Final = {"database_missing", "no_database", "no_snapshot", "snapshot_vanished"}
 
 
-# ------------------------------------------------------------------------------ finding them
-
-
 class Bridge(NamedTuple):
     """A bridge, as its socket and /proc tell of it.
 
     Attributes:
         pid: of the process; `uid` whose it is.
         believed: whether what that user's socket says is believed.
-        program: which program it is, by /proc or by a word that is believed; else empty.
+        program: its program, as /proc or a socket that is believed names it; else empty.
         database: its database: our path if that leads to the same; None: only root can tell.
         snapshot_dir: likewise; None if that cannot be told.
         fate: as of `Peer`; `unseen` if it has no socket that can be reached from here.
@@ -134,9 +131,6 @@ def _within(function: Callable[[], T], otherwise: T) -> T:
     return answer[0]
 
 
-# ------------------------------------------------------------------------------ judging
-
-
 def look(
     settings: Settings,
     environ: Mapping[str, str],
@@ -186,7 +180,7 @@ def _judge_answers(
 
 
 def _with_files(here: Installation, found: list[Finding]) -> list[Finding]:
-    """Add what no sync has met yet, or never will; leave out what comes of it."""
+    """Add what a look at the files shows and no sync has met; leave out what follows from it."""
     cut = machine.cut_off(here)
     if any(each.code == "deleted_mount" for each in cut):
         return cut + [each for each in found if each.code not in _DELETED]

@@ -9,23 +9,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mbcap_watch.doctor.findings import Finding, Installation, ago, counted, ok, quote, size
+from mbcap_watch import errors
+from mbcap_watch.doctor import machine
+from mbcap_watch.doctor.findings import Finding, Installation, ago, ok, quote, size
 from mbcap_watch.doctor.health import judge_age, judge_entries
-from mbcap_watch.doctor.machine import (
-    Place,
-    beyond_mode,
-    blocked_way,
-    cut_off,
-    is_remote,
-    judge_space,
-    place,
-)
-from mbcap_watch.errors import (
-    SnapshotError,
-    SnapshotMalformed,
-    SnapshotNotFound,
-    SnapshotUnreadable,
-)
+from mbcap_watch.doctor.machine import Place, place
+from mbcap_watch.errors import counted
 from mbcap_watch.settings import SNAPSHOT_DIR_NAME
 from mbcap_watch.snapshot.files import SNAPSHOT_NAME, cause_of, parse, read_file
 from mbcap_watch.snapshot.timestamp import canonical
@@ -57,17 +46,16 @@ def examine(
     """
     directory = settings.snapshot_dir
     path = directory / SNAPSHOT_NAME
-    blocked = blocked_way(here, "snapshot_unreadable", "snapshot dir", path)
-    blocked = blocked or _beyond_reach(here, place(directory))
+    blocked = machine.blocked_way(here, "snapshot_unreadable", "snapshot dir", path)
     yield blocked or _judge_directory(here, directory)
     if blocked or not place(directory).directory:
         return
     yield from _judge_disk(here)
-    yield from cut_off(here)
+    yield from machine.cut_off(here)
     try:
         file = read_file(path, settings.max_bytes)
         snapshot = parse(file.data, source=str(path))
-    except SnapshotError as exc:
+    except errors.SnapshotError as exc:
         yield _unusable(here, exc)
         return
     desired = plan.desired_state(snapshot.entries)
@@ -82,32 +70,24 @@ def examine(
     yield judge_stamp(here, snapshot.written_at, placed, time.time())
 
 
-def _beyond_reach(here: Installation, directory: Place) -> Finding | None:
-    if directory.error is None or directory.error.errno in _NOTHING_THERE:
-        return None
-    text = f"{directory.path} cannot be reached: {directory.error.strerror}"
-    return here.finding(cause_of(directory.error), text, subject="snapshot dir")
-
-
 def _judge_directory(here: Installation, path: Path) -> Finding:
     directory = place(path)
-    if directory.status is None and path.is_symlink():
-        text = f"{path} is a link to nothing"
-        return here.finding("snapshot_misplaced", text, subject="snapshot dir")
-    if directory.status is None:
-        text = f"{path} does not exist"
-        usual = Path(os.path.realpath(here.database)).parent / SNAPSHOT_DIR_NAME
-        remedy = f"set --snapshot-dir to the right one; there is {usual}" if usual.is_dir() else ""
-        return here.finding("no_snapshot_dir", text, remedy=remedy)
-    if not directory.directory:
-        if path.name == SNAPSHOT_NAME:
-            return here.finding("snapshot_dir_is_file")
-        text = f"{path} is not a directory"
-        return here.finding("snapshot_misplaced", text, subject="snapshot dir")
-    if not directory.readable:
+    if directory.directory:
+        if directory.readable:
+            return ok("snapshot dir", str(path))
         text = f"user {os.geteuid()} may not list {directory.shown}"
         return _refused(here, "snapshot dir", text, directory)
-    return ok("snapshot dir", str(path))
+    if directory.error and directory.error.errno not in _NOTHING_THERE:
+        text = f"{path} cannot be reached: {directory.error.strerror}"
+        return here.finding(cause_of(directory.error), text, subject="snapshot dir")
+    if directory.status is None and not path.is_symlink():
+        usual = Path(os.path.realpath(here.database)).parent / SNAPSHOT_DIR_NAME
+        remedy = f"set --snapshot-dir to the right one; there is {usual}" if usual.is_dir() else ""
+        return here.finding("no_snapshot_dir", remedy=remedy)
+    if directory.status and path.name == SNAPSHOT_NAME:
+        return here.finding("snapshot_dir_is_file")
+    text = f"{path} is {'not a directory' if directory.status else 'a link to nothing'}"
+    return here.finding("snapshot_misplaced", text, subject="snapshot dir")
 
 
 def _judge_disk(here: Installation) -> Iterator[Finding]:
@@ -116,16 +96,16 @@ def _judge_disk(here: Installation) -> Iterator[Finding]:
     with contextlib.suppress(OSError):
         if not os.path.isdir(beside) or os.stat(path).st_dev != os.stat(beside).st_dev:
             there = here._replace(database=f"{path}/{SNAPSHOT_NAME}")
-            yield judge_space(there, os.statvfs(path), "snapshot disk")
+            yield machine.judge_space(there, os.statvfs(path), "snapshot disk")
 
 
-def _unusable(here: Installation, error: SnapshotError) -> Finding:
-    if isinstance(error, SnapshotNotFound):
+def _unusable(here: Installation, error: errors.SnapshotError) -> Finding:
+    if isinstance(error, errors.SnapshotNotFound):
         code = "snapshot_misplaced" if error.unusual else "no_snapshot"
         return here.finding(code, error.what, path=error.path)
-    if isinstance(error, SnapshotMalformed):
+    if isinstance(error, errors.SnapshotMalformed):
         return here.finding("malformed", f"malformed: {error.what}")
-    if isinstance(error, SnapshotUnreadable):
+    if isinstance(error, errors.SnapshotUnreadable):
         shut = place(Path(error.path))
         if isinstance(error.__cause__, PermissionError) and shut.status:
             return _refused(here, "snapshot", error.what, shut)
@@ -137,7 +117,7 @@ def _refused(here: Installation, subject: str, text: str, shut: Place) -> Findin
     """Return the finding about a place that this user may not read."""
     wanted = os.R_OK | os.X_OK if shut.directory else os.R_OK
     mode = f"as its owner or root: chmod {755 if shut.directory else 644} {quote(shut.path)}"
-    remedy = beyond_mode([shut], wanted) or mode
+    remedy = machine.beyond_mode([shut], wanted) or mode
     return here.finding("snapshot_unreadable", text, remedy=remedy, subject=subject)
 
 
@@ -153,21 +133,14 @@ def judge_stamp(here: Installation, written_at: str | None, placed: float, now: 
     return found or ok("age", f"put in place {ago(placed)}, {text}")
 
 
-# ------------------------------------------------------------------------------ the watch
-
-
 def examine_watch(here: Installation, settings: Settings) -> Iterator[Finding]:
     """Watch as `run` does at its start, and undo it; judge that, and the mount. Blocks."""
-    watch = Watch(settings, lambda: None)
-    try:
+    with contextlib.closing(Watch(settings, lambda: None)) as watch:
         watch.refresh()
         state = watch.state
-    finally:
-        watch.close()
-    try:
+    mount = UNKNOWN
+    with contextlib.suppress(OSError):
         mount = mount_of(settings.snapshot_dir)
-    except OSError:
-        mount = UNKNOWN
     readable = place(settings.snapshot_dir).readable  # else `snapshot_unreadable` was reported
     if state.mode == "inotify" and not mount.delivers_inotify and mount != UNKNOWN:
         yield here.finding("inotify_blind", type=mount.type, mount_point=mount.mount_point)
@@ -181,7 +154,7 @@ def examine_watch(here: Installation, settings: Settings) -> Iterator[Finding]:
 def judge_options(here: Installation, mount: Mount) -> Iterator[Finding]:
     """Judge the options of a network mount (nfs(5); measured for `nocto`: 47 s late)."""
     where = f"{mount.type} on {mount.mount_point}"
-    for option in mount.options if is_remote(mount) else ():
+    for option in mount.options if machine.is_remote(mount) else ():
         name, _, seconds = option.partition("=")
         if name == "nocto":
             yield here.finding("nocto", where=where)

@@ -1,10 +1,5 @@
 """`result.json` beside the snapshot: tells the read-only publisher what became of its snapshot.
 
-    {"writtenAt": "2026-07-18T08:47:37.123456789Z",    of the snapshot; null if it told none
-     "resultAt": "2026-07-18T08:47:37.201Z",           when that was known
-     "persisted": true,                                every row is in the database
-     "outcome": "applied", "error": null, …}           the other fields of `PersistResult`
-
 Its rename causes no sync: `inotify` goes by name, polling reads the snapshot alone. It is
 not flushed to disk, which would wear out SD cards and hold up others; the file is news, and is
 written anew at the next start.
@@ -130,7 +125,7 @@ def _news(result: PersistResult) -> object:
 
 
 def encode(result: PersistResult) -> bytes:
-    """Return the answer as JSON, one line; the publisher's own field is named as it names it."""
+    """Return the answer as JSON, one line; `writtenAt` is named as the publisher names it."""
     fields = result.to_dict()
     answer = {
         "writtenAt": fields.pop("written_at"),

@@ -49,7 +49,7 @@ def homes(environ: _Environ, root: Path) -> Iterator[Path]:
     runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
     if runtime.startswith("/"):
         home = Path(runtime).resolve()
-        # That of a program that embeds the bridge has another name; `places` knows ours.
+        # The directory of a program that embeds the bridge has its name; `places` looks for ours.
         yield home if home.name.startswith("mbcap-watch") else home / "mbcap-watch"
     if (user := environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         yield Path(user, "mbcap-watch")
@@ -124,19 +124,19 @@ def ask(settings: Settings, environ: _Environ, root: Path = ROOT) -> list[Peer]:
                     stack.enter_context(connection)
                     asked.append((peer, connection))
         peers = [_receive(peer, connection, deadline) for peer, connection in asked]
-    found = [peer._replace(named=peer.path.name.startswith(digest)) for peer in peers if peer]
     # A directory may have two paths.
-    return [*{(peer.pid, peer.uid, peer.path.name): peer for peer in found}.values()]
+    return [*{(peer.pid, peer.uid, peer.path.name): peer for peer in peers if peer}.values()]
 
 
-def connected(directory: int, place: Path, first: str = "") -> Iterator[tuple[Peer, socket.socket]]:
-    """Connect to the sockets in a directory, `first` to those whose names begin so; yield each."""
-    names = sorted(os.listdir(directory), key=lambda name: (not name.startswith(first), name))
+def connected(directory: int, place: Path, named: str = "") -> Iterator[tuple[Peer, socket.socket]]:
+    """Connect to the sockets in a directory, first to those that are `named` so; yield each."""
+    names = sorted(os.listdir(directory), key=lambda name: (not name.startswith(named), name))
     for match in [*filter(None, map(_NAME.fullmatch, names))][:_MOST_SOCKETS]:
         connection = socket.socket(socket.AF_UNIX)
         try:
             status = os.stat(match[0], dir_fd=directory, follow_symlinks=False)
-            peer = Peer(place / match[0], int(match[1]), status.st_uid)
+            is_named = match[0].startswith(named)
+            peer = Peer(place / match[0], int(match[1]), status.st_uid, is_named)
             if stat.S_ISSOCK(status.st_mode):
                 peer = _connect(connection, peer, path_within(directory, match[0]))
         except OSError:  # it has just ended

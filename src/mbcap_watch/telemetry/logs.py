@@ -7,11 +7,12 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
-from mbcap_watch.errors import printable
+from mbcap_watch.errors import counted, printable
 from mbcap_watch.results import WatchState
 from mbcap_watch.telemetry.outputs import LineWriter
 
@@ -30,10 +31,7 @@ WINDOW: Final = 300.0
 # Trouble that lasts is said again: whoever reads the log of today is to see it.
 REMINDER: Final = 3600.0
 
-# For how long the end waits for whoever reads the log.
-_FLUSH_SECONDS: Final = 0.5
-
-# ------------------------------------------------------------------------------ how lines look
+_counted: Final = partial(counted, separator="")  # programs read it as well
 
 
 class _TextFormatter(logging.Formatter):
@@ -106,7 +104,7 @@ class UnblockedHandler(logging.Handler):
 
     def flush(self) -> None:
         """Give the reader a moment."""
-        self.writer.flush(_FLUSH_SECONDS)
+        self.writer.flush()
 
     def _lost(self, count: int) -> str:
         lines = _counted(count, "line of the log is", "lines of the log are")
@@ -128,17 +126,14 @@ def configure(level: str, style: str, handler: logging.Handler | None = None) ->
     logger.setLevel(level.upper())
 
 
-# ------------------------------------------------------------------------------ which lines
-
-
 class Throttle:
     """Follows one state, and decides when it is said. All times are seconds of any one clock.
 
     What counts is the difference between the state and what was logged last. So a change that was
     suppressed is logged once that is allowed again, unless the state has changed back by then.
 
-    `calm` is the state at the start. It is not said until another state was; any other is said
-    again after `remind_after` seconds.
+    `calm` is the state at the start, and needs no line. Any other that lasts is said again after
+    `remind_after` seconds.
     """
 
     def __init__(self, calm: Hashable, *, remind_after: float = math.inf) -> None:
@@ -243,11 +238,6 @@ def summary(result: PersistResult) -> str:
         f" most {result.lock_seconds * 1000:.1f} ms; {result.reason}, written at"
         f" {result.written_at}"
     )
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    """Return a count as programs read it as well: without separators of thousands."""
-    return f"{count} {one if count == 1 else several}"
 
 
 class StateLog:

@@ -53,9 +53,9 @@ _TIMES: Final[dict[type, tuple[str, ...]]] = {
 
 
 class Metrics:
-    """Makes stats of what a bridge tells; `on_…` are told it.
+    """Makes stats of what the methods `on_…` are told.
 
-    Each of `outputs` is called when stats are made: how does the output of this name?
+    `outputs` has, by the name of an output, a function that tells how it does now.
     """
 
     def __init__(

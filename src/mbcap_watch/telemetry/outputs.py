@@ -24,6 +24,9 @@ MOST_LINES: Final = 1000
 # A line that waits longer than this has no reader.
 _UNREAD_SECONDS: Final = 5.0
 
+# For how long the end waits for whoever reads.
+_FLUSH_SECONDS: Final = 0.5
+
 _PROBLEM_LENGTH: Final = 500
 
 
@@ -106,7 +109,7 @@ class LineWriter:
                 self._put(line)
         self._serve()
 
-    def flush(self, seconds: float) -> int:
+    def flush(self, seconds: float = _FLUSH_SECONDS) -> int:
         """Wait for the reader, but no longer than `seconds`; return how many lines are unread."""
         done = threading.Event()
         self._queue.put(done)

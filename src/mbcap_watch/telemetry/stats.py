@@ -36,8 +36,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """A summary of durations, in milliseconds.
 
     `count`, `total` and `buckets` are of all values since the start; the rest is of the last
-    `WINDOW`, and None without any. A percentile is the smallest value that so many per cent do not
-    exceed. `buckets` counts the values up to each bound of `BUCKETS` and above the one before.
+    `WINDOW`, and None without any. `buckets` counts the values up to each bound of `BUCKETS` and
+    above the one before.
     """
 
     count: int = 0

@@ -3,16 +3,13 @@
 Datagrams to `$NOTIFY_SOCKET`, without a library. Nothing is sent where there is none. STATUS= has a
 datagram of its own and is short: what cannot be sent of it may not hold up a sign of life.
 
-The watchdog is fed by syncs that came to their end, and during a long one by each few thousand rows
-read or written, never by a timer: a bridge whose event loop hangs, or whose syncs stop, is
-restarted by systemd after WatchdogSec=. A first sync that takes long puts off TimeoutStartSec=.
+The watchdog is fed by syncs that end, and during a long one by its progress, never by a timer: a
+bridge whose event loop hangs, or whose syncs stop, is restarted by systemd after WatchdogSec=. A
+first sync that takes long puts off TimeoutStartSec=.
 
-A filesystem that does not answer is another matter: the bridge itself says so
-(`WatchState.stuck_since`), its event loop lives, and it goes on by itself when the mount does. A
-restart helps nobody then: the new process hangs in its first sync as well, again and again, and
-where the kernel cannot end the old one (a frozen or dying disk) each leaves another behind
-(measured). So the timeouts are put off, and STATUS= says what is the matter (`systemctl status`),
-as does the log.
+While a filesystem does not answer (`WatchState.stuck_since`), the timeouts are put off, and STATUS=
+says why. A new process would hang in its first sync as well, and where the kernel cannot end the
+old one (a frozen or dying disk), each restart leaves another behind (measured).
 """
 
 from __future__ import annotations
@@ -35,8 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("mbcap_watch")
 
-# For how long the manager's timeouts are put off while the filesystem does not answer; when that
-# is over, a restart is worth a try.
+# While the filesystem does not answer; when that is over, a restart is worth a try.
 _PUT_OFF_SECONDS: Final = 7 * 24 * 3600
 
 # By how much each sign of progress puts off the end of a start. The next one comes, or the bridge
