@@ -12,8 +12,11 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ import pytest
 
 from machine import mounted
 from mbcap_watch import Settings, persist_once, snapshot_path
+from mbcap_watch.bridge.sync import Syncer
 from mbcap_watch.errors import DatabaseBusy
 from mbcap_watch.store.descriptors import opening_lock
 from mbcap_watch.store.native import Connection, has_reset_bug
@@ -260,6 +264,54 @@ async def test_a_reader_in_the_middle_of_its_rows(meshcore: Path) -> None:
             await until(lambda: wal_of(meshcore).stat().st_size == 0, "an empty -wal")
 
 
+@pytest.mark.parametrize("case", ["mv while open", "cp while closing", "cp when closed"])
+async def test_a_backup_comes_while_a_reader_keeps_the_wal_from_being_emptied(
+    meshcore: Path, case: str
+) -> None:
+    """What is still to be moved from the -wal is of the file before, and never of the backup."""
+    backup = make_packets(meshcore.with_name("backup.db"), "backup", 290)  # about as long
+    whole = backup.read_bytes()
+    script = """
+        import sqlite3, sys
+        connection = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True)
+        half_read = connection.execute("SELECT 1 FROM nodes UNION ALL SELECT 2")
+        half_read.fetchone()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        half_read.close()
+        print("through", flush=True)
+        sys.stdin.readline()
+    """
+    with other_process(script, str(meshcore)) as server:
+        assert read_line(server) == "ready"
+        replace = partial(subprocess.run, [case[:2], backup, meshcore], check=True)
+        later = threading.Timer(0.1, replace)
+
+        def on_progress(*_: int) -> None:
+            if wal_of(meshcore).stat().st_size and backup.exists():  # it was written to
+                if case == "mv while open":
+                    replace()
+                elif case == "cp while closing" and not later.ident:
+                    later.start()
+
+        with contextlib.closing(Syncer(Settings(meshcore), on_progress=on_progress)) as syncer:
+            report = await syncer.sync("start")
+            assert report.error is None
+            if case == "cp when closed":
+                replace()
+            elif later.ident:
+                later.join()
+            assert server.stdin is not None
+            server.stdin.write("\n")
+            server.stdin.flush()
+            assert read_line(server) == "through"
+            await syncer.sync("retry")
+            server.kill()
+            server.wait()
+            await syncer.sync("retry")
+            assert meshcore.read_bytes() == whole
+
+
 def test_a_wal_in_use_stays_in_use(meshcore: Path) -> None:
     """Beside a writer it is the writer's to empty."""
     with running(neighbour("idler", meshcore)):
@@ -324,7 +376,12 @@ def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:
         writer.execute("UPDATE nodes SET multibyte_sup = 1")
         writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         ours.require_same_files()
-        ours.execute("UPDATE nodes SET multibyte_sup = 2")
+        ours.close()
+        ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+        for value in (2, 3, 2):
+            ours.execute("UPDATE nodes SET multibyte_sup = ?", (value,))
+            writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # of what we wrote
+            ours.require_same_files()
         ours.close()
         assert wal_of(meshcore).stat().st_size == 0
 

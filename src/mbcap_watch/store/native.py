@@ -72,6 +72,8 @@ class Connection(sqlite3.Connection):
         with opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
+            # Whether nobody else has written what is in the -wal now.
+            self._is_own = owes_checkpoint or self._found in (Wal.ABSENT, Wal.EMPTY)
             self._stamp = stamp_of(path)
             uri = f"{uri_of(path)}?mode=rw"
             super().__init__(
@@ -130,14 +132,19 @@ class Connection(sqlite3.Connection):
     def _is_overwritten(self) -> bool:
         """Whether the file was written to, although nobody else has committed.
 
-        What was read may be of the file before. Known only where the -wal was empty: there was
-        nothing for a checkpoint to move.
+        What was read may be of the file before. Known only where the -wal had nothing of others:
+        there was nothing for a checkpoint to move. What we wrote since, another may have moved.
         """
-        if not self._is_wal or self._found not in (Wal.ABSENT, Wal.EMPTY):
+        now = stamp_of(self._path)
+        is_changed = now[0] == self._stamp[0] and now != self._stamp
+        if not (self._is_wal and self._is_own and is_changed):
             return False
-        now, then = stamp_of(self._path), self._stamp
-        is_changed = now[0] == then[0] and now != then
-        return is_changed and self._version() in (None, self._first_version)
+        version, (moved, to_move) = self._version(), wal.checkpointed(self._path, self._real)
+        if version is None or (version == self._first_version and not to_move):
+            return True
+        if moved == to_move:  # else a checkpoint goes on
+            self._stamp = now
+        return False
 
     def _version(self) -> int | None:
         """Return what changes with the commits of others alone; None if SQLite refuses the file."""
@@ -150,12 +157,10 @@ class Connection(sqlite3.Connection):
 
     def close(self) -> None:
         """Close, and leave the WAL as it was found."""
-        is_another = self._is_overwritten()
         try:
-            if not is_another and not self._lost():
-                self._tidy()
+            self._tidy()
         finally:
-            if is_another or self._leaves_files():
+            if self._is_overwritten() or self._leaves_files():
                 self._close_not_as_last()
             else:
                 super().close()
@@ -166,17 +171,22 @@ class Connection(sqlite3.Connection):
         Otherwise a checkpoint is left to others: what they wrote may belong to a file that was
         there before, if a backup was copied over the database while they had it open.
         """
-        wrote = self.total_changes > 0
-        if self.owes_checkpoint or (wrote and self._found in (Wal.ABSENT, Wal.EMPTY)):
-            # What stays in it would be replayed into a backup that is put in place now. Where a
-            # reader stays attached, closing alone does not empty it.
-            pauses = iter(_EMPTY_PAUSES)
-            while _size(self._wal) and (pause := next(pauses, None)) is not None:
-                time.sleep(pause)
-                for sql in _EMPTY:  # the slow part first, without the write lock
-                    with contextlib.suppress(sqlite3.Error):
-                        self.execute(sql).close()
-            self.owes_checkpoint = _size(self._wal) > 0
+        if not self._is_own or not (self.owes_checkpoint or self.total_changes):
+            return
+        self.owes_checkpoint = False
+        # What stays in it would be replayed into a backup that is put in place now. Where a reader
+        # stays attached, closing alone does not empty it.
+        for pause in _EMPTY_PAUSES:
+            time.sleep(pause)
+            if self._lost() or self._is_overwritten():
+                return
+            for sql in _EMPTY:  # the slow part first, without the write lock
+                with contextlib.suppress(sqlite3.Error):
+                    self.execute(sql).close()
+            if not _size(self._wal):
+                self._stamp = stamp_of(self._path)
+                return
+        self.owes_checkpoint = not self._is_overwritten()
 
     def _leaves_files(self) -> bool:
         """Whether -wal and -shm stay, even if this is the last connection.

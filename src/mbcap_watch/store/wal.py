@@ -33,8 +33,9 @@ _PAUSES: Final = (0.01, 0.05, 0.1)
 _LOOKS: Final = 5  # in 10 ms
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid (fcntl(2))
 # The start of the -shm: version, changes, initialized, page size, frames in the -wal, pages of the
-# database (https://www.sqlite.org/walformat.html, 2.1).
-_INDEX: Final = "=I4xI?xHII"
+# database; frames that are in the database, and that the last checkpoint was to move there
+# (https://www.sqlite.org/walformat.html, 2.1).
+_INDEX: Final = "=I4xI?xHII72xI28xI"
 
 
 class Wal(enum.Enum):
@@ -160,13 +161,21 @@ def _require_own_files(database: Path, real: str, found: Wal) -> None:
     index, length = _index(database, real), os.stat(real).st_size
     if index is None or index != _index(database, real):  # somebody writes
         return
-    _, _, is_initialized, page_size, frames, pages = index
+    _, _, is_initialized, page_size, frames, pages, *_ = index
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
         problem = "another file was copied over it while it is open: its -shm has another length"
         raise ForeignWal(database, problem, "wal_replaced")
 
 
-def _index(database: Path, real: str) -> tuple[int, int, bool, int, int, int] | None:
+def checkpointed(database: Path, real: str) -> tuple[int, int]:
+    """Return how many frames of the `-wal` were moved, and how many were to be; else zeros."""
+    with contextlib.suppress(OSError):
+        if index := _index(database, real):
+            return index[6:]
+    return 0, 0
+
+
+def _index(database: Path, real: str) -> tuple[int, int, bool, int, int, int, int, int] | None:
     """Return the start of the `-shm`; None if there is none."""
     descriptor = descriptors.descriptor_of(database, f"{real}-shm")
     start = b"" if descriptor is None else os.pread(descriptor, struct.calcsize(_INDEX), 0)
