@@ -370,6 +370,15 @@ def test_nothing_is_written_once_a_backup_is_copied_over_it(
         assert meshcore.read_bytes() == backup.read_bytes()
 
 
+def test_nothing_is_written_into_a_copy_that_has_just_begun(meshcore: Path) -> None:
+    """`cp` empties the file first. SQLite takes an empty one for a database of its own kind."""
+    ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+    ours.execute("UPDATE packets SET payload = randomblob(300)")
+    os.truncate(meshcore, 0)
+    ours.close()
+    assert meshcore.stat().st_size == 0
+
+
 def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:
     ours = Connection(meshcore, 60.0, owes_checkpoint=False)
     with connect(meshcore) as writer:

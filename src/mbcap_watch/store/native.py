@@ -206,18 +206,12 @@ class Connection(sqlite3.Connection):
         return self._found is Wal.EMPTY and not _size(self._wal)
 
     def _close_not_as_last(self) -> None:
-        """Close while a read-only connection is attached, which itself cannot remove anything.
+        """Close while the database is locked as if somebody else had it open.
 
         `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on. Of a file that
-        was replaced SQLite removes nothing, and to open the new one would harm it: its -shm may be
-        that of a host's connection in this process, to the old file.
+        was replaced SQLite removes nothing anyhow.
         """
-        with contextlib.ExitStack() as stack:
-            if identity_of(self._real) == self._identity:
-                with contextlib.suppress(sqlite3.Error):
-                    anchor = sqlite3.connect(f"{uri_of(self._real)}?mode=ro", uri=True, timeout=0)
-                    stack.callback(anchor.close)
-                    attach(anchor)
+        with wal.held_open(self._path, self._real):
             super().close()
 
 

@@ -14,6 +14,7 @@ import fcntl
 import os
 import struct
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, ForeignWal
@@ -21,6 +22,7 @@ from mbcap_watch.store import descriptors
 from mbcap_watch.store.errors import cause_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _SHM_ALIVE: Final = (128, 1)
@@ -145,6 +147,22 @@ def is_open_elsewhere(database: Path, real: str) -> bool:
     return kind != fcntl.F_UNLCK
 
 
+@contextlib.contextmanager
+def held_open(database: Path, real: str) -> Iterator[None]:
+    """Within the context, SQLite finds that others have the database open.
+
+    The lock is of our descriptor, and those of SQLite are of the process: they exclude each other.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = descriptors.descriptor_of(database, real) if _CAN_ASK else None
+            if descriptor is not None:
+                lock = partial(fcntl.fcntl, descriptor, fcntl.F_OFD_SETLK)
+                lock(_flock(fcntl.F_RDLCK, _DATABASE_SHARED))
+                stack.callback(lock, _flock(fcntl.F_UNLCK, _DATABASE_SHARED))
+        yield
+
+
 def _require_own_files(database: Path, real: str, found: Wal) -> None:
     """Raise ForeignWal if whoever has the database open has other files. No `-wal` has frames here.
 
@@ -193,6 +211,9 @@ def _held_lock(database: Path, path: str, span: tuple[int, int], ask: int | None
     """Return what kind of lock anybody (`F_GETLK`: another process) holds there, or `F_UNLCK`."""
     if (descriptor := descriptors.descriptor_of(database, path)) is None:
         return fcntl.F_UNLCK
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
-    answer = fcntl.fcntl(descriptor, ask or fcntl.F_OFD_GETLK, asked)
+    answer = fcntl.fcntl(descriptor, ask or fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, span))
     return int(struct.unpack(_FLOCK, answer)[0])
+
+
+def _flock(kind: int, span: tuple[int, int]) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, *span, 0)
