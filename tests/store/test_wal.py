@@ -368,6 +368,24 @@ def test_nothing_is_written_once_a_backup_is_copied_over_it(
                 ours.require_same_files()
         ours.close()
         assert meshcore.read_bytes() == backup.read_bytes()
+        if not role:  # else it may use what is there
+            assert wal_of(meshcore).stat().st_size == 0
+
+
+async def test_a_copy_that_comes_after_our_commit(meshcore: Path, backup: Path) -> None:
+    """What is in the -wal would be replayed into it. It is dropped, and the sync begins anew."""
+
+    def on_progress(*_: int) -> None:
+        if backup.exists() and wal_of(meshcore).stat().st_size:
+            subprocess.run(["cp", backup, meshcore], check=True)
+            backup.unlink()
+
+    with contextlib.closing(Syncer(Settings(meshcore), on_progress=on_progress)) as syncer:
+        assert isinstance((await syncer.sync("start")).error, DatabaseBusy)
+        assert (await syncer.sync("retry")).error is None
+    restored = judge(meshcore, BACKUP_PACKETS["smaller"], 0)
+    assert restored.whole
+    assert restored.values == {(2, "first")}
 
 
 def test_nothing_is_written_into_a_copy_that_has_just_begun(meshcore: Path) -> None:

@@ -49,12 +49,16 @@ LEAST_SQLITE: Final = (3, 33)
 # on a full disk, say, what was committed is safe in the WAL all the same.
 _EMPTY: Final = ("PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)")
 
+OVERWRITTEN: Final = "was overwritten by another process meanwhile"
+
 # After which pauses emptying the WAL is tried while somebody reads from it.
 _EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
 
 
 class Connection(sqlite3.Connection):
     """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
+
+    If the file was overwritten, `is_undone` says then whether what it had committed was dropped.
 
     `grace` as in `wal.require_own_wal`. `owes_checkpoint` says whether the connection before could
     not empty the WAL that it filled; once it is closed, it says so of this one.
@@ -66,14 +70,12 @@ class Connection(sqlite3.Connection):
             raise DatabaseFailed(path, f"{text}, and Python has {sqlite3.sqlite_version}")
         self._path, self._real = path, os.path.realpath(path)
         self._wal = f"{self._real}-wal"
-        self.owes_checkpoint = owes_checkpoint
+        self.owes_checkpoint, self.is_undone = owes_checkpoint, False
         for name in sys.modules.keys() & _OTHER_LIBRARIES:
             _warn_of_second_sqlite(name)
         with opening_lock(path):
             self._identity = file_identity(path)
             self._found = wal.require_own_wal(path, grace)
-            # Whether nobody else has written what is in the -wal now.
-            self._is_own = owes_checkpoint or self._found in (Wal.ABSENT, Wal.EMPTY)
             self._stamp = stamp_of(path)
             uri = f"{uri_of(path)}?mode=rw"
             super().__init__(
@@ -94,6 +96,9 @@ class Connection(sqlite3.Connection):
                     self.execute("PRAGMA wal_autocheckpoint = 0")
                 self._beside = self._find_beside()
                 self._first_version = self._version()
+                # Whether nobody else has written what is in the -wal by now.
+                was_empty = self._found in (Wal.ABSENT, Wal.EMPTY) and not _size(self._wal)
+                self._is_own = owes_checkpoint or was_empty
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
                 self._close_not_as_last()
@@ -112,7 +117,7 @@ class Connection(sqlite3.Connection):
         if lost := self._lost():
             raise DatabaseBusy(self._path, f"had its {lost} removed by another process meanwhile")
         if self._is_overwritten():
-            raise DatabaseBusy(self._path, "was overwritten by another process meanwhile")
+            raise DatabaseBusy(self._path, OVERWRITTEN)
 
     def _require_same_database(self) -> None:
         if file_identity(self._path) != self._identity:
@@ -160,10 +165,17 @@ class Connection(sqlite3.Connection):
         try:
             self._tidy()
         finally:
-            if self._is_overwritten() or self._leaves_files():
+            is_another = self._is_overwritten()
+            drops = is_another and self._is_own and self._version() == self._first_version
+            if is_another or self._leaves_files():
                 self._close_not_as_last()
             else:
                 super().close()
+        if drops and not self._lost() and not wal.is_open(self._path, self._real):
+            # It is of the file before, and would be replayed into the other one.
+            self.is_undone = _size(self._wal) > 0
+            with contextlib.suppress(OSError):
+                os.truncate(self._wal, 0)
 
     def _tidy(self) -> None:
         """Empty the WAL if it was empty.
@@ -202,7 +214,7 @@ class Connection(sqlite3.Connection):
         if self._found is Wal.LEFT_BEHIND:
             return self.total_changes == 0
         if self._found is Wal.IN_USE:
-            return not wal.is_open_elsewhere(self._path, self._real)
+            return not wal.is_open(self._path, self._real, elsewhere=True)
         return self._found is Wal.EMPTY and not _size(self._wal)
 
     def _close_not_as_last(self) -> None:

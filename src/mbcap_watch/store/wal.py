@@ -141,10 +141,12 @@ def _elsewhere(database: Path) -> ForeignWal:
     return ForeignWal(database, problem, "wal_elsewhere")
 
 
-def is_open_elsewhere(database: Path, real: str) -> bool:
-    """Whether another process has the database open; True where the kernel does not say."""
-    kind = _held_lock(database, real, _DATABASE_SHARED, fcntl.F_GETLK) if _CAN_ASK else None
-    return kind != fcntl.F_UNLCK
+def is_open(database: Path, real: str, *, elsewhere: bool = False) -> bool:
+    """Whether anybody, or another process, has it open; True where the kernel does not say."""
+    ask = fcntl.F_GETLK if elsewhere else None
+    with contextlib.suppress(OSError):
+        return not _CAN_ASK or _held_lock(database, real, _DATABASE_SHARED, ask) != fcntl.F_UNLCK
+    return True
 
 
 @contextlib.contextmanager
