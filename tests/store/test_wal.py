@@ -25,7 +25,7 @@ import pytest
 from machine import mounted
 from mbcap_watch import Settings, persist_once, snapshot_path
 from mbcap_watch.bridge.sync import Syncer
-from mbcap_watch.errors import DatabaseBusy
+from mbcap_watch.errors import DatabaseBusy, ForeignWal
 from mbcap_watch.store.descriptors import opening_lock
 from mbcap_watch.store.native import Connection, has_reset_bug
 from mbcap_watch.store.wal import Wal, require_own_wal
@@ -395,6 +395,16 @@ def test_nothing_is_written_into_a_copy_that_has_just_begun(meshcore: Path) -> N
     os.truncate(meshcore, 0)
     ours.close()
     assert meshcore.stat().st_size == 0
+
+
+def test_the_wal_beside_a_file_that_is_empty_by_now(meshcore: Path) -> None:
+    """SQLite removes it, whoever uses it."""
+    with running(neighbour("idler", meshcore)):
+        size = wal_of(meshcore).stat().st_size
+        os.truncate(meshcore, 0)
+        with pytest.raises(ForeignWal, match="another file was copied over it while it is open"):
+            Connection(meshcore, 60.0, owes_checkpoint=False)
+        assert wal_of(meshcore).stat().st_size == size
 
 
 def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:

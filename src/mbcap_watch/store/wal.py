@@ -118,6 +118,8 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
     if opened == fcntl.F_UNLCK:
         problem = "its -wal belongs to another file, which was replaced and is still open"
         raise ForeignWal(database, problem, "wal_replaced")
+    if not os.stat(real).st_size:  # SQLite would remove the -wal
+        raise _copied_over(database, "it is empty")
     return Wal.IN_USE
 
 
@@ -139,6 +141,11 @@ def _require_none_elsewhere(database: Path, real: str) -> None:
 def _elsewhere(database: Path) -> ForeignWal:
     problem = "somebody has it open with a -wal that is not beside it"
     return ForeignWal(database, problem, "wal_elsewhere")
+
+
+def _copied_over(database: Path, sign: str) -> ForeignWal:
+    problem = f"another file was copied over it while it is open: {sign}"
+    return ForeignWal(database, problem, "wal_replaced")
 
 
 def is_open(database: Path, real: str, *, elsewhere: bool = False) -> bool:
@@ -183,8 +190,7 @@ def _require_own_files(database: Path, real: str, found: Wal) -> None:
         return
     _, _, is_initialized, page_size, frames, pages, *_ = index
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
-        problem = "another file was copied over it while it is open: its -shm has another length"
-        raise ForeignWal(database, problem, "wal_replaced")
+        raise _copied_over(database, "its -shm has another length")
 
 
 def checkpointed(database: Path, real: str) -> tuple[int, int]:
