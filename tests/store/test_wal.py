@@ -549,7 +549,7 @@ async def test_the_wal_of_a_file_that_was_replaced_is_never_opened(
 
 
 @pytest.mark.parametrize(
-    "how", ["by another path", "by a path with a -wal", "removed", "-wal removed"]
+    "how", ["by another path", "by a path with a -wal", "removed", "-wal removed", "-wal emptied"]
 )
 async def test_what_is_open_with_another_wal_is_left_alone(
     meshcore: Path, tmp_path: Path, how: str
@@ -561,6 +561,8 @@ async def test_what_is_open_with_another_wal_is_left_alone(
             remove_wal(meshcore)
         elif how == "-wal removed":
             wal_of(meshcore).unlink()
+        elif how == "-wal emptied":
+            os.truncate(wal_of(meshcore), 0)
         else:
             ours = tmp_path / "container" / "meshcore.db"
             ours.parent.mkdir()

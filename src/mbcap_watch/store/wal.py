@@ -186,9 +186,12 @@ def _require_own_files(database: Path, real: str, found: Wal) -> None:
     if found is Wal.ABSENT:  # it was removed: SQLite opens it before the -shm, and removes it after
         raise _elsewhere(database)
     index, length = _index(database, real), os.stat(real).st_size
+    found = _size_of_wal(real)
     if index is None or index != _index(database, real):  # somebody writes
         return
     _, _, is_initialized, page_size, frames, pages, *_ = index
+    if frames and found is not Wal.IN_USE:  # emptied, or removed
+        raise _elsewhere(database)
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
         raise _copied_over(database, "its -shm has another length")
 
