@@ -12,8 +12,11 @@ import os
 import shutil
 import signal
 import sqlite3
+import subprocess
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,8 @@ import pytest
 
 from machine import mounted
 from mbcap_watch import Settings, persist_once, snapshot_path
-from mbcap_watch.errors import DatabaseBusy
+from mbcap_watch.bridge.sync import Syncer
+from mbcap_watch.errors import DatabaseBusy, ForeignWal
 from mbcap_watch.store.descriptors import opening_lock
 from mbcap_watch.store.native import Connection, has_reset_bug
 from mbcap_watch.store.wal import Wal, require_own_wal
@@ -260,6 +264,54 @@ async def test_a_reader_in_the_middle_of_its_rows(meshcore: Path) -> None:
             await until(lambda: wal_of(meshcore).stat().st_size == 0, "an empty -wal")
 
 
+@pytest.mark.parametrize("case", ["mv while open", "cp while closing", "cp when closed"])
+async def test_a_backup_comes_while_a_reader_keeps_the_wal_from_being_emptied(
+    meshcore: Path, case: str
+) -> None:
+    """What is still to be moved from the -wal is of the file before, and never of the backup."""
+    backup = make_packets(meshcore.with_name("backup.db"), "backup", 290)  # about as long
+    whole = backup.read_bytes()
+    script = """
+        import sqlite3, sys
+        connection = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True)
+        half_read = connection.execute("SELECT 1 FROM nodes UNION ALL SELECT 2")
+        half_read.fetchone()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        half_read.close()
+        print("through", flush=True)
+        sys.stdin.readline()
+    """
+    with other_process(script, str(meshcore)) as server:
+        assert read_line(server) == "ready"
+        replace = partial(subprocess.run, [case[:2], backup, meshcore], check=True)
+        later = threading.Timer(0.1, replace)
+
+        def on_progress(*_: int) -> None:
+            if wal_of(meshcore).stat().st_size and backup.exists():  # it was written to
+                if case == "mv while open":
+                    replace()
+                elif case == "cp while closing" and not later.ident:
+                    later.start()
+
+        with contextlib.closing(Syncer(Settings(meshcore), on_progress=on_progress)) as syncer:
+            report = await syncer.sync("start")
+            assert report.error is None
+            if case == "cp when closed":
+                replace()
+            elif later.ident:
+                later.join()
+            assert server.stdin is not None
+            server.stdin.write("\n")
+            server.stdin.flush()
+            assert read_line(server) == "through"
+            await syncer.sync("retry")
+            server.kill()
+            server.wait()
+            await syncer.sync("retry")
+            assert meshcore.read_bytes() == whole
+
+
 def test_a_wal_in_use_stays_in_use(meshcore: Path) -> None:
     """Beside a writer it is the writer's to empty."""
     with running(neighbour("idler", meshcore)):
@@ -316,6 +368,43 @@ def test_nothing_is_written_once_a_backup_is_copied_over_it(
                 ours.require_same_files()
         ours.close()
         assert meshcore.read_bytes() == backup.read_bytes()
+        if not role:  # else it may use what is there
+            assert wal_of(meshcore).stat().st_size == 0
+
+
+async def test_a_copy_that_comes_after_our_commit(meshcore: Path, backup: Path) -> None:
+    """What is in the -wal would be replayed into it. It is dropped, and the sync begins anew."""
+
+    def on_progress(*_: int) -> None:
+        if backup.exists() and wal_of(meshcore).stat().st_size:
+            subprocess.run(["cp", backup, meshcore], check=True)
+            backup.unlink()
+
+    with contextlib.closing(Syncer(Settings(meshcore), on_progress=on_progress)) as syncer:
+        assert isinstance((await syncer.sync("start")).error, DatabaseBusy)
+        assert (await syncer.sync("retry")).error is None
+    restored = judge(meshcore, BACKUP_PACKETS["smaller"], 0)
+    assert restored.whole
+    assert restored.values == {(2, "first")}
+
+
+def test_nothing_is_written_into_a_copy_that_has_just_begun(meshcore: Path) -> None:
+    """`cp` empties the file first. SQLite takes an empty one for a database of its own kind."""
+    ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+    ours.execute("UPDATE packets SET payload = randomblob(300)")
+    os.truncate(meshcore, 0)
+    ours.close()
+    assert meshcore.stat().st_size == 0
+
+
+def test_the_wal_beside_a_file_that_is_empty_by_now(meshcore: Path) -> None:
+    """SQLite removes it, whoever uses it."""
+    with running(neighbour("idler", meshcore)):
+        size = wal_of(meshcore).stat().st_size
+        os.truncate(meshcore, 0)
+        with pytest.raises(ForeignWal, match="another file was copied over it while it is open"):
+            Connection(meshcore, 60.0, owes_checkpoint=False)
+        assert wal_of(meshcore).stat().st_size == size
 
 
 def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:
@@ -324,7 +413,12 @@ def test_a_checkpoint_of_others_is_no_other_file(meshcore: Path) -> None:
         writer.execute("UPDATE nodes SET multibyte_sup = 1")
         writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         ours.require_same_files()
-        ours.execute("UPDATE nodes SET multibyte_sup = 2")
+        ours.close()
+        ours = Connection(meshcore, 60.0, owes_checkpoint=False)
+        for value in (2, 3, 2):
+            ours.execute("UPDATE nodes SET multibyte_sup = ?", (value,))
+            writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # of what we wrote
+            ours.require_same_files()
         ours.close()
         assert wal_of(meshcore).stat().st_size == 0
 
@@ -455,7 +549,7 @@ async def test_the_wal_of_a_file_that_was_replaced_is_never_opened(
 
 
 @pytest.mark.parametrize(
-    "how", ["by another path", "by a path with a -wal", "removed", "-wal removed"]
+    "how", ["by another path", "by a path with a -wal", "removed", "-wal removed", "-wal emptied"]
 )
 async def test_what_is_open_with_another_wal_is_left_alone(
     meshcore: Path, tmp_path: Path, how: str
@@ -467,6 +561,8 @@ async def test_what_is_open_with_another_wal_is_left_alone(
             remove_wal(meshcore)
         elif how == "-wal removed":
             wal_of(meshcore).unlink()
+        elif how == "-wal emptied":
+            os.truncate(wal_of(meshcore), 0)
         else:
             ours = tmp_path / "container" / "meshcore.db"
             ours.parent.mkdir()

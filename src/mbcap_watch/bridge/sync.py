@@ -192,11 +192,11 @@ class Syncer:
         delta = plan.delta(self._applied, values) if self._applied is not None else {}
         if len(delta) * DELTA_SHARE > len(values):
             delta = {}
-        # A `-wal` that the last sync left is our own.
+        # A `-wal` that the last sync left is our own, as long as the files are as it left them.
         stamp = database_stamp(path)
         before = settled(stamp)
-        is_ours = self._owes_checkpoint and stamp == self._database_stamp
-        grace = 0.0 if is_ours else self._settings.wal_grace
+        tally.owes_checkpoint &= stamp == self._database_stamp
+        grace = 0.0 if tally.owes_checkpoint else self._settings.wal_grace
         opened = self._host.open if self._host is not None else open_database
         try:
             async with opened(path, tally, grace) as database:
@@ -205,8 +205,11 @@ class Syncer:
             raise  # the host's loop is closed, which ends the bridge
         except Exception as exc:  # noqa: BLE001 - see `Unforeseen`
             return self._unforeseen.of_database(exc)
+        finally:
+            now = database_stamp(path)
+            is_same = now[0] and stamp[0] and now[0][:2] == stamp[0][:2]
+            self._database_stamp = now if is_same else None
         self._spot_check.remember(values, tally, before)
-        self._database_stamp = database_stamp(path)
         return None
 
     def _steps(

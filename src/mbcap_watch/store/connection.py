@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import aiosqlite
 import anyio
 
-from mbcap_watch.errors import without_frames
+from mbcap_watch.errors import DatabaseBusy, without_frames
 from mbcap_watch.limits import no_thread, require_descriptors
 from mbcap_watch.store.errors import as_database_errors, is_busy, refuses_rows
 from mbcap_watch.store.forks import forks
-from mbcap_watch.store.native import Connection
+from mbcap_watch.store.native import OVERWRITTEN, Connection
 from mbcap_watch.store.steps import CHANGES, Written, read_page
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ async def open_database(path: Path, tally: Tally, grace: float) -> AsyncIterator
             with anyio.CancelScope(shield=True):
                 await connection.close()
             tally.owes_checkpoint = opened.owes_checkpoint
+        if opened.is_undone:
+            raise DatabaseBusy(path, OVERWRITTEN)
 
 
 async def _connect(

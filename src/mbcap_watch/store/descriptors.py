@@ -107,12 +107,17 @@ def _release(database: Path, present: Collection[tuple[int, int] | None] = ()) -
             close_reader(descriptor)
 
 
+def _own() -> set[int]:
+    """Return the descriptors of `kept`, to which other threads may add meanwhile."""
+    return {descriptor for descriptor, _ in kept.copy().values()}
+
+
 def has_removed_shm(real: str) -> bool:
     """Whether a connection of this process has a `-shm` open that was removed.
 
     SQLite would share it with ours. Everybody else locks the new one: writes could be lost.
     """
-    ours = {f"/proc/self/fd/{descriptor}" for descriptor, _ in kept.values()}
+    ours = {f"/proc/self/fd/{descriptor}" for descriptor in _own()}
     for link in set(glob.iglob("/proc/self/fd/*")) - ours:
         with contextlib.suppress(OSError):  # closed meanwhile
             if os.readlink(link) == f"{real}-shm (deleted)":
@@ -133,7 +138,7 @@ def _is_open_here(path: str) -> bool:
         return not os.path.exists("/proc/self/fd")
     except OSError:  # no descriptor is left to ask with, say
         return True
-    own = {place, *(descriptor for descriptor, _ in kept.values())}
+    own = {place, *_own()}
     try:
         (mount, inode), identity = _fdinfo(place), identity_of(place)
         for descriptor in {*map(int, os.listdir("/proc/self/fd"))} - own:

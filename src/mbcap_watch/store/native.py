@@ -49,12 +49,16 @@ LEAST_SQLITE: Final = (3, 33)
 # on a full disk, say, what was committed is safe in the WAL all the same.
 _EMPTY: Final = ("PRAGMA wal_checkpoint(PASSIVE)", "PRAGMA wal_checkpoint(TRUNCATE)")
 
+OVERWRITTEN: Final = "was overwritten by another process meanwhile"
+
 # After which pauses emptying the WAL is tried while somebody reads from it.
 _EMPTY_PAUSES: Final = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.2)
 
 
 class Connection(sqlite3.Connection):
     """A connection that writes: set up when opened, and leaving the WAL as it was when closed.
+
+    If the file was overwritten, `is_undone` says then whether what it had committed was dropped.
 
     `grace` as in `wal.require_own_wal`. `owes_checkpoint` says whether the connection before could
     not empty the WAL that it filled; once it is closed, it says so of this one.
@@ -66,7 +70,7 @@ class Connection(sqlite3.Connection):
             raise DatabaseFailed(path, f"{text}, and Python has {sqlite3.sqlite_version}")
         self._path, self._real = path, os.path.realpath(path)
         self._wal = f"{self._real}-wal"
-        self.owes_checkpoint = owes_checkpoint
+        self.owes_checkpoint, self.is_undone = owes_checkpoint, False
         for name in sys.modules.keys() & _OTHER_LIBRARIES:
             _warn_of_second_sqlite(name)
         with opening_lock(path):
@@ -92,6 +96,9 @@ class Connection(sqlite3.Connection):
                     self.execute("PRAGMA wal_autocheckpoint = 0")
                 self._beside = self._find_beside()
                 self._first_version = self._version()
+                # Whether nobody else has written what is in the -wal by now.
+                was_empty = self._found in (Wal.ABSENT, Wal.EMPTY) and not _size(self._wal)
+                self._is_own = owes_checkpoint or was_empty
                 self.require_same_files()  # else the -wal may be that of the file before it
             except BaseException:
                 self._close_not_as_last()
@@ -110,7 +117,7 @@ class Connection(sqlite3.Connection):
         if lost := self._lost():
             raise DatabaseBusy(self._path, f"had its {lost} removed by another process meanwhile")
         if self._is_overwritten():
-            raise DatabaseBusy(self._path, "was overwritten by another process meanwhile")
+            raise DatabaseBusy(self._path, OVERWRITTEN)
 
     def _require_same_database(self) -> None:
         if file_identity(self._path) != self._identity:
@@ -130,14 +137,19 @@ class Connection(sqlite3.Connection):
     def _is_overwritten(self) -> bool:
         """Whether the file was written to, although nobody else has committed.
 
-        What was read may be of the file before. Known only where the -wal was empty: there was
-        nothing for a checkpoint to move.
+        What was read may be of the file before. Known only where the -wal had nothing of others:
+        there was nothing for a checkpoint to move. What we wrote since, another may have moved.
         """
-        if not self._is_wal or self._found not in (Wal.ABSENT, Wal.EMPTY):
+        now = stamp_of(self._path)
+        is_changed = now[0] == self._stamp[0] and now != self._stamp
+        if not (self._is_wal and self._is_own and is_changed):
             return False
-        now, then = stamp_of(self._path), self._stamp
-        is_changed = now[0] == then[0] and now != then
-        return is_changed and self._version() in (None, self._first_version)
+        version, (moved, to_move) = self._version(), wal.checkpointed(self._path, self._real)
+        if version is None or (version == self._first_version and not to_move):
+            return True
+        if moved == to_move:  # else a checkpoint goes on
+            self._stamp = now
+        return False
 
     def _version(self) -> int | None:
         """Return what changes with the commits of others alone; None if SQLite refuses the file."""
@@ -150,15 +162,20 @@ class Connection(sqlite3.Connection):
 
     def close(self) -> None:
         """Close, and leave the WAL as it was found."""
-        is_another = self._is_overwritten()
         try:
-            if not is_another and not self._lost():
-                self._tidy()
+            self._tidy()
         finally:
+            is_another = self._is_overwritten()
+            drops = is_another and self._is_own and self._version() == self._first_version
             if is_another or self._leaves_files():
                 self._close_not_as_last()
             else:
                 super().close()
+        if drops and not self._lost() and not wal.is_open(self._path, self._real):
+            # It is of the file before, and would be replayed into the other one.
+            self.is_undone = _size(self._wal) > 0
+            with contextlib.suppress(OSError):
+                os.truncate(self._wal, 0)
 
     def _tidy(self) -> None:
         """Empty the WAL if it was empty.
@@ -166,17 +183,22 @@ class Connection(sqlite3.Connection):
         Otherwise a checkpoint is left to others: what they wrote may belong to a file that was
         there before, if a backup was copied over the database while they had it open.
         """
-        wrote = self.total_changes > 0
-        if self.owes_checkpoint or (wrote and self._found in (Wal.ABSENT, Wal.EMPTY)):
-            # What stays in it would be replayed into a backup that is put in place now. Where a
-            # reader stays attached, closing alone does not empty it.
-            pauses = iter(_EMPTY_PAUSES)
-            while _size(self._wal) and (pause := next(pauses, None)) is not None:
-                time.sleep(pause)
-                for sql in _EMPTY:  # the slow part first, without the write lock
-                    with contextlib.suppress(sqlite3.Error):
-                        self.execute(sql).close()
-            self.owes_checkpoint = _size(self._wal) > 0
+        if not self._is_own or not (self.owes_checkpoint or self.total_changes):
+            return
+        self.owes_checkpoint = False
+        # What stays in it would be replayed into a backup that is put in place now. Where a reader
+        # stays attached, closing alone does not empty it.
+        for pause in _EMPTY_PAUSES:
+            time.sleep(pause)
+            if self._lost() or self._is_overwritten():
+                return
+            for sql in _EMPTY:  # the slow part first, without the write lock
+                with contextlib.suppress(sqlite3.Error):
+                    self.execute(sql).close()
+            if not _size(self._wal):
+                self._stamp = stamp_of(self._path)
+                return
+        self.owes_checkpoint = not self._is_overwritten()
 
     def _leaves_files(self) -> bool:
         """Whether -wal and -shm stay, even if this is the last connection.
@@ -192,22 +214,16 @@ class Connection(sqlite3.Connection):
         if self._found is Wal.LEFT_BEHIND:
             return self.total_changes == 0
         if self._found is Wal.IN_USE:
-            return not wal.is_open_elsewhere(self._path, self._real)
+            return not wal.is_open(self._path, self._real, elsewhere=True)
         return self._found is Wal.EMPTY and not _size(self._wal)
 
     def _close_not_as_last(self) -> None:
-        """Close while a read-only connection is attached, which itself cannot remove anything.
+        """Close while the database is locked as if somebody else had it open.
 
         `SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE` would do the same, from Python 3.12 on. Of a file that
-        was replaced SQLite removes nothing, and to open the new one would harm it: its -shm may be
-        that of a host's connection in this process, to the old file.
+        was replaced SQLite removes nothing anyhow.
         """
-        with contextlib.ExitStack() as stack:
-            if identity_of(self._real) == self._identity:
-                with contextlib.suppress(sqlite3.Error):
-                    anchor = sqlite3.connect(f"{uri_of(self._real)}?mode=ro", uri=True, timeout=0)
-                    stack.callback(anchor.close)
-                    attach(anchor)
+        with wal.held_open(self._path, self._real):
             super().close()
 
 

@@ -14,6 +14,7 @@ import fcntl
 import os
 import struct
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, ForeignWal
@@ -21,6 +22,7 @@ from mbcap_watch.store import descriptors
 from mbcap_watch.store.errors import cause_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _SHM_ALIVE: Final = (128, 1)
@@ -33,8 +35,9 @@ _PAUSES: Final = (0.01, 0.05, 0.1)
 _LOOKS: Final = 5  # in 10 ms
 _FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid (fcntl(2))
 # The start of the -shm: version, changes, initialized, page size, frames in the -wal, pages of the
-# database (https://www.sqlite.org/walformat.html, 2.1).
-_INDEX: Final = "=I4xI?xHII"
+# database; frames that are in the database, and that the last checkpoint was to move there
+# (https://www.sqlite.org/walformat.html, 2.1).
+_INDEX: Final = "=I4xI?xHII72xI28xI"
 
 
 class Wal(enum.Enum):
@@ -115,6 +118,8 @@ def _judge(database: Path, real: str, grace: float) -> Wal:
     if opened == fcntl.F_UNLCK:
         problem = "its -wal belongs to another file, which was replaced and is still open"
         raise ForeignWal(database, problem, "wal_replaced")
+    if not os.stat(real).st_size:  # SQLite would remove the -wal
+        raise _copied_over(database, "it is empty")
     return Wal.IN_USE
 
 
@@ -138,10 +143,33 @@ def _elsewhere(database: Path) -> ForeignWal:
     return ForeignWal(database, problem, "wal_elsewhere")
 
 
-def is_open_elsewhere(database: Path, real: str) -> bool:
-    """Whether another process has the database open; True where the kernel does not say."""
-    kind = _held_lock(database, real, _DATABASE_SHARED, fcntl.F_GETLK) if _CAN_ASK else None
-    return kind != fcntl.F_UNLCK
+def _copied_over(database: Path, sign: str) -> ForeignWal:
+    problem = f"another file was copied over it while it is open: {sign}"
+    return ForeignWal(database, problem, "wal_replaced")
+
+
+def is_open(database: Path, real: str, *, elsewhere: bool = False) -> bool:
+    """Whether anybody, or another process, has it open; True where the kernel does not say."""
+    ask = fcntl.F_GETLK if elsewhere else None
+    with contextlib.suppress(OSError):
+        return not _CAN_ASK or _held_lock(database, real, _DATABASE_SHARED, ask) != fcntl.F_UNLCK
+    return True
+
+
+@contextlib.contextmanager
+def held_open(database: Path, real: str) -> Iterator[None]:
+    """Within the context, SQLite finds that others have the database open.
+
+    The lock is of our descriptor, and those of SQLite are of the process: they exclude each other.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = descriptors.descriptor_of(database, real) if _CAN_ASK else None
+            if descriptor is not None:
+                lock = partial(fcntl.fcntl, descriptor, fcntl.F_OFD_SETLK)
+                lock(_flock(fcntl.F_RDLCK, _DATABASE_SHARED))
+                stack.callback(lock, _flock(fcntl.F_UNLCK, _DATABASE_SHARED))
+        yield
 
 
 def _require_own_files(database: Path, real: str, found: Wal) -> None:
@@ -158,15 +186,25 @@ def _require_own_files(database: Path, real: str, found: Wal) -> None:
     if found is Wal.ABSENT:  # it was removed: SQLite opens it before the -shm, and removes it after
         raise _elsewhere(database)
     index, length = _index(database, real), os.stat(real).st_size
+    found = _size_of_wal(real)
     if index is None or index != _index(database, real):  # somebody writes
         return
-    _, _, is_initialized, page_size, frames, pages = index
+    _, _, is_initialized, page_size, frames, pages, *_ = index
+    if frames and found is not Wal.IN_USE:  # emptied, or removed
+        raise _elsewhere(database)
     if is_initialized and pages and not frames and length != pages * (page_size & ~1 or 65536):
-        problem = "another file was copied over it while it is open: its -shm has another length"
-        raise ForeignWal(database, problem, "wal_replaced")
+        raise _copied_over(database, "its -shm has another length")
 
 
-def _index(database: Path, real: str) -> tuple[int, int, bool, int, int, int] | None:
+def checkpointed(database: Path, real: str) -> tuple[int, int]:
+    """Return how many frames of the `-wal` were moved, and how many were to be; else zeros."""
+    with contextlib.suppress(OSError):
+        if index := _index(database, real):
+            return index[6:]
+    return 0, 0
+
+
+def _index(database: Path, real: str) -> tuple[int, int, bool, int, int, int, int, int] | None:
     """Return the start of the `-shm`; None if there is none."""
     descriptor = descriptors.descriptor_of(database, f"{real}-shm")
     start = b"" if descriptor is None else os.pread(descriptor, struct.calcsize(_INDEX), 0)
@@ -184,6 +222,9 @@ def _held_lock(database: Path, path: str, span: tuple[int, int], ask: int | None
     """Return what kind of lock anybody (`F_GETLK`: another process) holds there, or `F_UNLCK`."""
     if (descriptor := descriptors.descriptor_of(database, path)) is None:
         return fcntl.F_UNLCK
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *span, 0)
-    answer = fcntl.fcntl(descriptor, ask or fcntl.F_OFD_GETLK, asked)
+    answer = fcntl.fcntl(descriptor, ask or fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, span))
     return int(struct.unpack(_FLOCK, answer)[0])
+
+
+def _flock(kind: int, span: tuple[int, int]) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, *span, 0)
