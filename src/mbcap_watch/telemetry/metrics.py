@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from array import array
 from bisect import bisect_left
 from collections import deque
 from datetime import UTC, datetime
@@ -196,7 +197,7 @@ class _Durations:
 
     def __init__(self) -> None:
         self._total = 0.0
-        self._latest: deque[float] = deque(maxlen=WINDOW)
+        self._latest = array("d")
         self._buckets = [0] * (len(BUCKETS) + 1)
 
     def extend(self, values: Iterable[float]) -> None:
@@ -204,6 +205,7 @@ class _Durations:
             self._total += value
             self._latest.append(value)
             self._buckets[bisect_left(BUCKETS, value)] += 1
+        del self._latest[:-WINDOW]
 
     def summary(self) -> Summary:
         if not self._latest:
