@@ -14,7 +14,6 @@ import fcntl
 import os
 import struct
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from mbcap_watch.errors import DatabaseBusy, DatabaseError, DatabaseFailed, ForeignWal
@@ -162,14 +161,20 @@ def held_open(database: Path, real: str) -> Iterator[None]:
 
     The lock is of our descriptor, and those of SQLite are of the process: they exclude each other.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            descriptor = descriptors.descriptor_of(database, real) if _CAN_ASK else None
-            if descriptor is not None:
-                lock = partial(fcntl.fcntl, descriptor, fcntl.F_OFD_SETLK)
-                lock(_flock(fcntl.F_RDLCK, _DATABASE_SHARED))
-                stack.callback(lock, _flock(fcntl.F_UNLCK, _DATABASE_SHARED))
+    descriptor = None
+    with contextlib.suppress(OSError):
+        descriptor = descriptors.descriptor_of(database, real) if _CAN_ASK else None
+    _lock(descriptor, fcntl.F_RDLCK)
+    try:
         yield
+    finally:
+        _lock(descriptor, fcntl.F_UNLCK)
+
+
+def _lock(descriptor: int | None, kind: int) -> None:
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(kind, _DATABASE_SHARED))
 
 
 def _require_own_files(database: Path, real: str, found: Wal) -> None:
