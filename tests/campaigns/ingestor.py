@@ -174,9 +174,10 @@ class Ingestor:
 
 
 class Published(NamedTuple):
-    """What was published, and when that began, by time.time()."""
+    """What was published, when that began, and when all bridges had read it, by time.time()."""
 
     at: float
+    read: float
     values: dict[str, tuple[int, str]]
 
 
@@ -197,12 +198,13 @@ class Publisher:
         values = {key: (SUP[status], evidence) for key, status, evidence in entries}
         unknown = [(f"{number:x}", "unknown") for number in range(len(self.keys) // 3)]
         data = document(*entries, *unknown, written_at=stamp)
-        self.published.append(Published(time.time(), values))
+        began = time.time()
         for ingestor in self.ingestors:
             await asyncio.to_thread(put, data, snapshot_path(ingestor.database))
         for ingestor in self.ingestors:
             told = partial(ingestor.has_told, stamp)
             await until(told, f"what {ingestor.database} has to tell of {stamp}")
+        self.published.append(Published(began, time.time(), values))
         await asyncio.sleep(self.pace.beat)
 
     async def err(self, keys: list[str]) -> None:
@@ -260,14 +262,18 @@ class Noted(NamedTuple):
 
 
 def spans(change: Noted, published: list[Published]) -> Iterator[tuple[float, float]]:
-    """Return from when to when all that was published, until the change, has asked for it."""
+    """Return from when to when all that was published, until the change, has asked for it.
+
+    What takes it back counts once the bridges have read that: until then they may do what they were
+    asked for.
+    """
     since: float | None = None
     for each in itertools.takewhile(lambda each: each.at < change.at, published):
         asks = each.values.get(change.key) == (change.sup, change.evidence)
         if asks and since is None:
             since = each.at
         elif since is not None and not asks:
-            yield since, each.at
+            yield since, min(each.read, change.at)
             since = None
     if since is not None:
         yield since, change.at
