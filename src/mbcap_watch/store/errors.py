@@ -38,9 +38,7 @@ def as_database_errors(database: Path) -> Iterator[None]:
 
 
 def _as_ours(database: Path, error: sqlite3.Error | UnicodeDecodeError) -> DatabaseError:
-    if isinstance(
-        error, UnicodeDecodeError
-    ):  # see `message`; none of our SQL says what is not UTF-8
+    if isinstance(error, UnicodeDecodeError):  # see `message`; our own SQL is UTF-8
         text = f"is corrupt: its schema holds text that is not UTF-8 ({message(error)})"
         return DatabaseFailed(database, text, "corrupt")
     if is_busy(error):
